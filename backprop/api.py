@@ -1,0 +1,114 @@
+"""The Python face: the four verbs as methods of a `Trainer`, raising the errors behind the exit codes."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from backprop.config import ExportConfig, MultiRunConfig, TrainConfig
+from backprop.console import Console
+from backprop.errors import UsageError
+from backprop.events import Sink
+
+
+class Trainer:
+    """Fine-tune one model in three lines.
+
+    Args:
+        model: Preset, hub id or folder. None for the best preset that fits this machine.
+        options: Any option of `backprop train`, with underscores; a method's own arguments come before these.
+
+    Every method raises `BackpropError` of the kind that says what can be mended.
+    """
+
+    def __init__(self, model: str | None = None, *, say: Sink | None = None, **options: Any) -> None:
+        self._model = model
+        self._options = options
+        self._say = say
+        self._run: Path | None = None
+
+    def train(self, data: str | Path | Iterable[str | Path], **options: Any) -> Path:
+        """Fine-tune on ``data`` and return the run directory."""
+        from backprop.verbs.train import train
+
+        config = self._config(data, options)
+        with Console() as console:
+            self._run = train(config, say=self._say or console)
+        return self._run
+
+    def multi_run(
+        self,
+        dataset: str | Path | Iterable[str | Path],
+        *,
+        num_runs: int | None = None,
+        steps_per_run: int | None = None,
+        samples_per_run: int | None = None,
+        merge_mode: Any = None,
+        **options: Any,
+    ) -> Path:
+        """Train run after run, merge, and return the run directory."""
+        from backprop.verbs.multi_run import multi_run
+
+        if steps_per_run is not None:
+            options["steps"] = steps_per_run
+        config = self._config(dataset, options)
+        runs = MultiRunConfig(runs=num_runs, samples=samples_per_run, merge_mode=merge_mode)
+        with Console() as console:
+            self._run = multi_run(config, runs, say=self._say or console)
+        return self._run
+
+    def export(
+        self, format: str = "gguf", *, quantization: str | Iterable[str] = "q4_k_m", **options: Any
+    ) -> list[Path]:
+        """Export what was trained and return the files."""
+        from backprop.verbs.export import export
+
+        if isinstance(quantization, str):
+            quantization = (quantization,)
+        chosen: dict[str, Any] = {"format": format, "quantization": tuple(quantization), **options}
+        config = _build(ExportConfig, chosen)
+        with Console() as console:
+            return export(self._trained(), config, say=self._say or console)
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the adapter to ``folder``, where plain PEFT loads it."""
+        import shutil
+
+        from backprop.edges.rundir import whole
+
+        target = Path(folder)
+        if target.exists():
+            raise UsageError(f"`{target}` is there already", hint="choose another folder")
+        source = self._trained() / "lora"
+        with whole(target) as beside:
+            shutil.copytree(source, beside)
+        return target
+
+    def _trained(self) -> Path:
+        if self._run is None:
+            raise UsageError("nothing was trained yet", hint="call `trainer.train(data)` first")
+        return self._run
+
+    def _config(self, data: str | Path | Iterable[str | Path], options: dict[str, Any]) -> TrainConfig:
+        sources = (data,) if isinstance(data, str | Path) else tuple(data)
+        merged = {"model": self._model, **self._options, **options, "data": tuple(str(source) for source in sources)}
+        if "lr" in merged:
+            merged["learning_rate"] = merged.pop("lr")
+        if isinstance(merged.get("output"), str):
+            merged["output"] = Path(merged["output"])
+        return _build(TrainConfig, merged)
+
+
+def _build(kind: Any, options: dict[str, Any]) -> Any:
+    """Make a config, naming the nearest option for one that does not exist."""
+    import difflib
+    from dataclasses import fields
+
+    known = [field.name for field in fields(kind)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"there is no option `{name}`",
+                hint=f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}",
+            )
+    return kind(**options)

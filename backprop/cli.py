@@ -1,0 +1,204 @@
+"""The command line: parse, call one verb, print, exit."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.config import Env
+
+import backprop
+from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
+from backprop.console import Console, without_escapes
+from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, Interrupted, UsageError
+from backprop.events import Failed, Sink, schema
+
+OUTPUT = Group.create_ordered("Output")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Voice:
+    """How a command talks."""
+
+    config: Annotated[Path | None, Parameter(group=OUTPUT)] = None
+    """A YAML file of options; `BACKPROP_…` variables come before it, and flags before both."""
+    json: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False
+    """One JSON object per event on stdout."""
+    quiet: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False
+    """Errors only."""
+    verbose: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False
+    """Every step."""
+
+
+PLAIN_VOICE, PLAIN_RUNS, PLAIN_EXPORT, PLAIN_DOCTOR = Voice(), MultiRunConfig(), ExportConfig(), DoctorConfig()
+ENVIRONMENT = Env("BACKPROP_", command=False)
+
+app = App(
+    name="backprop",
+    help="Fine-tune language models on the GPU you have, and hand over a model that runs.",
+    version=backprop.__version__,
+    help_format="plaintext",
+    default_parameter=Parameter(show_env_var=False),
+    config=[ENVIRONMENT],
+)
+app.register_install_completion_command()
+
+
+@app.command
+def train(config: TrainConfig, *, voice: Voice = PLAIN_VOICE) -> int:
+    """Fine-tune one adapter on your data; the run directory goes to stdout."""
+
+    def work(say: Sink) -> Sequence[Path]:
+        from backprop.verbs.train import train
+
+        run_directory = train(config, say=say)
+        return () if config.dry_run else (run_directory,)
+
+    return _call(work, voice)
+
+
+@app.command
+def multi_run(config: TrainConfig, options: MultiRunConfig = PLAIN_RUNS, *, voice: Voice = PLAIN_VOICE) -> int:
+    """Train on several data sets in turn (or on chunks of one) and merge after each, so that less is forgotten."""
+
+    def work(say: Sink) -> Sequence[Path]:
+        from backprop.verbs.multi_run import multi_run
+
+        return (multi_run(config, options, say=say),)
+
+    return _call(work, voice)
+
+
+@app.command
+def export(source: Path, /, config: ExportConfig = PLAIN_EXPORT, *, voice: Voice = PLAIN_VOICE) -> int:
+    """Merge an adapter into its model and write files that run; each is asked once before success is claimed.
+
+    Parameters
+    ----------
+    source
+        A run directory, or a folder with an adapter.
+    """
+
+    def work(say: Sink) -> Sequence[Path]:
+        from backprop.verbs.export import export
+
+        return export(source, config, say=say)
+
+    return _call(work, voice)
+
+
+@app.command
+def doctor(config: DoctorConfig = PLAIN_DOCTOR, *, voice: Voice = PLAIN_VOICE) -> int:
+    """Check that this machine can do what `backprop` promises; exit 5, or the code of what is wrong first."""
+
+    def work(say: Sink) -> Sequence[Path]:
+        from backprop.verbs.doctor import doctor
+
+        doctor(config, say=say)
+        return ()
+
+    return _call(work, voice)
+
+
+def _call(work: Callable[[Sink], Sequence[Path]], voice: Voice) -> int:
+    """Run a verb, tell its end on the right stream, and give its exit code."""
+    with Console(detail="quiet" if voice.quiet else "verbose" if voice.verbose else "normal") as console:
+        say: Sink = console
+        if voice.json:
+            from backprop.edges.rundir import json_lines
+            from backprop.events import tee
+
+            lines = json_lines(sys.stdout)
+            say = tee(lines, console)
+        try:
+            paths = work(say)
+        except BackpropError as error:
+            say(Failed(code=error.code, message=error.message, hint=error.hint or ""))
+            return error.code
+        except KeyboardInterrupt:
+            say(Failed(code=Interrupted.code, message="stopped by Ctrl-C", hint="run the same command again"))
+            return Interrupted.code
+    if not voice.json:
+        for path in paths:
+            print(path)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the code of the contract."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    if tokens[:1] == ["--json-schema"]:
+        print(json.dumps(schema(), indent=2))
+        sys.exit(0)
+    sys.excepthook = _tell_of_bug
+    sys.exit(run(tokens))
+
+
+def _tell_of_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Tell of a fault of our own in the same words as any other; Python then exits with 1."""
+    from backprop.verbs.session import CRASH_NOTE
+
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(CRASH_NOTE)]
+    if not notes:
+        sys.__excepthook__(kind, error, trace)
+    hint = f"please report it with the {notes[0]}" if notes else "please report it with the traceback above"
+    _tell(Failed(code=EXIT_CODE_OF_A_BUG, message=f"a bug: {kind.__name__}: {error}", hint=hint), "--json" in sys.argv)
+
+
+def run(tokens: Sequence[str]) -> int:
+    """Parse ``tokens``, run their command, and give its exit code."""
+    as_json = "--json" in tokens
+    try:
+        app.config = (ENVIRONMENT, *_yaml_of(tokens))
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        return _usage(str(error).splitlines()[0], "backprop " + " ".join([*tokens[:1], "--help"]), as_json)
+    except UsageError as error:
+        return _usage(error.message, error.hint or "", as_json)
+    except KeyboardInterrupt:
+        return _usage("stopped by Ctrl-C", "run the same command again", as_json, code=Interrupted.code)
+    return code if isinstance(code, int) else 0
+
+
+def _usage(message: str, hint: str, as_json: bool, *, code: int = UsageError.code) -> int:
+    _tell(Failed(code=code, message=without_escapes(message), hint=hint), as_json)
+    return code
+
+
+def _tell(failed: Failed, as_json: bool) -> None:
+    if as_json:
+        from backprop.edges.rundir import json_lines
+
+        json_lines(sys.stdout)(failed)
+    Console()(failed)
+
+
+def _yaml_of(tokens: Sequence[str]) -> list[Any]:
+    """Find `--config FILE` and read it.
+
+    Raises:
+        UsageError: If the file is missing or not YAML.
+    """
+    path = next((tokens[i + 1] for i, token in enumerate(tokens[:-1]) if token == "--config"), None)
+    path = next((token.removeprefix("--config=") for token in tokens if token.startswith("--config=")), path)
+    if path is None:
+        return []
+    import yaml
+    from cyclopts.config import Dict
+
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check the path of `--config`") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"`{path}` is not YAML: {' '.join(str(error).split())}", hint="write `option: value`"
+        ) from error
+    if not isinstance(options, dict):
+        raise UsageError(f"`{path}` holds no options", hint="write `option: value`, one on each line")
+    return [Dict(options, source=path, use_commands_as_keys=False)]

@@ -1,0 +1,242 @@
+"""What the user asked: one dataclass per verb.
+
+The dataclass is the flag, the YAML key, the environment variable, the Python argument and the help text. Bounds and
+choices are checked here, once, whichever of these a value came through.
+"""
+
+import math
+import types
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from backprop.errors import UsageError
+
+DATA = Group.create_ordered("Data")
+MODEL = Group.create_ordered("Model")
+TRAINING = Group.create_ordered("Training")
+LORA = Group.create_ordered("LoRA")
+RUNS = Group.create_ordered("Runs")
+EXPORT = Group.create_ordered("Export")
+RUN = Group.create_ordered("Run")
+
+Method = Literal["lora", "qlora", "dora"]
+Scheduler = Literal["cosine", "linear", "constant"]
+MergeMode = Literal["slao", "sequential", "average", "ema"]
+Quantization = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "iq4_xs"
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """The open or closed interval a number must lie in."""
+
+    above: float | None = None
+    least: float | None = None
+    most: float | None = None
+
+    def __str__(self) -> str:
+        parts = (("above", self.above), ("at least", self.least), ("at most", self.most))
+        return " and ".join(f"{word} {value:g}" for word, value in parts if value is not None)
+
+    def hold(self, value: float) -> bool:
+        """Say whether ``value`` is finite and inside."""
+        return (
+            math.isfinite(value)
+            and (self.above is None or value > self.above)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+        )
+
+
+# The upper bounds are far above any use; they stop a slip of the keyboard from running for years.
+Count = Bounds(least=1, most=10_000_000)
+Positive = Bounds(above=0)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Options of `train`; `multi-run` uses them for each of its runs."""
+
+    data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", name=["--data", "-d"])]
+    """A .jsonl, .json, .csv, .parquet or .txt file (also .gz), a folder of these, or a hub data set `owner/name[:split]`. Repeatable."""
+    eval_data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="")] = ()
+    """Held-out data, in the same forms. Default: a part of `--data`."""
+    eval_fraction: Annotated[float | None, Bounds(least=0, most=0.5), Parameter(group=DATA)] = None
+    """Share of `--data` held out, chosen by content. Default: 0.05 from 200 rows on, else none."""
+    loss_on: Annotated[Literal["assistant", "all"], Parameter(group=DATA)] = "assistant"
+    """Which tokens are trained on."""
+    max_length: Annotated[int | None, Bounds(least=8, most=10_000_000), Parameter(group=DATA)] = None
+    """Tokens per example; the rest is cut, and counted. Default: the longest example, capped by the model."""
+
+    model: Annotated[str | None, Parameter(group=MODEL, name=["--model", "-m"])] = None
+    """A preset, a hub id, or a folder. Default: the best preset that fits this machine."""
+    trust_remote_code: Annotated[bool, Parameter(group=MODEL, negative="")] = False
+    """Run Python code that the model's repository brings. Never on by itself."""
+
+    steps: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
+    """Optimizer steps. Default: from `--epochs`."""
+    epochs: Annotated[float | None, Bounds(above=0, most=10_000), Parameter(group=TRAINING)] = None
+    """Passes over the data. Default: from the number of rows."""
+    batch_size: Annotated[int | None, Bounds(least=1, most=65_536), Parameter(group=TRAINING)] = None
+    """Examples per optimizer step. Default: from the number of rows."""
+    micro_batch: Annotated[int | None, Bounds(least=1, most=65_536), Parameter(group=TRAINING)] = None
+    """Examples per forward pass: less needs less memory, and changes no result. Default: from length and memory."""
+    learning_rate: Annotated[
+        float | None, Bounds(above=0, most=1), Parameter(group=TRAINING, name=["--learning-rate", "--lr"])
+    ] = None
+    """Peak learning rate. Default: from the method and the width of the model."""
+    scheduler: Annotated[Scheduler, Parameter(group=TRAINING)] = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup: Annotated[float, Bounds(least=0, most=0.5), Parameter(group=TRAINING)] = 0.05
+    """Share of the steps in which the rate rises."""
+    weight_decay: Annotated[float, Bounds(least=0, most=1), Parameter(group=TRAINING)] = 0.0
+    """AdamW's weight decay."""
+    eval_steps: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
+    """Steps between evaluations. Default: only after the last."""
+    seed: Annotated[int, Bounds(least=0, most=2**32 - 1), Parameter(group=TRAINING)] = 42
+    """Seed of the adapter's start and of the order of rows."""
+
+    method: Annotated[Method, Parameter(group=LORA)] = "lora"
+    """`qlora` holds the base in 4 bits; `dora` also trains magnitudes."""
+    lora_r: Annotated[int, Bounds(least=1, most=1024), Parameter(group=LORA)] = 16
+    """Rank."""
+    lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
+    """Scale: the adapter is multiplied by alpha / rank. Default: twice the rank."""
+    lora_dropout: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=LORA)] = 0.0
+    """Dropout before the adapter."""
+    target_modules: Annotated[tuple[str, ...], Parameter(group=LORA, negative="")] = ()
+    """Names of the layers that get an adapter. Default: all linear layers but the output."""
+
+    output: Annotated[Path, Parameter(group=RUN, name=["--output", "-o"])] = Path("output")
+    """The run directory."""
+    overwrite: Annotated[bool, Parameter(group=RUN, negative="")] = False
+    """Replace what an earlier run left in `--output`."""
+    dry_run: Annotated[bool, Parameter(group=RUN, negative="")] = False
+    """Print the plan, the data report and three examples with their trained tokens marked; train nothing."""
+    offline: Annotated[bool, Parameter(group=RUN, negative="")] = False
+    """No network at all."""
+    report_to: Annotated[Literal["none", "tensorboard"], Parameter(group=RUN)] = "none"
+    """Also write the curves for a tracker."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("both `--steps` and `--epochs` are given", hint="give one of them")
+        if not self.data:
+            raise UsageError("no data is given", hint="add `--data my.jsonl`")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MultiRunConfig:
+    """Options of `multi-run` that `train` does not have."""
+
+    runs: Annotated[int | None, Bounds(least=1, most=1000), Parameter(group=RUNS)] = None
+    """Number of runs. Default: one per `--data`; with one `--data`, 5 runs on chunks of it."""
+    samples: Annotated[int | None, Count, Parameter(group=RUNS)] = None
+    """Rows per run. Default: all rows of the part."""
+    merge_mode: Annotated[MergeMode | None, Parameter(group=RUNS)] = None
+    """How runs become one adapter. Default: `slao` for several data sets, `sequential` for chunks of one."""
+    init: Annotated[Literal["function-preserving", "literal"], Parameter(group=RUNS)] = "function-preserving"
+    """How the next run starts from the last: with the same function, or as the paper of SLAO has it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """Options of `export`."""
+
+    format: Annotated[Literal["gguf", "safetensors"], Parameter(group=EXPORT)] = "gguf"
+    """`gguf` for llama.cpp and Ollama, `safetensors` for transformers and vLLM."""
+    quantization: Annotated[
+        tuple[Quantization, ...], Parameter(group=EXPORT, negative="", name=["--quantization", "-q"])
+    ] = ("q4_k_m",)
+    """How GGUF weights are held. Repeatable: several files from one conversion."""
+    question: Annotated[str, Parameter(group=EXPORT)] = "Hello! Who are you?"
+    """What the exported model is asked before success is claimed."""
+    output: Annotated[Path | None, Parameter(group=EXPORT, name=["--output", "-o"])] = None
+    """Where the files go. Default: `export/` in the run directory."""
+    overwrite: Annotated[bool, Parameter(group=EXPORT, negative="")] = False
+    """Replace files of the same name."""
+    offline: Annotated[bool, Parameter(group=EXPORT, negative="")] = False
+    """No network at all."""
+    trust_remote_code: Annotated[bool, Parameter(group=EXPORT, negative="")] = False
+    """Run Python code that the model's repository brings. Never on by itself."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorConfig:
+    """Options of `doctor`."""
+
+    model: Annotated[str | None, Parameter(group=MODEL, name=["--model", "-m"])] = None
+    """Say whether this preset, hub id or folder fits this machine."""
+    data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", name=["--data", "-d"])] = ()
+    """Judge this data as `train` would, without a model."""
+    min_vram: Annotated[float | None, Positive, Parameter(group=RUN)] = None
+    """Fail when the largest GPU has less memory than this, in GiB."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+class _Checkable:
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+def check_fields(config: "_Checkable | Any") -> None:
+    """Hold every field to its type, choices and `Bounds`.
+
+    Raises:
+        UsageError: Naming the first field that does not fit, as a flag.
+    """
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        bounds = next((extra for extra in hint.__metadata__ if isinstance(extra, Bounds)), None)
+        _check_value(f"--{name.replace('_', '-')}", value, hint.__origin__, bounds)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def _check_value(flag: str, value: object, kind: Any, bounds: Bounds | None) -> None:
+    if get_origin(kind) in (types.UnionType, Union):
+        if value is None:
+            return
+        kind = next(option for option in get_args(kind) if option is not type(None))
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            raise UsageError(f"`{flag}` takes a tuple of values: {value!r}")
+        for item in value:
+            _check_value(flag, item, get_args(kind)[0], bounds)
+        return
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UsageError(f"`{flag}` cannot be {value!r}", hint=f"choose one of {', '.join(get_args(kind))}")
+        return
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UsageError(f"`{flag}` takes {kind.__name__}: {value!r}")
+    if bounds is not None and isinstance(value, int | float) and not bounds.hold(value):
+        raise UsageError(f"`{flag}` must be {bounds}: {value:g}", hint=f"see `backprop train --help` for {flag}")
+
+
+def differences(old: dict[str, object], new: dict[str, object]) -> list[str]:
+    """Say, key by key, how two configurations differ."""
+    keys = [*old, *(key for key in new if key not in old)]
+    return [f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in keys if old.get(key) != new.get(key)]

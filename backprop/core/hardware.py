@@ -1,0 +1,27 @@
+"""Facts about a machine, as plans and checks use them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One GPU as its driver describes it."""
+
+    name: str
+    memory_bytes: int
+    memory_free_bytes: int
+    capability: tuple[int, int]
+    """Compute capability, such as (8, 6)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """What there is to train with. No GPU: the CPU trains."""
+
+    gpus: tuple[Gpu, ...]
+    driver: str
+    """Version of the NVIDIA driver; empty if there is none."""
+    num_cpus: int
+    memory_bytes: int
+    """Main memory that this process may use: the machine's, or its container's limit."""
+    platform: str

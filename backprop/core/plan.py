@@ -1,0 +1,202 @@
+"""What a run will do, each choice with its reason: a pure function of config, hardware, model shape and data."""
+
+import math
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from backprop.config import TrainConfig
+from backprop.core.hardware import Hardware
+from backprop.errors import HardwareError
+from backprop.presets import DEFAULTS, DEMO, GIB, PRESETS, Preset
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Generic[T]):
+    """A value, and why it."""
+
+    value: T
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """What the plan needs of a model's configuration."""
+
+    hidden_size: int
+    num_layers: int
+    max_positions: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataShape:
+    """What the plan needs of the data: examples as they will be trained, and the longest in tokens."""
+
+    num_examples: int
+    longest: int
+    mean_length: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything decided before the first step."""
+
+    model: Choice[str]
+    device: Choice[str]
+    dtype: Choice[str]
+    max_length: Choice[int]
+    batch_size: Choice[int]
+    micro_batch: Choice[int]
+    steps: Choice[int]
+    learning_rate: Choice[float]
+    lora_alpha: Choice[float]
+    checkpointing: Choice[bool]
+
+    def choices(self) -> dict[str, Choice[object]]:
+        """Give every choice by name, in the order they are shown."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def choose_model(name: str | None, hardware: Hardware) -> Choice[str]:
+    """Take the named model, or the largest default that fits this machine.
+
+    Raises:
+        HardwareError: If the named preset does not fit even in 4 bits.
+    """
+    gpu_gib = max((gpu.memory_free_bytes for gpu in hardware.gpus), default=0) / GIB
+    if name is not None:
+        preset = PRESETS.get(name)
+        if preset and hardware.gpus and preset.qlora_gib > gpu_gib:
+            raise HardwareError(
+                f"`{name}` needs about {preset.qlora_gib:.1f} GiB even in 4 bits, and {gpu_gib:.1f} GiB are free",
+                hint=f"try `--model {_largest_that_fits(gpu_gib).name}`, or stop other programs on this GPU",
+            )
+        return Choice(name, "set by `--model`")
+    if not hardware.gpus:
+        return Choice(DEMO.name, "no GPU here: the smallest preset")
+    preset = _largest_that_fits(gpu_gib)
+    return Choice(preset.name, f"needs about {preset.lora_gib:.1f} GiB for LoRA, and {gpu_gib:.1f} GiB are free")
+
+
+def _largest_that_fits(gpu_gib: float) -> Preset:
+    fitting = [PRESETS[name] for name in DEFAULTS if PRESETS[name].lora_gib <= gpu_gib]
+    return fitting[-1] if fitting else DEMO
+
+
+def choose_max_length(config: TrainConfig, longest: int, shape: ModelShape) -> Choice[int]:
+    """Keep every token that the model has positions for."""
+    if config.max_length is not None:
+        return Choice(config.max_length, "set by `--max-length`")
+    if longest > shape.max_positions:
+        return Choice(shape.max_positions, f"the model has no more positions; the longest example has {longest} tokens")
+    return Choice(longest, "the longest example, so that nothing is cut")
+
+
+def make_plan(
+    config: TrainConfig,
+    hardware: Hardware,
+    shape: ModelShape,
+    data: DataShape,
+    *,
+    model: Choice[str],
+    max_length: Choice[int],
+) -> Plan:
+    """Decide what `train` will do."""
+    on_gpu = bool(hardware.gpus)
+    batch = _choose_batch(config, data)
+    micro = _choose_micro_batch(config, batch.value, max_length.value, shape, hardware)
+    return Plan(
+        model=model,
+        device=Choice("cuda", hardware.gpus[0].name) if on_gpu else Choice("cpu", "no GPU was found"),
+        dtype=_choose_dtype(hardware),
+        max_length=max_length,
+        batch_size=batch,
+        micro_batch=micro,
+        steps=_choose_steps(config, data, batch.value),
+        learning_rate=_choose_rate(config, shape),
+        lora_alpha=Choice(config.lora_alpha, "set by `--lora-alpha`")
+        if config.lora_alpha is not None
+        else Choice(2.0 * config.lora_r, "twice the rank"),
+        checkpointing=Choice(
+            on_gpu, "memory for speed; a later plan will measure" if on_gpu else "main memory is enough"
+        ),
+    )
+
+
+# Every GPU from Ampere (compute capability 8.0) on multiplies in bfloat16.
+BF16_CAPABILITY = (8, 0)
+
+
+def _choose_dtype(hardware: Hardware) -> Choice[str]:
+    if not hardware.gpus:
+        return Choice("float32", "on a CPU float32 is faster than bfloat16, and exact")
+    if hardware.gpus[0].capability >= BF16_CAPABILITY:
+        return Choice("bfloat16", "this GPU multiplies in it")
+    return Choice("float32", "this GPU has no bfloat16")
+
+
+def _choose_batch(config: TrainConfig, data: DataShape) -> Choice[int]:
+    if config.batch_size is not None:
+        return Choice(config.batch_size, "set by `--batch-size`")
+    # Small sets need many steps more than they need smooth ones.
+    size = 8 if data.num_examples < 1000 else 16
+    return Choice(min(size, data.num_examples), f"{data.num_examples} examples")
+
+
+# Tokens of one forward pass on a CPU: more brings no speed, and less memory is touched (scripts/bench).
+CPU_TOKENS_PER_PASS = 2048
+# Bytes of activations per token, layer and hidden unit that a checkpointed bfloat16 pass keeps, with a margin; and of
+# logits per token and vocabulary entry (float32, its gradient). The measured plan replaces this.
+KEPT_BYTES = 4
+LOGIT_BYTES = 8
+
+
+def _choose_micro_batch(
+    config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware
+) -> Choice[int]:
+    if config.micro_batch is not None:
+        return Choice(_divisor(batch, config.micro_batch), "set by `--micro-batch`, as a divisor of the batch")
+    if not hardware.gpus:
+        most = max(1, CPU_TOKENS_PER_PASS // length)
+        return Choice(_divisor(batch, most), f"at most {CPU_TOKENS_PER_PASS} tokens at once")
+    per_token = KEPT_BYTES * shape.num_layers * shape.hidden_size + LOGIT_BYTES * shape.vocabulary
+    room = hardware.gpus[0].memory_free_bytes // 4
+    most = max(1, room // (per_token * length))
+    return Choice(
+        _divisor(batch, most), f"activations within a quarter of {hardware.gpus[0].memory_free_bytes / GIB:.0f} GiB"
+    )
+
+
+def _divisor(number: int, most: int) -> int:
+    """Give the largest divisor of ``number`` that is at most ``most``."""
+    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
+
+
+# A small set is learnt in about this many steps, and passes beyond ten only memorise (examples/, SmolLM2 135M).
+WANTED_STEPS = 130
+MOST_EPOCHS = 10
+
+
+def _choose_steps(config: TrainConfig, data: DataShape, batch: int) -> Choice[int]:
+    if config.steps is not None:
+        return Choice(config.steps, "set by `--steps`")
+    per_epoch = math.ceil(data.num_examples / batch)
+    if config.epochs is not None:
+        return Choice(max(1, round(config.epochs * per_epoch)), f"{config.epochs:g} passes of {per_epoch} steps")
+    epochs = max(1, min(MOST_EPOCHS, round(WANTED_STEPS / per_epoch)))
+    return Choice(epochs * per_epoch, f"{epochs} passes of {per_epoch} steps")
+
+
+# Schulman et al., "LoRA Without Regret" (Thinking Machines Lab, 2025), and its cookbook: ten times the rate of full
+# fine-tuning (5e-5), falling with the width as (2000 / width) ** 0.781 for the Llama family, whatever the rank.
+RATE_AT_2000 = 5e-4
+RATE_EXPONENT = 0.781
+
+
+def _choose_rate(config: TrainConfig, shape: ModelShape) -> Choice[float]:
+    if config.learning_rate is not None:
+        return Choice(config.learning_rate, "set by `--learning-rate`")
+    rate = RATE_AT_2000 * (2000 / shape.hidden_size) ** RATE_EXPONENT
+    return Choice(float(f"{rate:.1e}"), f"for LoRA at width {shape.hidden_size}")

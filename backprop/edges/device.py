@@ -1,0 +1,76 @@
+"""This machine: what there is to train with. Asks the driver and the operating system; never imports torch."""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from backprop.core.hardware import Gpu, Hardware
+from backprop.errors import HardwareError
+
+
+def probe() -> Hardware:
+    """Look at this machine.
+
+    Raises:
+        HardwareError: If there is an NVIDIA driver that answers with an error.
+    """
+    gpus, driver = _gpus()
+    return Hardware(
+        gpus=gpus,
+        driver=driver,
+        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=_memory_bytes(),
+        platform=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def _gpus() -> tuple[tuple[Gpu, ...], str]:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return (), ""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        return (), ""
+    except pynvml.NVMLError_DriverNotLoaded:
+        return (), ""
+    except pynvml.NVMLError as error:
+        raise HardwareError(f"the NVIDIA driver answers with: {error}", hint="try `nvidia-smi`") from error
+    try:
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(_gpu(handle) for handle in handles), driver
+    except pynvml.NVMLError as error:
+        raise HardwareError(f"a GPU answers with: {error}", hint="try `nvidia-smi`") from error
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(handle: object) -> Gpu:
+    import pynvml
+
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Gpu(
+        name=str(pynvml.nvmlDeviceGetName(handle)),
+        memory_bytes=int(memory.total),
+        memory_free_bytes=int(memory.free),
+        capability=(int(major), int(minor)),
+    )
+
+
+def _memory_bytes() -> int:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(machine, int(text)) if text.isdigit() else machine
+
+
+def disk_free_bytes(path: Path) -> int:
+    """Give the free space of the file system that ``path`` is or would be on."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,136 @@
+"""Models and data sets: from a folder, the demo package, or the hub. The only network besides Ollama."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from backprop.core.data.formats import Row
+from backprop.edges import demo_model
+from backprop.errors import DataError, ModelError
+from backprop.presets import DEMO, PRESETS
+
+
+def cache_dir() -> Path:
+    """Give the folder for what can be made or fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "backprop"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """Where a model's files are."""
+
+    name: str
+    """As the user gave it: preset, hub id or folder."""
+    path: str
+    """A local folder, or a hub id that transformers resolves."""
+
+
+def find_model(name: str, *, offline: bool) -> ModelSource:
+    """Resolve a preset, hub id or folder, and look at it as far as that needs no network.
+
+    Raises:
+        ModelError: If it cannot be, or a local folder has no safe weights.
+    """
+    if name == DEMO.name:
+        gguf = demo_model.packaged_gguf()
+        if gguf is not None:
+            return ModelSource(name=name, path=str(demo_model.unpack(gguf, cache_dir() / "models" / name)))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return ModelSource(name=name, path=str(folder.resolve()))
+    preset = PRESETS.get(name)
+    if preset is None and not _is_hub_id(name):
+        raise ModelError(f"no such model: `{name}`", hint=_nearest(name))
+    hub_id = preset.hub_id if preset else name
+    return ModelSource(name=name, path=fetch_model(hub_id, offline=offline))
+
+
+WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+
+
+def fetch_model(hub_id: str, *, offline: bool) -> str:
+    """Bring a model's safetensors, configuration and tokenizer into the hub's own cache; return the folder.
+
+    Raises:
+        ModelError: If the hub does not have it, does not give it, or cannot be reached.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        path = snapshot_download(hub_id, allow_patterns=list(WEIGHTS), local_files_only=offline)
+    except GatedRepoError as error:
+        raise ModelError(
+            f"`{hub_id}` is gated: its licence must be accepted",
+            hint="accept it on the model's page, then `hf auth login`",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub has no model `{hub_id}`", hint="check its name; a private one needs `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        raise ModelError(
+            f"`{hub_id}` is not here, and the hub cannot be reached",
+            hint=f"go online once, give a local folder, or use `--model {DEMO.name}` after `pip install 'backprop[demo]'`",
+        ) from error
+    _check_folder(Path(path))
+    return path
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"`{folder}` has no config.json: not a model", hint="give a folder that `save_pretrained` wrote"
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)]
+    if pickles:
+        raise ModelError(
+            f"`{folder}` holds pickled weights only ({pickles[0]}), which can run code when opened",
+            hint="convert them to safetensors with the tool of whoever made them",
+        )
+    raise ModelError(f"`{folder}` holds no weights (*.safetensors)", hint="give a complete model folder")
+
+
+def _is_hub_id(name: str) -> bool:
+    owner, _, model = name.partition("/")
+    return bool(owner and model) and "/" not in model and not name.startswith((".", "~", "/"))
+
+
+def _nearest(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, PRESETS, n=1)
+    if close:
+        return f"did you mean `--model {close[0]}`?"
+    return f"give a folder, a hub id `owner/name`, or one of: {', '.join(PRESETS)}"
+
+
+def stream_rows(source: str) -> Iterator[Row]:
+    """Stream the rows of a hub data set `owner/name[:split]`, without loading the rest.
+
+    Raises:
+        DataError: If the hub does not have it or cannot be reached.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    name, _, split = source.partition(":")
+    try:
+        rows = load_dataset(name, split=split or "train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield Row(place=f"{source}, row {number}", value=dict(row))
+    except DatasetNotFoundError as error:
+        raise DataError(f"the hub has no data set `{name}`", hint="check its name, or give a local file") from error
+    except (ConnectionError, OSError) as error:
+        raise DataError(
+            f"`{source}` is no local file, and the hub cannot be reached", hint="give a local file, or go online"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"`{source}` cannot be read: {error}", hint="give a split that it has: `owner/name:split`"
+        ) from error

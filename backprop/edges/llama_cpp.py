@@ -1,0 +1,171 @@
+"""llama.cpp: its converter, quantizer and inference, all of one release.
+
+The bindings (package `llama-cpp-python`) bring quantizer and inference. The converter is Python in the source release
+of the same version, unpacked beside them by `python -m backprop.edges.llama_cpp_build`.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backprop.core.data.formats import Message
+from backprop.edges import process
+from backprop.edges.hub import cache_dir
+from backprop.errors import ExportError, ToolError
+
+VERSION = "0.3.36"
+"""Release of llama-cpp-python; requirements.lock pins the same."""
+BUILD_HINT = "python -m backprop.edges.llama_cpp_build"
+CONVERTED = ("f32", "f16", "bf16", "q8_0")
+"""Types that the converter writes by itself."""
+
+
+def home() -> Path:
+    """Give the folder that holds the converter: `BACKPROP_LLAMA_CPP`, or a folder of the cache."""
+    chosen = os.environ.get("BACKPROP_LLAMA_CPP")
+    return Path(chosen).expanduser() if chosen else cache_dir() / f"llama.cpp-{VERSION}"
+
+
+def bindings() -> Any:
+    """Import the bindings.
+
+    Raises:
+        ToolError: If they are missing or of another release than the converter.
+    """
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ToolError(f"export needs llama.cpp's bindings: {error}", hint=BUILD_HINT) from error
+    if llama_cpp.__version__ != VERSION:
+        raise ToolError(
+            f"llama-cpp-python is {llama_cpp.__version__}, and the converter is of {VERSION}", hint=BUILD_HINT
+        )
+    return llama_cpp
+
+
+def converter() -> Path:
+    """Find the converter script.
+
+    Raises:
+        ToolError: If it is missing.
+    """
+    script = home() / "convert_hf_to_gguf.py"
+    if not script.is_file():
+        raise ToolError(f"llama.cpp's converter is not in `{home()}`", hint=BUILD_HINT)
+    return script
+
+
+def convert(folder: Path, gguf: Path, *, kind: str) -> None:
+    """Turn a Hugging Face checkpoint into GGUF.
+
+    Args:
+        kind: One of `CONVERTED`.
+
+    Raises:
+        ExportError: If the converter does not know the model, with its own last words.
+    """
+    script = converter()
+    # The converter's own gguf package: the one on the index, of the same version number, is another.
+    env = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py"), "HF_HUB_OFFLINE": "1"}
+    argv = [sys.executable, str(script), str(folder), "--outfile", str(gguf), "--outtype", kind]
+    try:
+        process.run(argv, env=env)
+    except ToolError as error:
+        raise ExportError(
+            f"llama.cpp cannot convert this model: {error.message}", hint="see `--format safetensors`"
+        ) from error
+
+
+def quantize(source: Path, target: Path, *, quantization: str) -> None:
+    """Quantize a GGUF file of 16 or 32 bits.
+
+    Raises:
+        ExportError: If llama.cpp refuses.
+    """
+    llama_cpp = bindings()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
+    parameters.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with _quiet():
+        code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), parameters)
+    if code != 0 or not target.is_file():
+        raise ExportError(f"llama.cpp did not quantize to {quantization}: code {code}", hint="run `backprop doctor`")
+
+
+TINY_MODEL = """
+import sys, gguf, numpy
+writer = gguf.GGUFWriter(sys.argv[1], "llama")
+for add, value in ((writer.add_block_count, 1), (writer.add_context_length, 8), (writer.add_embedding_length, 256),
+                   (writer.add_feed_forward_length, 256), (writer.add_head_count, 4), (writer.add_layer_norm_rms_eps, 1e-5)):
+    add(value)
+for name in ("token_embd", "output", "blk.0.attn_q", "blk.0.ffn_down"):
+    writer.add_tensor(name + ".weight", numpy.ones((256, 256), numpy.float32))
+writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
+"""
+
+
+def quantize_tiny(folder: Path) -> int:
+    """Write a model of four matrices to ``folder``, quantize it, and give the size of the result in bytes.
+
+    Raises:
+        ToolError: If the converter's own GGUF package is missing or broken.
+        ExportError: If the quantizer does not work.
+    """
+    source, target = folder / "tiny.gguf", folder / "tiny-q4_k_m.gguf"
+    env = {**os.environ, "PYTHONPATH": str(converter().parent / "gguf-py")}
+    process.run([sys.executable, "-c", TINY_MODEL, str(source)], env=env, timeout_s=60)
+    quantize(source, target, quantization="q4_k_m")
+    return target.stat().st_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What a model said, and whether it ended by itself."""
+
+    text: str
+    stopped: bool
+
+
+def ask(gguf: Path, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64) -> list[Answer]:
+    """Load a GGUF and answer each conversation greedily, with the chat template in the file.
+
+    Raises:
+        ExportError: If llama.cpp cannot load the file.
+    """
+    llama_cpp = bindings()
+    with _quiet():
+        try:
+            model = llama_cpp.Llama(str(gguf), n_ctx=1024, verbose=False, seed=0)
+        except (ValueError, RuntimeError, OSError, AssertionError) as error:
+            raise ExportError(f"llama.cpp cannot load `{gguf}`: {error}", hint="export it again") from error
+        answers: list[Answer] = []
+        for messages in conversations:
+            reply = model.create_chat_completion(messages=list(messages), temperature=0.0, max_tokens=max_tokens)
+            choice = reply["choices"][0]
+            answers.append(
+                Answer(text=str(choice["message"]["content"] or "").strip(), stopped=choice["finish_reason"] == "stop")
+            )
+        model.close()
+    return answers
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what the library prints from C to nowhere; stdout carries results only."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        for number, descriptor in enumerate(saved, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.close(nowhere)

@@ -1,0 +1,188 @@
+"""The run directory: create, append, write whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+from backprop.config import differences
+from backprop.errors import DiskError, UsageError
+from backprop.events import JSON, Event, Sink, to_json
+
+MANIFEST = "run.json"
+
+
+def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -> None:
+    """Make ``directory`` this run's own.
+
+    Args:
+        identity: What makes a run the same one: its config, and the fingerprint of its data.
+
+    Raises:
+        UsageError: If it holds another run, a finished run, or files that are not of a run.
+        DiskError: If it cannot be written.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise DiskError(f"`{directory}` is a file, not a folder", hint="choose another `--output`")
+    manifest = read_manifest(directory)
+    if manifest is None:
+        left = [child.name for child in directory.iterdir()] if directory.is_dir() else []
+        if left and not overwrite:
+            raise UsageError(
+                f"`{directory}` holds files that are not of a run: {', '.join(sorted(left)[:5])}",
+                hint="choose another `--output`",
+            )
+    elif not overwrite:
+        _refuse_other_run(directory, manifest, identity)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FILES if manifest is not None else ():
+            _remove(directory / name)
+        probe = directory / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise DiskError(
+            f"`{directory}` cannot be written: {error.strerror}", hint="choose another `--output`, or mend its owner"
+        ) from error
+
+
+# What a run leaves in its directory; nothing else is ever removed.
+RUN_FILES = (
+    "lora",
+    "runs",
+    "checkpoints",
+    "export",
+    "events.jsonl",
+    "report.html",
+    "crash.txt",
+    "tensorboard",
+    MANIFEST,
+)
+
+
+def _refuse_other_run(directory: Path, manifest: Mapping[str, object], identity: Mapping[str, object]) -> None:
+    before = cast(dict[str, object], manifest.get("identity") or {})
+    now = cast(dict[str, object], json.loads(json.dumps(identity)))
+    changed = differences(before, now)
+    if changed:
+        raise UsageError(
+            f"`{directory}` holds another run, which differs in {'; '.join(changed)}",
+            hint="choose another `--output`, or add `--overwrite`",
+        )
+    if manifest.get("status") == "finished":
+        raise UsageError(
+            f"`{directory}` holds this very run, finished", hint="choose another `--output`, or add `--overwrite`"
+        )
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Read `run.json`; None if there is none.
+
+    Raises:
+        UsageError: If it is not what `backprop` wrote.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"`{path}` is damaged: {error}", hint="choose another `--output`") from error
+    if not isinstance(manifest, dict):
+        raise UsageError(f"`{path}` is not a manifest of a run", hint="choose another `--output`")
+    return cast(dict[str, Any], manifest)
+
+
+def write_manifest(directory: Path, manifest: Mapping[str, object]) -> None:
+    """Write `run.json`, whole."""
+    write_text(directory / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears complete or not at all.
+
+    Raises:
+        DiskError: If the disk is full or may not be written.
+    """
+    with whole(path) as beside, beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a path beside ``path`` for a file or folder; when the block ends well, it is synced and takes its place.
+
+    What stood at ``path`` before stays until then. When the block fails, nothing is left behind.
+
+    Raises:
+        DiskError: If the disk is full or may not be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(beside)
+        yield beside
+        _sync_tree(beside)
+        _replace(beside, path)
+    except OSError as error:
+        raise DiskError(f"`{path}` cannot be written: {error.strerror or error}", hint="look at `df -h`") from error
+    finally:
+        _remove(beside)
+
+
+def _replace(beside: Path, path: Path) -> None:
+    if path.is_dir():
+        # A folder cannot be renamed over one that holds files.
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        os.rename(path, old)
+        os.rename(beside, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(beside, path)
+    _sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(path: Path) -> None:
+    for child in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        _sync(child)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def event_log(directory: Path) -> Iterator[Sink]:
+    """Append every event to `events.jsonl` while the block runs."""
+    with (directory / "events.jsonl").open("a", encoding="utf-8") as file:
+        yield json_lines(file)
+
+
+def json_lines(file: IO[str]) -> Sink:
+    """Write every event to ``file`` as a JSON line, at once."""
+    import structlog
+
+    write: Callable[..., None] = structlog.wrap_logger(
+        structlog.WriteLogger(file), processors=[structlog.processors.JSONRenderer(ensure_ascii=False)]
+    ).info
+
+    def say(event: Event) -> None:
+        fields: dict[str, JSON] = to_json(event)
+        write(**fields)
+
+    return say

@@ -1,0 +1,207 @@
+"""Base model and adapter, ready to train."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from backprop.config import TrainConfig
+from backprop.core.data.formats import Message
+from backprop.core.plan import ModelShape, Plan
+from backprop.errors import DataError, ModelError, ToolError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class HfTokenizer:
+    """A transformers tokenizer behind the `ChatTokenizer` protocol."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.inner = tokenizer
+        added = cast(Mapping[int, Any], tokenizer.added_tokens_decoder)
+        self._special = {number for number, token in added.items() if token.special}
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        """Apply the chat template and tokenise.
+
+        Raises:
+            DataError: If the template refuses these turns.
+        """
+        from jinja2 import TemplateError
+
+        if not messages and not add_generation_prompt:
+            return []
+        template: Any = self.inner
+        try:
+            text = template.apply_chat_template(
+                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"this model's chat template refuses a conversation: {error}; turns: "
+                f"{', '.join(message['role'] for message in messages)}",
+                hint="mend the order of the turns, or choose another model",
+            ) from error
+        return self._ids(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokenise plain text and end it with the end-of-text token."""
+        whole: Any = self.inner
+        ids = cast(list[int], whole(text)["input_ids"])
+        end = whole.eos_token_id
+        return ids if ids and ids[-1] == end else [*ids, end]
+
+    def is_special(self, token: int) -> bool:
+        """Say whether ``token`` is a control token."""
+        return token in self._special
+
+    def _ids(self, text: str) -> list[int]:
+        whole: Any = self.inner
+        return cast(list[int], whole(text, add_special_tokens=False)["input_ids"])
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
+    """Load a model's tokenizer.
+
+    Raises:
+        ModelError: If it cannot be, or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    loader: Any = AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the tokenizer of `{path}` cannot be loaded: {error}", hint=_code_hint(error)) from error
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"`{path}` has no chat template: it is a base model, not a chat model",
+            hint="take its instruct variant, or put a `chat_template.jinja` into a copy of the folder",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return HfTokenizer(tokenizer)
+
+
+def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
+    """Read a model's dimensions from its configuration, without its weights.
+
+    Raises:
+        ModelError: If its architecture is not known.
+    """
+    from transformers import AutoConfig
+
+    loader: Any = AutoConfig
+    try:
+        config = loader.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"`{path}` is of an unsupported architecture: {error}", hint=_code_hint(error)) from error
+    return ModelShape(
+        hidden_size=int(config.hidden_size),
+        num_layers=int(config.num_hidden_layers),
+        max_positions=int(config.max_position_embeddings),
+        vocabulary=int(config.vocab_size),
+    )
+
+
+def _code_hint(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings its own Python code: read it, then add `--trust-remote-code`"
+    return "check the folder, or choose a preset: `backprop doctor`"
+
+
+def load_base(
+    path: str, *, dtype: str, device: str, four_bit: bool = False, trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """Load the base model's weights, from safetensors only.
+
+    Raises:
+        ModelError: If the weights do not fit the configuration or are damaged.
+        ToolError: If 4-bit weights are wanted and `bitsandbytes` is missing.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if four_bit:
+        options["quantization_config"] = _nf4(options["dtype"])
+    loader: Any = AutoModelForCausalLM
+    try:
+        model = loader.from_pretrained(path, use_safetensors=True, device_map={"": device}, **options)
+    except SafetensorError as error:
+        raise ModelError(f"the weights in `{path}` are damaged: {error}", hint="fetch them again") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the model in `{path}` cannot be loaded: {error}", hint=_code_hint(error)) from error
+    return cast("PreTrainedModel", model)
+
+
+def _nf4(dtype: "torch.dtype") -> object:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ToolError("`--method qlora` needs `bitsandbytes`", hint="pip install 'backprop[standard]'") from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any:
+    """Wrap the base model with a fresh adapter, in float32 (so that small steps are not lost).
+
+    Raises:
+        ModelError: If `--target-modules` names no layer of this model.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import set_seed
+
+    set_seed(config.seed)
+    model: Any = base
+    if config.method == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=plan.checkpointing.value)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=cast(int, plan.lora_alpha.value),
+        lora_dropout=config.lora_dropout,
+        use_dora=config.method == "dora",
+        target_modules=list(config.target_modules) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        names = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if not list(module.children())}
+        )
+        raise ModelError(
+            f"`--target-modules` {' '.join(config.target_modules)} fits no layer of this model: {error}",
+            hint=f"its layers are named: {', '.join(names)}",
+        ) from error
+
+
+def adapter_state(model: Any) -> dict[str, "torch.Tensor"]:
+    """Copy the adapter's tensors to main memory, under the names PEFT saves them with."""
+    from peft import get_peft_model_state_dict
+
+    state = cast(dict[str, Any], get_peft_model_state_dict(model, save_embedding_layers=False))
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+def set_adapter_state(model: Any, state: Mapping[str, "torch.Tensor"]) -> None:
+    """Put tensors into the adapter; every one must have its place."""
+    from peft import set_peft_model_state_dict
+
+    result: Any = set_peft_model_state_dict(model, dict(state))
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    assert not missing, f"adapter tensors without a value: {missing[:3]}"
+    assert not result.unexpected_keys, f"tensors without a place: {result.unexpected_keys[:3]}"
+
+
+def save_adapter(model: Any, tokenizer: HfTokenizer, folder: Path) -> None:
+    """Write the adapter, the tokenizer and its chat template; plain PEFT loads the folder."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    whole: Any = tokenizer.inner
+    whole.save_pretrained(str(folder))

@@ -1,0 +1,77 @@
+"""Errors a user can act on: one class per exit code of the command line.
+
+A `BackpropError` carries the fact, and a hint that can be typed. Programmer's mistakes are not wrapped in it.
+"""
+
+
+class BackpropError(Exception):
+    """Something the user can mend.
+
+    Args:
+        message: What happened, with the file, row or option; both numbers where there are two.
+        hint: What to type or change. None only if there is nothing to be done.
+    """
+
+    code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(BackpropError):
+    """An option or configuration that cannot be."""
+
+    code = 2
+
+
+class DataError(BackpropError):
+    """Data that is missing, unreadable, or holds nothing to train on."""
+
+    code = 3
+
+
+class ModelError(BackpropError):
+    """A model that is not found, gated, unsupported, or in an unsafe format."""
+
+    code = 4
+
+
+class HardwareError(BackpropError):
+    """No usable GPU or driver, or a model that does not fit it."""
+
+    code = 5
+
+
+class TrainingError(BackpropError):
+    """Training that went wrong: a loss or gradient that is not finite."""
+
+    code = 6
+
+
+class ExportError(BackpropError):
+    """An export, or the check of what was exported, that failed."""
+
+    code = 7
+
+
+class DiskError(BackpropError):
+    """A disk that is full or may not be written."""
+
+    code = 9
+
+
+class ToolError(BackpropError):
+    """A package or program that is missing or failed."""
+
+    code = 7
+
+
+class Interrupted(BackpropError):  # noqa: N818 - it is not a fault
+    """The user pressed Ctrl-C."""
+
+    code = 130
+
+
+EXIT_CODE_OF_A_BUG = 1

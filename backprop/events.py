@@ -1,0 +1,227 @@
+"""Events: what a run says, as data. A sink decides how it looks.
+
+Kinds and keys are only ever added; `schema()` is the contract with those who read them.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+EVENT_VERSION = 1
+
+JSON = str | int | float | bool | None | Sequence["JSON"] | Mapping[str, "JSON"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStarted:
+    """A command began its work."""
+
+    command: str
+    output: str
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanMade:
+    """Everything decided before training, each with its reason."""
+
+    choices: Mapping[str, JSON]
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataRead:
+    """What the data held, after rendering."""
+
+    rows: int
+    eval_rows: int
+    examples: int
+    tokens: int
+    trained_tokens: int
+    tokens_cut: int
+    examples_dropped: int
+    shapes: Mapping[str, int]
+    longest: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One optimizer step. `loss` is the mean over the trained tokens of the step, in nats."""
+
+    step: int
+    num_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    memory_bytes: int
+    run: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Eval:
+    """Mean loss over the trained tokens of a held-out set, in nats."""
+
+    step: int
+    loss: float
+    part: str = "eval"
+    run: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunMerged:
+    """One run of a multi-run was trained and merged."""
+
+    run: int
+    num_runs: int
+    num_merges: int
+    mode: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Warned:
+    """Something the user can act on, that does not stop the run."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A phase began that may take a while."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """A file was exported and answered when asked."""
+
+    path: str
+    format: str
+    quantization: str
+    size_bytes: int
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """One finding of doctor."""
+
+    name: str
+    ok: bool
+    found: str
+    needed: str = ""
+    mend: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFinished:
+    """The command did all it was asked to."""
+
+    command: str
+    output: str
+    seconds: float
+    result: Mapping[str, JSON] = field(default_factory=dict[str, JSON])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """The command ended early: `code` is its exit code."""
+
+    code: int
+    message: str
+    hint: str
+
+
+Event = (
+    RunStarted
+    | PlanMade
+    | DataRead
+    | Step
+    | Eval
+    | RunMerged
+    | Warned
+    | Phase
+    | Exported
+    | Checked
+    | RunFinished
+    | Failed
+)
+
+KINDS: dict[type, str] = {
+    RunStarted: "run_started",
+    PlanMade: "plan",
+    DataRead: "data",
+    Step: "step",
+    Eval: "eval",
+    RunMerged: "merged",
+    Warned: "warning",
+    Phase: "phase",
+    Exported: "exported",
+    Checked: "check",
+    RunFinished: "run_finished",
+    Failed: "error",
+}
+
+Sink = Callable[[Event], None]
+
+
+def to_json(event: Event) -> dict[str, JSON]:
+    """Give the event as a JSON object with its version, time (UTC) and kind."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {"v": EVENT_VERSION, "t": now, "event": KINDS[type(event)], **dataclasses.asdict(event)}
+
+
+def tee(*sinks: Sink) -> Sink:
+    """Give every event to each of ``sinks`` in turn."""
+
+    def say(event: Event) -> None:
+        for sink in sinks:
+            sink(event)
+
+    return say
+
+
+def schema() -> dict[str, JSON]:
+    """Give the JSON Schema (2020-12) of one line of `--json` or `events.jsonl`."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "backprop event",
+        "oneOf": [_schema_of(cls, kind) for cls, kind in KINDS.items()],
+    }
+
+
+def _schema_of(cls: type, kind: str) -> dict[str, JSON]:
+    hints = typing.get_type_hints(cls)
+    properties: dict[str, JSON] = {
+        "v": {"const": EVENT_VERSION},
+        "t": {"type": "string", "format": "date-time"},
+        "event": {"const": kind},
+    }
+    for name, hint in hints.items():
+        properties[name] = _schema_of_type(hint)
+    return {
+        "title": kind,
+        "description": (cls.__doc__ or "").strip(),
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+    }
+
+
+_PRIMITIVES: dict[object, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
+
+
+def _schema_of_type(hint: object) -> dict[str, JSON]:
+    if hint in _PRIMITIVES:
+        return {"type": _PRIMITIVES[hint]}
+    if typing.get_origin(hint) is Mapping:
+        value = typing.get_args(hint)[1]
+        if isinstance(value, types.UnionType) or value not in _PRIMITIVES:
+            return {"type": "object"}
+        return {"type": "object", "additionalProperties": _schema_of_type(value)}
+    raise TypeError(f"no JSON Schema for {hint}")

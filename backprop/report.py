@@ -1,0 +1,163 @@
+"""The report page: one self-contained HTML file about a run. Everything from the data is escaped."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from backprop.events import DataRead, Eval, Event, Step
+
+WIDTH, HEIGHT, MARGIN = 720, 240, 48
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #d0d5dd; --paper: #ffffff; --curve: #2563eb;
+  --other: #d97706; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #344054; --paper: #12161d;
+  --curve: #60a5fa; --other: #fbbf24; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
+  max-width: 760px; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.soft { color: var(--soft); margin-top: .2rem; } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+td, th { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; } svg .axis { stroke: var(--line); }
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """A curve: points (x, y), finite, in order of x."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    color: str = "--curve"
+    dots: bool = False
+
+
+def page(manifest: Mapping[str, object], events: Sequence[Event]) -> str:
+    """Write the page of a run from its manifest and events."""
+    steps = [event for event in events if isinstance(event, Step)]
+    title = f"backprop {manifest['command']}: {manifest['status']}"
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(_headline(manifest, steps))}</p>']
+    parts += _error(manifest)
+    if steps:
+        parts += _curves(steps, [event for event in events if isinstance(event, Eval)])
+    parts += ["<h2>Plan</h2>", _plan_table(manifest)]
+    for event in events:
+        if isinstance(event, DataRead):
+            parts += ["<h2>Data</h2>", _table((name, value) for name, value in _data_rows(event))]
+    parts += ["<h2>Result</h2>", _table(_mapping(manifest.get("result")).items())]
+    parts += ["<h2>Versions</h2>", _table(_mapping(manifest.get("versions")).items())]
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _headline(manifest: Mapping[str, object], steps: Sequence[Step]) -> str:
+    model = _mapping(manifest.get("model")).get("name", "no model yet")
+    if not steps:
+        return f"{model}, no steps"
+    return f"{model}, {len(steps)} steps, loss {steps[0].loss:.3f} at first, {steps[-1].loss:.3f} at last"
+
+
+def _error(manifest: Mapping[str, object]) -> list[str]:
+    error = _mapping(manifest.get("error"))
+    return [f"<p><strong>error: {escape(str(error['message']))}</strong></p>"] if error else []
+
+
+def _curves(steps: Sequence[Step], evals: Sequence[Eval]) -> list[str]:
+    # In a multi-run the step starts at one again in each run: the axis goes on.
+    first_of_run = {event.run: index for index, event in reversed(list(enumerate(steps)))}
+    losses = Series(name="training loss", points=[(index + 1, step.loss) for index, step in enumerate(steps)])
+    held_out = Series(
+        name="held-out loss",
+        points=[(first_of_run.get(e.run, 0) + e.step, e.loss) for e in evals if e.part == "eval"],
+        color="--other",
+        dots=True,
+    )
+    rates = Series(name="learning rate", points=[(index + 1, step.learning_rate) for index, step in enumerate(steps)])
+    speeds = Series(name="tokens/s", points=[(index + 1, step.tokens_per_second) for index, step in enumerate(steps)])
+    return [
+        "<h2>Loss</h2>",
+        _chart([losses, held_out]),
+        "<h2>Throughput, tokens per second</h2>",
+        _chart([speeds]),
+        "<h2>Learning rate</h2>",
+        _chart([rates]),
+        f'<p class="soft">peak memory {max(step.memory_bytes for step in steps) / 2**30:.2f} GiB</p>',
+    ]
+
+
+def _chart(series: Sequence[Series]) -> str:
+    drawn = [one for one in series if one.points]
+    xs = [x for one in drawn for x, _ in one.points]
+    ys = [y for one in drawn for _, y in one.points]
+    left, right, top = min(xs), max(max(xs), min(xs) + 1), max(ys) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = MARGIN + (x - left) / (right - left) * (WIDTH - 2 * MARGIN)
+        return round(across, 1), round(HEIGHT - MARGIN / 2 - y / top * (HEIGHT - MARGIN), 1)
+
+    marks: list[str] = []
+    for share in (0, 0.5, 1):
+        _, y = place(left, share * top)
+        marks.append(f'<line class="axis" x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y}" y2="{y}"/>')
+        marks.append(f'<text x="{MARGIN - 6}" y="{y + 4}" text-anchor="end">{share * top:.3g}</text>')
+    marks.append(f'<text x="{MARGIN}" y="{HEIGHT - 4}">step {left:.0f}</text>')
+    marks.append(f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 4}" text-anchor="end">{right:.0f}</text>')
+    for number, one in enumerate(drawn):
+        placed = [place(x, y) for x, y in one.points]
+        line = " ".join(f"{x},{y}" for x, y in placed)
+        marks.append(f'<polyline fill="none" stroke="var({one.color})" stroke-width="2" points="{line}"/>')
+        if one.dots:
+            marks += [f'<circle cx="{x}" cy="{y}" r="4" fill="var({one.color})"/>' for x, y in placed]
+        if len(drawn) > 1:
+            x = WIDTH - MARGIN - 130
+            marks.append(f'<rect x="{x}" y="{8 + 18 * number}" width="12" height="12" fill="var({one.color})"/>')
+            marks.append(f'<text x="{x + 18}" y="{18 + 18 * number}">{escape(one.name)}</text>')
+    label = escape(" and ".join(one.name for one in drawn))
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(marks)}</svg>'
+
+
+def _plan_table(manifest: Mapping[str, object]) -> str:
+    rows = [(name, _mapping(choice)) for name, choice in _mapping(manifest.get("plan")).items()]
+    body = "".join(
+        f"<tr><td>{escape(name.replace('_', ' '))}</td><td>{escape(_shown(choice['value']))}</td>"
+        f"<td>{escape(str(choice['reason']))}</td></tr>"
+        for name, choice in rows
+    )
+    return f'<div class="scroll"><table><tr><th>choice</th><th>value</th><th>why</th></tr>{body}</table></div>'
+
+
+def _data_rows(data: DataRead) -> list[tuple[str, object]]:
+    shapes = ", ".join(f"{count} {shape}" for shape, count in data.shapes.items())
+    return [
+        ("shapes", shapes),
+        ("rows", data.rows),
+        ("held-out rows", data.eval_rows),
+        ("examples", data.examples),
+        ("tokens", data.tokens),
+        ("trained tokens", data.trained_tokens),
+        ("tokens cut", data.tokens_cut),
+        ("examples dropped", data.examples_dropped),
+        ("longest example", data.longest),
+    ]
+
+
+def _table(rows: Iterable[tuple[object, object]]) -> str:
+    body = "".join(
+        f"<tr><td>{escape(str(name).replace('_', ' '))}</td><td>{escape(_shown(value))}</td></tr>"
+        for name, value in rows
+    )
+    return f'<div class="scroll"><table>{body}</table></div>'
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,178 @@
+"""`backprop export`: from an adapter to a file that runs, asked once before success is claimed."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import backprop
+from backprop.config import ExportConfig
+from backprop.edges import device, hub, llama_cpp, rundir
+from backprop.errors import DiskError, ExportError, UsageError
+from backprop.events import Exported, Phase, RunFinished, RunStarted, Sink
+
+# Room for the merged checkpoint in float32, its 16-bit GGUF and one quantized file, per weight: 4 + 2 + 1 bytes.
+BYTES_PER_WEIGHT = 7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """An adapter on disk and the base model it was trained on."""
+
+    folder: Path
+    base: str
+    output: Path
+    name: str
+
+
+def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
+    """Export an adapter or a run directory.
+
+    Returns:
+        The files (gguf) or folder (safetensors) that were written.
+
+    Raises:
+        UsageError: If ``source`` is neither, or a file of that name is there already.
+        ExportError: If a step fails, or the exported model gives no answer.
+    """
+    started = time.monotonic()
+    adapter = find_adapter(source, config)
+    targets = _targets(adapter, config)
+    if config.format == "gguf":
+        llama_cpp.converter()
+        llama_cpp.bindings()
+    say(RunStarted(command="export", output=str(adapter.output), version=backprop.__version__))
+    _check_room(adapter)
+    if config.format == "safetensors":
+        _export_safetensors(adapter, targets["safetensors"], config, say)
+    else:
+        _export_gguf(adapter, targets, config, say)
+    paths = list(targets.values())
+    seconds = round(time.monotonic() - started, 1)
+    result = {"files": [str(path) for path in paths]}
+    say(RunFinished(command="export", output=str(adapter.output), seconds=seconds, result=result))
+    return paths
+
+
+def find_adapter(source: Path, config: ExportConfig) -> Adapter:
+    """Find the adapter in a run directory or PEFT folder, and its base model.
+
+    Raises:
+        UsageError: If there is none.
+        ModelError: If its base model cannot be found.
+    """
+    folder = source if (source / "adapter_config.json").is_file() else source / "lora"
+    run = folder.parent
+    if not (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"`{source}` holds no adapter", hint="give a run directory, or a folder with adapter_config.json"
+        )
+    manifest = rundir.read_manifest(run) or {}
+    if manifest and manifest.get("status") != "finished":
+        raise UsageError(
+            f"the run in `{run}` is not finished: {manifest.get('status')}", hint="run its command again, to the end"
+        )
+    base = (manifest.get("model") or {}).get("name") or _base_of(folder)
+    path = hub.find_model(base, offline=config.offline).path
+    output = config.output or (run if manifest else folder) / "export"
+    return Adapter(
+        folder=folder, base=path, output=output, name=run.resolve().name if manifest else folder.resolve().name
+    )
+
+
+def _base_of(folder: Path) -> str:
+    import json
+
+    try:
+        settings: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        return str(settings["base_model_name_or_path"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"`{folder}/adapter_config.json` is damaged: {error}", hint="give the run it came from"
+        ) from error
+
+
+def _targets(adapter: Adapter, config: ExportConfig) -> dict[str, Path]:
+    """Name the files to write, and refuse to write over others."""
+    if config.format == "safetensors":
+        targets = {"safetensors": adapter.output / "safetensors"}
+    else:
+        targets = {kind: adapter.output / f"{adapter.name}-{kind}.gguf" for kind in config.quantization}
+    there = [path for path in targets.values() if path.exists()]
+    if there and not config.overwrite:
+        raise UsageError(f"`{there[0]}` is there already", hint="add `--overwrite`, or choose another `--output`")
+    return targets
+
+
+def _check_room(adapter: Adapter) -> None:
+    weights = sum(path.stat().st_size for path in Path(adapter.base).glob("*.safetensors")) // 2
+    need, free = weights * BYTES_PER_WEIGHT, device.disk_free_bytes(adapter.output)
+    if free < need:
+        raise DiskError(
+            f"export needs about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
+            hint="make room, or `--output`",
+        )
+
+
+def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, say: Sink) -> None:
+    from backprop.engine import loop, merge
+
+    loop.quieten()
+    say(Phase(name="merging the adapter"))
+    with rundir.whole(target) as folder:
+        merge.merge(adapter.base, adapter.folder, folder, dtype="bfloat16", trust_remote_code=config.trust_remote_code)
+        answer = merge.ask(folder, config.question)
+        if not answer:
+            raise ExportError("the exported model gave no answer", hint="ask another `--question`")
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    say(
+        Exported(
+            path=str(target),
+            format="safetensors",
+            quantization="bf16",
+            size_bytes=size,
+            question=config.question,
+            answer=answer,
+        )
+    )
+
+
+def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> None:
+    from backprop.engine import loop, merge
+
+    loop.quieten()
+    adapter.output.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export-", dir=adapter.output) as scratch:
+        checkpoint = Path(scratch) / "merged"
+        say(Phase(name="merging the adapter"))
+        merge.merge(adapter.base, adapter.folder, checkpoint, trust_remote_code=config.trust_remote_code)
+        say(Phase(name="converting to GGUF"))
+        # Quantizing starts from 16 bits or more; a file that is wanted as it is serves as the source too.
+        source = Path(scratch) / "f16.gguf"
+        llama_cpp.convert(checkpoint, source, kind="f16")
+        for kind, target in targets.items():
+            say(Phase(name=f"writing {kind}"))
+            with rundir.whole(target) as beside:
+                if kind == "f16":
+                    beside.hardlink_to(source)
+                elif kind in llama_cpp.CONVERTED:
+                    llama_cpp.convert(checkpoint, beside, kind=kind)
+                else:
+                    llama_cpp.quantize(source, beside, quantization=kind)
+                answer = llama_cpp.ask(beside, [[{"role": "user", "content": config.question}]])[0]
+                if not answer.text:
+                    raise ExportError(
+                        f"the {kind} file gave no answer to {config.question!r}", hint="try `--quantization q8_0`"
+                    )
+            say(
+                Exported(
+                    path=str(target),
+                    format="gguf",
+                    quantization=kind,
+                    size_bytes=target.stat().st_size,
+                    question=config.question,
+                    answer=answer.text,
+                )
+            )

@@ -1,0 +1,133 @@
+"""Small real doubles: a tokenizer of letters, a tiny random Llama with the SmolLM2 tokenizer, the command line in process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from backprop.core.data.formats import Message
+
+ROOT = Path(__file__).parent.parent
+ASSETS = Path(__file__).parent / "assets"
+
+
+@pytest.fixture(autouse=True)
+def _clean_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep the user's settings, GPU and network out of every test."""
+    for name in [name for name in os.environ if name.startswith("BACKPROP_") and name != "BACKPROP_LLAMA_CPP"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+class LetterTokenizer:
+    """One token per character; `<role>`, `</a>` and the like are one token each, and special."""
+
+    SPECIAL = ("<s>", "<u>", "<a>", "</s>", "</u>", "</a>", "<end>")
+    OPEN = {"system": "<s>", "user": "<u>", "assistant": "<a>"}
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        ids: list[int] = []
+        for message in messages:
+            mark = self.OPEN[message["role"]]
+            ids += [self._special(mark), *map(ord, message["content"]), self._special(mark.replace("<", "</")), ord("\n")]
+        return [*ids, self._special("<a>")] if add_generation_prompt else ids
+
+    def encode_text(self, text: str) -> list[int]:
+        return [*map(ord, text), self._special("<end>")]
+
+    def is_special(self, token: int) -> bool:
+        return token >= 0x110000
+
+    def _special(self, mark: str) -> int:
+        return 0x110000 + self.SPECIAL.index(mark)
+
+    def shown(self, token: int) -> str:
+        return self.SPECIAL[token - 0x110000] if self.is_special(token) else chr(token)
+
+
+class ForgetfulTokenizer(LetterTokenizer):
+    """Rewrites earlier answers, as templates do that drop old reasoning: only the last keeps its words."""
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        last = None if add_generation_prompt else len(messages) - 1
+        kept: list[Message] = [
+            message if message["role"] != "assistant" or number == last else {"role": "assistant", "content": "…"}
+            for number, message in enumerate(messages)
+        ]
+        return super().render(kept, add_generation_prompt=add_generation_prompt)
+
+
+@pytest.fixture
+def letters() -> LetterTokenizer:
+    return LetterTokenizer()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows as JSON lines, or text or bytes as they are, and give the path."""
+
+    def write(content: object, name: str = "data.jsonl") -> Path:
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, str):
+            path.write_text(content)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        return path
+
+    return write
+
+
+def chat(*texts: str) -> dict[str, object]:
+    """A row of turns: user, assistant, user, …"""
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]}
+
+
+def backprop(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does: another process, its exit code and both streams."""
+    return subprocess.run(
+        [sys.executable, "-m", "backprop", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with the real SmolLM2 tokenizer: 3.3 million weights, nearly all of them embeddings."""
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for path in (ASSETS / "smollm2-tokenizer").iterdir():
+        if path.name != "README.md":
+            shutil.copy(path, folder / path.name)
+    return folder

@@ -1,0 +1,126 @@
+"""Files of every kind, and what is said of those that cannot be read."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backprop.core.data.formats import judge
+from backprop.edges.files import MAX_LINE_BYTES, is_local, read_rows
+from backprop.errors import DataError
+
+ROW = {"question": "a", "answer": "b"}
+
+
+def values(source: Path) -> list[object]:
+    return [row.value for row in read_rows(str(source))]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"text": "é"}\n\n{"text": "b"}\n', [{"text": "é"}, {"text": "b"}]),
+        ("a.jsonl", '\ufeff{"text": "a"}', [{"text": "a"}]),
+        ("a.json", '[{"text": "a"}, {"text": "b"}]', [{"text": "a"}, {"text": "b"}]),
+        ("a.json", '{"text": "a"}\n{"text": "b"}\n', [{"text": "a"}, {"text": "b"}]),
+        ("a.csv", 'prompt,completion\n"a, b","c\nd"\n', [{"prompt": "a, b", "completion": "c\nd"}]),
+        ("a.txt", "one\ntwo\n\n\nthree\n", [{"text": "one\ntwo"}, {"text": "three"}]),
+    ],
+)
+def test_every_kind_of_file_gives_its_rows(
+    write: Callable[..., Path], name: str, content: str, expected: list[object]
+) -> None:
+    assert values(write(content, name)) == expected
+
+
+def test_gzip_is_read_as_what_it_holds(write: Callable[..., Path]) -> None:
+    assert values(write(gzip.compress(json.dumps(ROW).encode()), "a.jsonl.gz")) == [ROW]
+
+
+def test_a_folder_gives_the_rows_of_its_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    for name, text in (("b.jsonl", "2"), ("a.jsonl", "1"), ("more/c.jsonl", "3"), ("notes.md", "no")):
+        (tmp_path / "data" / name).write_text(json.dumps({"text": text}) + "\n")
+    assert values(tmp_path / "data") == [{"text": "1"}, {"text": "2"}, {"text": "3"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", "", "is empty"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\x00\x01\x02\n', "line 2 is binary"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8 text"),
+        ("a.jsonl", "[" * 100_000, "nested too deeply"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "cannot be read"),
+        ("a.json", '[{"text": "a"},\n{"text" "b"}]', "a.json, line 2 is not JSON"),
+        ("a.json", b'[{"text": "\xff"}]', "is not text"),
+        ("a.csv", "prompt,completion\na,b\nc\n", "row 2 has not as many cells"),
+        ("a.csv", "prompt,completion\na,b,c\n", "row 1 has not as many cells"),
+        ("a.csv", 'prompt,completion\n"a', "is not CSV"),
+        ("a.parquet", b"PAR1 no", "is not a whole parquet file"),
+        ("a.jsonl.gz", b"not gzip", "is not a whole gzip file"),
+        ("a.pdf", b"%PDF", "is of an unknown kind"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(
+    write: Callable[..., Path], name: str, content: str | bytes, said: str
+) -> None:
+    with pytest.raises(DataError) as raised:
+        values(write(content, name))
+    assert name in raised.value.message
+    assert said in raised.value.message
+    assert raised.value.hint
+
+
+def test_half_a_gzip_file_is_refused(write: Callable[..., Path]) -> None:
+    whole = gzip.compress(b'{"text": "a"}\n' * 10_000)
+    with pytest.raises(DataError, match="not a whole gzip file"):
+        values(write(whole[: len(whole) // 2], "a.jsonl.gz"))
+
+
+def test_a_line_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.seek(MAX_LINE_BYTES + 1)  # a sparse file: zeros take no room
+        file.write(b"\n")
+    with pytest.raises(DataError, match="line 1 is longer than 32 MiB"):
+        values(path)
+
+
+def test_a_missing_file_is_answered_with_the_nearest_name(write: Callable[..., Path]) -> None:
+    path = write([ROW], "my_data.jsonl")
+    with pytest.raises(DataError) as raised:
+        values(path.with_name("my-data.jsonl"))
+    assert raised.value.hint == f"did you mean `{path}`?"
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no data files"):
+        values(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "local"),
+    [
+        ("data.jsonl", True),
+        ("./data", True),
+        ("/data/x", True),
+        ("some/data.jsonl", True),
+        ("word", True),
+        ("a/b/c", True),
+        ("owner/name", False),
+        ("owner/name:train", False),
+    ],
+)
+def test_what_looks_like_a_path_never_goes_to_the_hub(source: str, local: bool) -> None:
+    assert is_local(source) == local
+
+
+def test_parquet_rows_are_read(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([ROW, ROW]), tmp_path / "a.parquet")
+    assert len(judge(read_rows(str(tmp_path / "a.parquet"))).conversations) == 2

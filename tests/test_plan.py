@@ -1,0 +1,94 @@
+"""Choices and their reasons."""
+
+import pytest
+
+from backprop.config import TrainConfig
+from backprop.core.hardware import Gpu, Hardware
+from backprop.core.plan import Choice, DataShape, ModelShape, Plan, choose_max_length, choose_model, make_plan
+from backprop.errors import HardwareError
+from backprop.presets import GIB, PRESETS
+
+SMALL = ModelShape(hidden_size=576, num_layers=30, max_positions=8192, vocabulary=49152)
+
+
+def machine(*gpu_gib: float) -> Hardware:
+    gpus = tuple(
+        Gpu(name="a GPU", memory_bytes=int(g * GIB), memory_free_bytes=int(g * GIB), capability=(8, 6)) for g in gpu_gib
+    )
+    return Hardware(gpus=gpus, driver="", num_cpus=2, memory_bytes=16 * GIB, platform="Linux x86_64")
+
+
+def plan(config: TrainConfig | None = None, *, examples: int = 100, hardware: Hardware | None = None) -> Plan:
+    return make_plan(
+        config or TrainConfig(data=("x",)),
+        hardware or machine(),
+        SMALL,
+        DataShape(num_examples=examples, longest=100, mean_length=60),
+        model=Choice("m", ""),
+        max_length=Choice(100, ""),
+    )
+
+
+def test_every_choice_says_why() -> None:
+    assert all(choice.reason for name, choice in plan().choices().items() if name not in ("model", "max_length"))
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "expected"), [((), "smollm2-135m"), ((1,), "smollm2-135m"), ((8,), "qwen3-1.7b"), ((24,), "qwen3-8b")]
+)
+def test_the_default_model_is_the_largest_that_fits(gpu_gib: tuple[float, ...], expected: str) -> None:
+    assert choose_model(None, machine(*gpu_gib)).value == expected
+
+
+def test_a_preset_that_cannot_fit_is_refused_with_both_numbers_and_one_that_does() -> None:
+    with pytest.raises(HardwareError) as raised:
+        choose_model("qwen3-8b", machine(4))
+    assert "4.0 GiB are free" in raised.value.message
+    assert "qwen3-0.6b" in (raised.value.hint or "")
+
+
+def test_seven_billion_weights_fit_a_small_card_in_4_bits_only() -> None:
+    # The two cards of speed-minded beginners: 8 GiB holds 7B in 4 bits, 16 bits need more than 16.
+    assert PRESETS["mistral-7b"].qlora_gib < 8 < 16 < PRESETS["mistral-7b"].lora_gib
+
+
+@pytest.mark.parametrize(("examples", "steps"), [(8, 10), (100, 130), (1000, 126), (16_000, 1000)])
+def test_small_data_is_passed_ten_times_and_large_data_once(examples: int, steps: int) -> None:
+    assert plan(examples=examples).steps.value == steps
+
+
+def test_epochs_become_steps() -> None:
+    config = TrainConfig(data=("x",), epochs=1.5, batch_size=10)
+    assert plan(config, examples=100).steps.value == 15
+
+
+@pytest.mark.parametrize(("width", "expected"), [(2000, 5e-4), (576, 1.3e-3), (4096, 2.9e-4)])
+def test_the_rate_falls_with_the_width(width: int, expected: float) -> None:
+    # 5e-4 * (2000 / width) ** 0.781, to two digits.
+    shape = ModelShape(hidden_size=width, num_layers=1, max_positions=1, vocabulary=1)
+    made = make_plan(
+        TrainConfig(data=("x",)),
+        machine(),
+        shape,
+        DataShape(num_examples=10, longest=10, mean_length=10),
+        model=Choice("m", ""),
+        max_length=Choice(10, ""),
+    )
+    assert made.learning_rate.value == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("batch", [1, 6, 7, 8, 12])
+def test_the_micro_batch_divides_the_batch(batch: int) -> None:
+    made = plan(TrainConfig(data=("x",), batch_size=batch))
+    assert batch % made.micro_batch.value == 0
+
+
+def test_an_uneven_micro_batch_is_made_to_divide() -> None:
+    assert plan(TrainConfig(data=("x",), batch_size=8, micro_batch=3)).micro_batch.value == 2
+
+
+def test_nothing_is_cut_unless_the_model_has_no_positions() -> None:
+    config = TrainConfig(data=("x",))
+    assert choose_max_length(config, 100, SMALL).value == 100
+    assert choose_max_length(config, 10_000, SMALL).value == 8192
+    assert choose_max_length(TrainConfig(data=("x",), max_length=50), 100, SMALL).value == 50

@@ -1,0 +1,43 @@
+"""The held-out part."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backprop.core.data.formats import Conversation
+from backprop.core.data.split import hold_out
+
+
+def texts(*names: str) -> list[Conversation]:
+    return [Conversation(messages=(), text=name, shape="text", place="") for name in names]
+
+
+rows = st.lists(st.text(max_size=5), min_size=1, max_size=60).map(lambda names: texts(*names))
+
+
+@given(rows=rows, fraction=st.floats(0, 0.5))
+def test_the_parts_never_overlap_and_lose_nothing(rows: list[Conversation], fraction: float) -> None:
+    kept, held = hold_out(rows, fraction=fraction)
+    assert {row.text for row in kept}.isdisjoint(row.text for row in held)
+    assert sorted(row.text for row in (*kept, *held)) == sorted(row.text for row in rows)
+    assert kept
+
+
+# A row that stays in training at any share; without one, nothing would be held out when all rows would be.
+KEPT = hold_out(texts(*map(str, range(20))), fraction=0.5)[0][0]
+
+
+@given(rows=rows, more=rows)
+def test_held_out_rows_stay_held_out_when_others_are_added(rows: list[Conversation], more: list[Conversation]) -> None:
+    _, before = hold_out([KEPT, *rows], fraction=0.3)
+    kept, _ = hold_out([KEPT, *rows, *more], fraction=0.3)
+    assert {row.text for row in before}.isdisjoint(row.text for row in kept)
+
+
+def test_a_small_set_holds_nothing_out_by_itself() -> None:
+    kept, held = hold_out(texts(*map(str, range(199))), fraction=None)
+    assert (len(kept), len(held)) == (199, 0)
+
+
+def test_the_share_is_about_what_was_asked() -> None:
+    _, held = hold_out(texts(*map(str, range(20_000))), fraction=0.1)
+    assert 1873 <= len(held) <= 2127  # 2000, give or take three standard deviations of 42.4
