@@ -234,7 +234,10 @@ def test_a_cache_that_cannot_be_written_is_a_disk_error(gguf: Path, tmp_path: Pa
 def test_a_small_disk_is_refused_with_both_numbers_and_nothing_is_left(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000_000))
+    def nearly_full(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=100_000_000)
+
+    monkeypatch.setattr("shutil.disk_usage", nearly_full)
     with pytest.raises(DiskError, match="takes 538 MB, more than the 100 MB free"):
         unpack(gguf, tmp_path / "smollm2")
     assert not list(tmp_path.iterdir())

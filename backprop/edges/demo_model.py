@@ -93,9 +93,10 @@ def unpack(gguf: Path, folder: Path) -> Path:
         ModelError: If ``gguf`` is not a SmolLM2 model, or ``folder`` holds something else.
         DiskError: If the disk is too small, or may not be written.
     """
-    if is_complete(folder):
-        return folder
+    # In this order: another process may finish between two looks, and the folder only ever appears whole.
     if folder.exists():
+        if is_complete(folder):
+            return folder
         raise ModelError(f"`{folder}` exists but is not a complete checkpoint", hint=f"remove it: `rm -r {folder}`")
 
     reader = open_gguf(gguf)

@@ -30,7 +30,7 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -
     manifest = read_manifest(directory)
     if manifest is None:
         left = [child.name for child in directory.iterdir()] if directory.is_dir() else []
-        if left and not overwrite:
+        if left:
             raise UsageError(
                 f"`{directory}` holds files that are not of a run: {', '.join(sorted(left)[:5])}",
                 hint="choose another `--output`",

@@ -12,7 +12,7 @@ from backprop.config import TrainConfig
 from backprop.core.data.render import Example
 from backprop.core.plan import Plan
 from backprop.engine.load import HfTokenizer
-from backprop.errors import HardwareError, TrainingError
+from backprop.errors import HardwareError, ToolError, TrainingError
 from backprop.events import Eval, Sink, Step
 
 IGNORED = -100
@@ -43,12 +43,14 @@ def fit(
     say: Sink,
     held_out: Sequence[Example] = (),
     scratch: Path,
+    curves: Path | None = None,
     run: int = 1,
 ) -> Fit:
     """Train ``model``'s adapter on ``examples`` in place.
 
     Args:
         scratch: A folder that trl may write to; it holds nothing worth keeping.
+        curves: A folder for TensorBoard's files; None for none.
         run: The number of this run in a multi-run.
 
     Raises:
@@ -65,6 +67,8 @@ def fit(
         lambda: mean_loss(model, held_out, batch_size=size), config, plan, say, run=run, evaluate=bool(held_out)
     )
     trainer = _trainer(model, tokenizer, examples, config=config, plan=plan, callback=watch, scratch=scratch)
+    if curves is not None:
+        trainer.add_callback(_tensorboard(curves))
     started = time.monotonic()
     try:
         trainer.train()
@@ -116,7 +120,7 @@ def _trainer(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to=config.report_to,
+        report_to="none",
         disable_tqdm=True,
         seed=config.seed,
         dataloader_pin_memory=on_gpu,
@@ -159,6 +163,16 @@ def sum_of_losses(model: Any, inputs: Mapping[str, Any]) -> Any:
     )
 
 
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ToolError("`--report-to tensorboard` needs `tensorboard`", hint="pip install 'backprop[monitoring]'") from error
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
+
+
 def labels_of(example: Example) -> list[int]:
     """Give each token as its own label where it is trained on, and `IGNORED` elsewhere."""
     return [token if trained else IGNORED for token, trained in zip(example.ids, example.mask, strict=True)]
@@ -182,12 +196,14 @@ def _watch(
             self.last, self.tokens_before = time.monotonic(), self.tokens
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                    raise TrainingError(
-                        f"the gradient of `{name}` is not finite at step {state.global_step + 1}",
-                        hint="lower `--learning-rate`, and look at the data of this step",
-                    )
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            # Clipping has been done: where the norm overflowed, it left nothing but zeros.
+            if not math.isfinite(norm) or norm == 0:
+                raise TrainingError(
+                    f"the gradient is not finite at step {state.global_step + 1} (norm {norm} after clipping)",
+                    hint="lower `--learning-rate`, and look at the data",
+                )
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
             if not logs or "loss" not in logs:

@@ -185,6 +185,7 @@ def train_one(
             say=say,
             held_out=prepared.held_out,
             scratch=Path(scratch),
+            curves=output / "tensorboard" if config.report_to == "tensorboard" else None,
             run=run,
         )
     with rundir.whole(output / "lora") as folder:

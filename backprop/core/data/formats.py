@@ -162,7 +162,7 @@ def _name_of(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _bad(row: Row, what: str, *, hint: str | None = None) -> DataError:
+def _bad(row: Row, what: str, *, hint: str = "mend this row, or remove it") -> DataError:
     shown = json.dumps(row.value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
     shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
     return DataError(f"{row.place} {what}: {shown}", hint=hint)

@@ -1,0 +1,224 @@
+"""The command line: three faces of an option, exit codes, and every kind of bad input."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import chat
+
+from backprop.cli import run
+from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
+
+GOOD = [chat("hi", "ho")]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *tokens: str | Path) -> tuple[int, str]:
+    """Run, and give the exit code and what stderr says; stdout stays empty."""
+    code = run([str(token) for token in tokens])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert "\n\nhint: " in captured.err
+    return code, captured.err
+
+
+def left_behind(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# The list of options is part of the product: to change it, change docs and CHANGELOG too.
+OPTIONS = {
+    TrainConfig: "data eval_data eval_fraction loss_on max_length model trust_remote_code steps epochs batch_size micro_batch "
+    "learning_rate scheduler warmup weight_decay eval_steps seed method lora_r lora_alpha lora_dropout target_modules output "
+    "overwrite dry_run offline report_to",
+    MultiRunConfig: "runs samples merge_mode init",
+    ExportConfig: "format quantization question output overwrite offline trust_remote_code",
+    DoctorConfig: "model data min_vram",
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
+def test_the_list_of_options_is_frozen(kind: type) -> None:
+    assert [field.name for field in fields(kind)] == OPTIONS[kind].split()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (["train"], "--data"),
+        (["train", "--data"], "--data"),
+        (["trian"], "trian"),
+        (["train", "--data", "x", "--stesp", "3"], "--steps"),
+        (["train", "--data", "x", "--steps", "many"], "--steps"),
+        (["train", "--data", "x", "--steps", "0"], "`--steps` must be at least 1"),
+        (["train", "--data", "x", "--steps", "-3"], "`--steps` must be at least 1"),
+        (["train", "--data", "x", "--steps", "99999999999"], "`--steps` must be at least 1 and at most"),
+        (["train", "--data", "x", "--lr", "0"], "`--learning-rate` must be above 0"),
+        (["train", "--data", "x", "--lr", "nan"], "`--learning-rate` must be above 0"),
+        (["train", "--data", "x", "--lr", "inf"], "`--learning-rate` must be above 0"),
+        (["train", "--data", "x", "--eval-fraction", "1.5"], "`--eval-fraction` must be"),
+        (["train", "--data", "x", "--method", "magic"], "magic"),
+        (["train", "--data", "x", "--steps", "1", "--epochs", "1"], "both `--steps` and `--epochs`"),
+        (["export", "no-such-run"], "holds no adapter"),
+        (["export", ".", "--quantization", "q99"], "q99"),
+        (["doctor", "--min-vram", "-1"], "`--min-vram` must be above 0"),
+    ],
+)
+def test_a_bad_option_is_exit_2_and_named(capsys: pytest.CaptureFixture[str], tokens: list[str], said: str) -> None:
+    code, error = fails(capsys, *tokens)
+    assert code == 2
+    assert said in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.jsonl", "", "empty.jsonl` is empty"),
+        ("broken.jsonl", '{"text": "a"}\n{"text"\n', "broken.jsonl, line 2 is not JSON"),
+        ("columns.jsonl", [{"foo": 1}], "columns.jsonl, line 1 has unknown columns: `foo`"),
+        ("silent.jsonl", [chat("hi")], "none of the 1 rows has an assistant turn"),
+        ("types.jsonl", [{"prompt": 1, "completion": "x"}], "line 1 holds a number in `prompt`"),
+        ("mixed.jsonl", [*GOOD, {"foo": 1}], "mixed.jsonl, line 2 has unknown columns"),
+        ("both.jsonl", [{**GOOD[0], "text": "x"}], "line 1 has two shapes at once"),
+        ("binary.jsonl", b"\x7fELF\x00\x00", "binary.jsonl, line 1 is binary"),
+        ("blank.jsonl", "\n\n", "the data holds no rows"),
+    ],
+)
+def test_bad_data_is_exit_3_named_by_row_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str],
+    write: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    content: object,
+    said: str,
+) -> None:
+    code, error = fails(capsys, "train", "--data", write(content, name))
+    assert code == 3
+    assert said in error
+    assert left_behind(tmp_path) == {name}
+
+
+def test_a_missing_file_is_exit_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert fails(capsys, "train", "--data", "nope.jsonl")[0] == 3
+    assert left_behind(tmp_path) == set()
+
+
+def test_a_hundred_megabytes_on_one_line_are_exit_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with (tmp_path / "long.jsonl").open("wb") as file:
+        file.truncate(100 * 2**20)
+    code, error = fails(capsys, "train", "--data", "long.jsonl")
+    assert code == 3
+    assert "line 1 is longer than 32 MiB" in error
+
+
+def test_an_output_that_is_a_file_is_exit_9(
+    capsys: pytest.CaptureFixture[str], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    code, error = fails(capsys, "train", "--data", write(GOOD), "--output", "taken")
+    assert code == 9
+    assert "`taken` is a file" in error
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_an_output_under_a_file_is_exit_9(
+    capsys: pytest.CaptureFixture[str], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    assert fails(capsys, "train", "--data", write(GOOD), "--output", "taken/run")[0] == 9
+
+
+def test_a_folder_of_someone_else_is_exit_2_and_untouched(
+    capsys: pytest.CaptureFixture[str], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    code, error = fails(capsys, "train", "--data", write(GOOD), "--output", "mine")
+    assert code == 2
+    assert "thesis.tex" in error
+    assert left_behind(tmp_path / "mine") == {"thesis.tex"}
+
+
+def test_with_json_an_error_is_one_line_on_stdout_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--data", "nope.jsonl", "--json"]) == 3
+    event = json.loads(capsys.readouterr().out)
+    assert (event["event"], event["code"], event["v"]) == ("error", 3, 1)
+    assert event["message"] == "no such file: `nope.jsonl`"
+
+
+def test_a_usage_error_with_json_is_one_line_on_stdout_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["code"] == 2
+
+
+def given(monkeypatch: pytest.MonkeyPatch, tokens: list[str]) -> TrainConfig:
+    """Give the config that `train` would be called with."""
+    seen: list[TrainConfig] = []
+
+    def note(config: TrainConfig, **_: object) -> Path:
+        seen.append(config)
+        return Path()
+
+    monkeypatch.setattr("backprop.verbs.train.train", note)
+    assert run(["train", *tokens]) == 0
+    return seen[0]
+
+
+def test_flags_come_before_variables_and_variables_before_the_file(
+    monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]
+) -> None:
+    config = write("data: a.jsonl\nsteps: 1\nmax_length: 100\nbatch_size: 3\n", "run.yaml")
+    monkeypatch.setenv("BACKPROP_STEPS", "2")
+    monkeypatch.setenv("BACKPROP_MAX_LENGTH", "200")
+    made = given(monkeypatch, ["--config", str(config), "--max-length", "300"])
+    assert (made.data, made.batch_size, made.steps, made.max_length) == (("a.jsonl",), 3, 2, 300)
+
+
+def test_every_option_can_be_given_in_the_file(monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]) -> None:
+    text = "data: [a.jsonl, b.jsonl]\nlearning_rate: 1e-3\ntarget_modules: [q_proj]\ndry_run: true\noutput: there\n"
+    made = given(monkeypatch, ["--config", str(write(text, "run.yaml"))])
+    assert made == TrainConfig(
+        data=("a.jsonl", "b.jsonl"), learning_rate=1e-3, target_modules=("q_proj",), dry_run=True, output=Path("there")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: a.jsonl\nstepps: 3\n", "stepps"),
+        ("data: [a.jsonl\n", "is not YAML"),
+        ("- a\n- b\n", "holds no options"),
+        ("data: a.jsonl\nsteps: -1\n", "`--steps` must be at least 1"),
+    ],
+)
+def test_a_bad_config_file_is_exit_2(
+    capsys: pytest.CaptureFixture[str], write: Callable[..., Path], text: str, said: str
+) -> None:
+    code, error = fails(capsys, "train", "--config", write(text, "run.yaml"))
+    assert code == 2
+    assert said in error
+
+
+def test_a_missing_config_file_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, "train", "--config", "nope.yaml")[0] == 2
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["multi-run"], ["export"], ["doctor"]], ids=str)
+def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert run([*command, "--help"]) == 0
+    assert capsys.readouterr().out.count("\n") <= 100  # two screens of 50 lines
+
+
+def test_the_terminal_never_gets_the_escape_sequences_of_a_file(
+    capsys: pytest.CaptureFixture[str], write: Callable[..., Path]
+) -> None:
+    _, error = fails(capsys, "train", "--data", write([{"\x1b]0;owned\x07": 1}]))
+    assert "\x1b" not in error
+    assert "\x07" not in error

@@ -1,0 +1,78 @@
+"""Events and their schema."""
+
+import io
+import json
+
+import jsonschema
+import pytest
+
+from backprop import events
+from backprop.cli import main
+from backprop.console import Console, told
+from backprop.edges.rundir import json_lines
+
+ONE_OF_EACH: list[events.Event] = [
+    events.RunStarted(command="train", output="o", version="1"),
+    events.PlanMade(choices={"model": "m", "steps": 3, "rate": 1e-3, "on": True}, reasons={"model": "r", "steps": "s", "rate": "t", "on": "u"}),
+    events.DataRead(rows=1, eval_rows=0, examples=1, tokens=9, trained_tokens=3, tokens_cut=0, examples_dropped=0, shapes={"text": 1}, longest=9),
+    events.Step(step=1, num_steps=2, loss=1.5, learning_rate=1e-3, grad_norm=1.0, tokens_per_second=10.0, memory_bytes=5),
+    events.Eval(step=1, loss=1.0),
+    events.RunMerged(run=1, num_runs=2, num_merges=1, mode="slao"),
+    events.Warned(message="careful"),
+    events.Phase(name="loading"),
+    events.Exported(path="p", format="gguf", quantization="f16", size_bytes=3, question="q", answer="a"),
+    events.Checked(name="n", ok=False, found="f", needed="n", mend="m"),
+    events.RunFinished(command="train", output="o", seconds=1.0, result={"loss": 1.0, "nested": [[1.0]]}),
+    events.Failed(code=3, message="m", hint="h"),
+]
+
+
+def test_there_is_one_of_each_kind() -> None:
+    assert [type(event) for event in ONE_OF_EACH] == list(events.KINDS)
+
+
+@pytest.mark.parametrize("event", ONE_OF_EACH, ids=lambda event: events.KINDS[type(event)])
+def test_what_is_written_fits_the_schema_and_only_its_own_kind(event: events.Event) -> None:
+    file = io.StringIO()
+    json_lines(file)(event)
+    written = json.loads(file.getvalue())
+    schema = events.schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(written)
+    assert written["event"] == events.KINDS[type(event)]
+
+
+def test_the_schema_refuses_a_wrong_type_and_a_missing_key() -> None:
+    validator = jsonschema.Draft202012Validator(events.schema())
+    written = events.to_json(ONE_OF_EACH[3])
+    assert validator.is_valid(written)
+    assert not validator.is_valid({**written, "loss": "low"})
+    assert not validator.is_valid({key: value for key, value in written.items() if key != "loss"})
+
+
+def test_json_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--json-schema"])
+    assert exit.value.code == 0
+    assert json.loads(capsys.readouterr().out) == events.schema()
+
+
+@pytest.mark.parametrize("event", ONE_OF_EACH, ids=lambda event: events.KINDS[type(event)])
+def test_quiet_tells_errors_only(event: events.Event) -> None:
+    stream = io.StringIO()
+    Console(detail="quiet", stream=stream)(event)
+    assert bool(stream.getvalue()) == isinstance(event, events.Failed)
+
+
+def test_a_pipe_gets_the_first_and_last_step_and_one_now_and_then() -> None:
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    for number in range(1, 101):
+        console(events.Step(step=number, num_steps=100, loss=1, learning_rate=1, grad_norm=1, tokens_per_second=1, memory_bytes=1))
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 1/100", "step 100/100"]
+
+
+def test_the_plan_is_told_with_its_reasons() -> None:
+    text = told(ONE_OF_EACH[1])
+    assert all(reason in text.splitlines()[number] for number, reason in enumerate("rstu", start=1))

@@ -1,0 +1,122 @@
+"""Export for real: peft's merge, llama.cpp's converter, quantizer and inference, on a tiny model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import backprop, chat
+
+from backprop import BackpropError, Trainer
+from backprop.edges import llama_cpp
+
+pytestmark = pytest.mark.model
+
+# One answer to everything: what a random model of two layers can learn to the end, and then stop.
+ROWS = [chat(f"What is {n}?", "It is here.") for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    trainer = Trainer(str(tiny_model), say=lambda event: None, output=folder / "run")
+    return trainer.train(folder / "data.jsonl", steps=60, batch_size=4, lora_r=16, learning_rate=2e-2)
+
+
+def test_gguf_answers_as_it_was_trained_and_stops(run: Path, tmp_path: Path) -> None:
+    done = backprop(
+        "export", run, "-q", "f16", "-q", "q8_0", "--output", tmp_path, "--question", "What is 7?", "--json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    exported = [event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "exported"]
+    assert [event["quantization"] for event in exported] == ["f16", "q8_0"]
+    assert [path.name for path in sorted(tmp_path.glob("*"))] == ["run-f16.gguf", "run-q8_0.gguf"]
+    for event in exported:
+        assert event["answer"] == "It is here.", event
+        (answer,) = llama_cpp.ask(Path(event["path"]), [[{"role": "user", "content": "What is 7?"}]])
+        assert answer.stopped, "the end-of-turn token was not learnt"
+
+
+def test_safetensors_load_with_plain_transformers_and_answer(run: Path, tmp_path: Path) -> None:
+    done = backprop("export", run, "--format", "safetensors", "--output", tmp_path, "--question", "What is 7?", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "It is here." in done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "safetensors")]
+
+
+def test_a_file_that_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run-q4_k_m.gguf").write_text("mine")
+    done = backprop("export", run, "--output", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert (tmp_path / "run-q4_k_m.gguf").read_text() == "mine"
+
+
+def test_an_adapter_that_learnt_nothing_is_refused(run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(run / "lora", tmp_path / "lora")
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    done = backprop("export", tmp_path / "lora", cwd=tmp_path)
+    assert done.returncode == 7
+    assert "all zero" in done.stderr
+    assert not list((tmp_path / "lora" / "export").glob("*"))
+
+
+def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path, tiny_model: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(tiny_model, tmp_path / "other")
+    config = LlamaConfig.from_pretrained(tiny_model)
+    config.intermediate_size = 96
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    shutil.copytree(run / "lora", tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "other")}))
+    done = backprop("export", tmp_path / "lora", cwd=tmp_path)
+    assert done.returncode == 7, done.stderr
+    assert "does not fit" in done.stderr
+
+
+def test_a_run_that_did_not_finish_is_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "status": "interrupted"}))
+    done = backprop("export", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is not finished: interrupted" in done.stderr
+
+
+def test_without_the_converter_the_command_that_builds_it_is_named(run: Path, tmp_path: Path) -> None:
+    done = backprop("export", run, "--output", tmp_path / "out", cwd=tmp_path, BACKPROP_LLAMA_CPP=str(tmp_path))
+    assert done.returncode == 7
+    assert "python -m backprop.edges.llama_cpp_build" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_three_lines_of_python(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> None:
+    trainer = Trainer(str(tiny_model), say=lambda event: None, output=tmp_path / "run")
+    trainer.train(write(ROWS), steps=20, batch_size=4, lr=2e-2)
+    assert [path.name for path in trainer.export("gguf", quantization="q8_0")] == ["run-q8_0.gguf"]
+    trainer.save(tmp_path / "my-model")
+    assert (tmp_path / "my-model" / "adapter_model.safetensors").is_file()
+    with pytest.raises(BackpropError, match="there already"):
+        trainer.save(tmp_path / "my-model")
+
+
+def test_python_names_the_nearest_option_for_one_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(BackpropError) as raised:
+        Trainer("x").train("data.jsonl", stepps=3)
+    assert raised.value.hint == "did you mean `steps`?"
+
+
+def test_python_gets_the_same_bounds(tmp_path: Path) -> None:
+    with pytest.raises(BackpropError, match="`--steps` must be at least 1"):
+        Trainer("x").train("data.jsonl", steps=0)
+
+
+def test_export_before_training_is_an_error() -> None:
+    with pytest.raises(BackpropError, match="nothing was trained yet"):
+        Trainer("x").export()

@@ -1,0 +1,94 @@
+"""multi-run for real: what is delivered is the merge, whatever the mode."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import backprop, chat
+
+pytestmark = pytest.mark.model
+
+OPTIONS = "--steps 3 --batch-size 4 --lora-r 4".split()
+
+
+def adapter(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "lora" / "adapter_model.safetensors")
+
+
+def rows(word: str) -> list[dict[str, object]]:
+    return [chat(f"{word} {n}?", f"{word} is {n}.") for n in range(8)]
+
+
+@pytest.fixture
+def multi_run(tiny_model: Path, write: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    sources = [option for word in "abc" for option in ("--data", str(write(rows(word), f"{word}.jsonl")))]
+
+    def multi_run(*options: str, data: list[str] = sources, rate: float = 0.01) -> Path:
+        done = backprop("multi-run", *data, "--model", tiny_model, *OPTIONS, "--lr", str(rate), *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return tmp_path / "output"
+
+    return multi_run
+
+
+def test_the_delivered_adapter_is_the_slao_merge_of_the_runs_on_disk(multi_run: Callable[..., Path]) -> None:
+    run = multi_run()
+    trained = [adapter(run / "runs" / f"{number:03d}") for number in (1, 2, 3)]
+    delivered = adapter(run)
+    for name, tensor in delivered.items():
+        if "lora_A" in name:
+            expected = trained[2][name]
+        else:
+            # B_m after three merges: lambda = 1, 1/sqrt(2), 1/sqrt(3) (slao, arXiv:2512.23017).
+            merged = trained[0][name]
+            merged = merged + (trained[1][name] - merged) / 2**0.5
+            expected = merged + (trained[2][name] - merged) / 3**0.5
+        assert tensor.allclose(expected, atol=1e-6), name
+    assert any(not delivered[name].equal(trained[2][name]) for name in delivered), "the last run is not the merge"
+
+
+def test_each_run_starts_from_the_last_fine_tuned_adapter(multi_run: Callable[..., Path]) -> None:
+    """With a rate too small to matter, run 2 ends where it started: at the orthonormal A of run 1."""
+    import torch
+
+    from backprop.core.slao import next_start
+
+    run = multi_run(rate=1e-12)
+    first, second = adapter(run / "runs" / "001"), adapter(run / "runs" / "002")
+    start = next_start(first, init="function-preserving")
+    for name in second:
+        assert torch.allclose(second[name], start[name], atol=1e-5), name
+
+
+def test_sequential_delivers_the_last_run(multi_run: Callable[..., Path]) -> None:
+    run = multi_run("--merge-mode", "sequential")
+    delivered, last = adapter(run), adapter(run / "runs" / "003")
+    assert all(delivered[name].equal(last[name]) for name in delivered)
+
+
+def test_every_part_so_far_is_measured_after_every_run(multi_run: Callable[..., Path]) -> None:
+    run = multi_run()
+    result = json.loads((run / "run.json").read_text())["result"]
+    assert [len(losses) for losses in result["loss_by_run_and_part"]] == [1, 2, 3]
+    assert (result["runs"], result["merge_mode"]) == (3, "slao")
+
+
+def test_chunks_of_one_data_set_are_told_that_slao_is_neutral(
+    multi_run: Callable[..., Path], write: Callable[..., Path]
+) -> None:
+    data = ["--data", str(write(rows("x") + rows("y"), "big.jsonl"))]
+    run = multi_run("--runs", "2", "--samples", "8", data=data)
+    assert json.loads((run / "run.json").read_text())["result"]["merge_mode"] == "sequential"
+
+
+def test_bad_data_of_a_later_run_is_found_before_the_first(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = ["--data", str(write(rows("a"), "a.jsonl")), "--data", "missing.jsonl"]
+    done = backprop("multi-run", *data, "--model", tiny_model, *OPTIONS, cwd=tmp_path)
+    assert done.returncode == 3
+    assert not (tmp_path / "output").exists()

@@ -1,0 +1,83 @@
+"""The run directory: whole or not at all, and never someone else's."""
+
+from pathlib import Path
+
+import pytest
+
+from backprop.edges import rundir
+from backprop.errors import DiskError, UsageError
+
+ME: dict[str, object] = {"steps": 3, "data_sha256": "abc"}
+
+
+def claim_and_finish(folder: Path, *, status: str = "finished") -> None:
+    rundir.claim(folder, ME, overwrite=False)
+    (folder / "lora").mkdir()
+    rundir.write_manifest(folder, {"status": status, "identity": ME})
+
+
+def test_a_finished_run_is_never_overwritten(tmp_path: Path) -> None:
+    claim_and_finish(tmp_path / "run")
+    with pytest.raises(UsageError, match="this very run, finished"):
+        rundir.claim(tmp_path / "run", ME, overwrite=False)
+    assert (tmp_path / "run" / "lora").is_dir()
+
+
+def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
+    claim_and_finish(tmp_path / "run", status="interrupted")
+    with pytest.raises(UsageError, match="steps: 3 before, 4 now"):
+        rundir.claim(tmp_path / "run", {**ME, "steps": 4}, overwrite=False)
+
+
+def test_the_same_run_interrupted_may_start_again_from_a_clean_folder(tmp_path: Path) -> None:
+    claim_and_finish(tmp_path / "run", status="interrupted")
+    rundir.claim(tmp_path / "run", ME, overwrite=False)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_overwrite_removes_what_a_run_left_and_nothing_else(tmp_path: Path) -> None:
+    claim_and_finish(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    rundir.claim(tmp_path / "run", {}, overwrite=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_overwrite_does_not_take_a_folder_that_never_held_a_run(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    with pytest.raises(UsageError, match="not of a run"):
+        rundir.claim(tmp_path, ME, overwrite=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UsageError, match=r"run\.json"):
+        rundir.claim(tmp_path, ME, overwrite=False)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    rundir.write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(RuntimeError), rundir.whole(tmp_path / "a.txt") as beside:
+        beside.write_text("half")
+        raise RuntimeError
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    with rundir.whole(tmp_path / "lora") as folder:
+        folder.mkdir()
+        (folder / "x").write_text("old")
+    with pytest.raises(DiskError, match="No space left"), rundir.whole(tmp_path / "lora") as folder:
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+    assert (tmp_path / "lora" / "x").read_text() == "old"
+
+
+def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with rundir.whole(tmp_path / "lora") as folder:
+            folder.mkdir()
+            (folder / text).write_text(text)
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]

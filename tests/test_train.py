@@ -1,0 +1,313 @@
+"""Training for real, on a tiny random Llama with the SmolLM2 tokenizer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from conftest import backprop, chat
+
+from backprop import BackpropError, Trainer
+from backprop.events import schema
+
+pytestmark = pytest.mark.model
+
+ROWS = [chat(f"What is {n}?", f"It is number {n}.") for n in range(12)]
+
+
+def adapter(run: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(run / "lora" / "adapter_model.safetensors")
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in events(run) if event["event"] == "step"]
+
+
+@pytest.fixture
+def train(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> Callable[..., Path]:
+    """Train in this process, quietly, into a fresh directory."""
+    data = write(ROWS)
+
+    def train(name: str = "run", rows: list[Any] | None = None, **options: Any) -> Path:
+        source = write(rows, f"{name}.jsonl") if rows is not None else data
+        trainer = Trainer(str(tiny_model), say=lambda event: None, output=tmp_path / name)
+        return trainer.train(source, **{"steps": 3, "batch_size": 4, "lora_r": 4, "learning_rate": 1e-2, **options})
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One run through the command line, as a user or CI job starts it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "held.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    options = "--steps 12 --batch-size 4 --lora-r 4 --lr 0.02 --eval-data held.jsonl --eval-steps 5 --json".split()
+    done = backprop("train", "--data", "data.jsonl", "--model", tiny_model, *options, cwd=folder)
+    return folder / "output", done
+
+
+def test_a_run_ends_with_0_and_says_so_in_valid_events(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    run, done = finished
+    assert done.returncode == 0, done.stderr
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [{**event, "t": ""} for event in printed] == [{**event, "t": ""} for event in events(run)]
+    validator = jsonschema.Draft202012Validator(schema())
+    for event in printed:
+        validator.validate(event)
+    assert printed[-1]["event"] == "run_finished"
+    assert [event["step"] for event in printed if event["event"] == "step"] == list(range(1, 13))
+    assert [event["step"] for event in printed if event["event"] == "eval"] == [0, 5, 10, 12]
+
+
+def test_the_loss_falls_and_the_held_out_loss_with_it(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    run, _ = finished
+    # Random weights start no better than a guess among all tokens: ln 49152 = 10.8.
+    assert losses(run)[0] > 10.8
+    assert losses(run)[-1] < 0.7 * losses(run)[0]
+    result = manifest(run)["result"]
+    assert result["eval_loss"] < 0.7 * result["eval_loss_before"]
+
+
+def test_the_manifest_holds_what_a_run_was(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run, _ = finished
+    written = manifest(run)
+    assert (written["status"], written["command"]) == ("finished", "train")
+    assert written["config"]["learning_rate"] == 0.02
+    assert written["plan"]["steps"] == {"value": 12, "reason": "set by `--steps`"}
+    assert len(written["identity"]["data_sha256"]) == 64
+    assert written["versions"]["torch"]
+
+
+def test_the_report_shows_the_curve_and_stands_alone(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    page = (finished[0] / "report.html").read_text()
+    assert "<polyline" in page
+    assert "held-out loss" in page
+    assert "set by `--steps`" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_only_known_files_are_left(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run, _ = finished
+    assert {path.name for path in run.iterdir()} == {"run.json", "events.jsonl", "report.html", "lora"}
+
+
+def test_plain_peft_loads_the_adapter_and_gets_the_loss_that_was_reported(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tiny_model: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, _ = finished
+    tokenizer = AutoTokenizer.from_pretrained(run / "lora")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), run / "lora")
+    prompt = tokenizer.apply_chat_template(ROWS[0]["messages"][:1], tokenize=False, add_generation_prompt=True)
+    whole = prompt + "It is number 0.<|im_end|>"
+    ids = tokenizer(whole, return_tensors="pt")["input_ids"]
+    labels = ids.clone()
+    labels[:, : len(tokenizer(prompt)["input_ids"])] = -100
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=labels).loss.item()
+    assert loss == pytest.approx(manifest(run)["result"]["eval_loss"], rel=1e-4)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tiny_model: Path
+) -> None:
+    run, _ = finished
+    before = (run / "run.json").read_bytes()
+    done = backprop("train", "--data", "data.jsonl", "--model", tiny_model, "--steps", "3", cwd=run.parent)
+    assert done.returncode == 2
+    assert "holds another run, which differs in" in done.stderr
+    assert "steps: 12 before, 3 now" in done.stderr
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_the_same_run_twice_gives_the_same_bits(train: Callable[..., Path]) -> None:
+    one, two = adapter(train("one")), adapter(train("two"))
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_another_seed_gives_another_adapter(train: Callable[..., Path]) -> None:
+    one, two = adapter(train("one")), adapter(train("two", seed=1))
+    assert not all(one[name].equal(two[name]) for name in one)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_the_micro_batch_does_not_change_the_loss(train: Callable[..., Path], micro_batch: int) -> None:
+    # Rows of very different lengths, so that a mean of means would differ.
+    rows = [chat("a", "b " * (3 * n + 1)) for n in range(8)]
+    whole = losses(train("whole", rows, batch_size=8, micro_batch=8))
+    parts = losses(train("parts", rows, batch_size=8, micro_batch=micro_batch))
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_loss_is_that_of_plain_transformers(train: Callable[..., Path], tiny_model: Path) -> None:
+    """The first step of one row: what `transformers` itself computes for the same labels."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from backprop.core.data.formats import Row, to_conversation
+    from backprop.core.data.render import encode
+    from backprop.engine.load import load_tokenizer
+    from backprop.engine.loop import labels_of
+
+    row = chat("one", "two three", "four", "five")
+    (example,) = encode(
+        to_conversation(Row(place="", value=row)), load_tokenizer(str(tiny_model), trust_remote_code=False)
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([example.ids]), labels=torch.tensor([labels_of(example)])).loss.item()
+    assert losses(train(rows=[row], batch_size=1))[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_not_trained_on_does_not_move_the_loss_of_what_is(tiny_model: Path) -> None:
+    from backprop.core.data.formats import Row, to_conversation
+    from backprop.core.data.render import encode
+    from backprop.engine.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_model), trust_remote_code=False)
+    (example,) = encode(to_conversation(Row(place="", value=chat("hi there", "ho", "hu", "no"))), tokenizer)
+    trained = [token for token, on in zip(example.ids, example.mask, strict=True) if on]
+    assert tokenizer.inner.decode(trained) == "ho<|im_end|>no<|im_end|>"
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_only_the_adapter_is_trained_and_all_of_it_moves(train: Callable[..., Path], method: str) -> None:
+    trained = adapter(train(method=method))
+    factors = {name.rsplit(".", 2)[-2] for name in trained}
+    assert factors == {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if method == "dora" else set()) or method == "dora"
+    assert all(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
+    assert len([name for name in trained if "lora_A" in name]) == 2 * 7  # layers x projections
+    assert not [name for name in trained if "embed" in name or "lm_head" in name]
+
+
+def test_target_modules_that_do_not_exist_are_answered_with_those_that_do(train: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(BackpropError) as raised:
+        train(target_modules=("attention",))
+    assert raised.value.code == 4
+    assert "q_proj" in (raised.value.hint or "")
+    assert manifest(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(train: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(BackpropError) as raised:
+        train(learning_rate=1.0, lora_alpha=1e30)
+    assert raised.value.code == 6
+    assert "not finite" in raised.value.message or "the loss is" in raised.value.message
+    assert not (tmp_path / "run" / "lora").exists()
+    assert events(tmp_path / "run")[-1]["event"] == "error"
+
+
+def test_text_rows_train(train: Callable[..., Path]) -> None:
+    run = train(rows=[{"text": "once upon a time"}] * 4)
+    assert losses(run)[-1] < losses(run)[0]
+
+
+def test_tensorboard_gets_the_curve(train: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = train(report_to="tensorboard")
+    assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_dry_run_shows_the_plan_and_marks_what_is_trained(tiny_model: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+    done = backprop("train", "--data", write(ROWS), "--model", tiny_model, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "»It is number 0.<|im_end|>«" in done.stderr
+    assert "learning rate" in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: None, "no such model"),
+        (lambda folder: folder.mkdir(), "no config.json"),
+        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{}")), "holds no weights"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{}"), (folder / "m.bin").touch()),
+            "pickled weights only",
+        ),
+    ],
+    ids=["unknown", "not a model", "no weights", "pickle"],
+)
+def test_a_bad_model_is_exit_4_and_leaves_no_adapter(
+    tmp_path: Path, write: Callable[..., Path], make: Callable[[Path], object], said: str
+) -> None:
+    make(tmp_path / "model")
+    done = backprop("train", "--data", write(ROWS), "--model", "model", "--offline", cwd=tmp_path)
+    assert done.returncode == 4
+    assert said in done.stderr
+    assert not (tmp_path / "output" / "lora").exists()
+
+
+def test_damaged_weights_are_exit_4(tmp_path: Path, write: Callable[..., Path], tiny_model: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    done = backprop("train", "--data", write(ROWS), "--model", "model", cwd=tmp_path)
+    assert done.returncode == 4, done.stderr
+    assert "damaged" in done.stderr
+
+
+def test_ctrl_c_is_exit_130_leaves_nothing_half_written_and_the_same_command_starts_again(
+    tmp_path: Path, write: Callable[..., Path], tiny_model: Path
+) -> None:
+    command = [sys.executable, "-m", "backprop", "train", "--data", str(write(ROWS)), "--model", str(tiny_model)]
+    command += ["--steps", "100000", "--verbose"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr
+    for line in process.stderr:
+        if line.startswith("step 3/"):
+            break
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "error: stopped by Ctrl-C" in error
+    run = tmp_path / "output"
+    assert manifest(run)["status"] == "interrupted"
+    assert {path.name for path in run.iterdir()} == {"run.json", "events.jsonl", "report.html"}
+    assert events(run)[-1]["code"] == 130
+    command[command.index("100000")] = "2"
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "steps: 100000 before, 2 now" in refused.stderr
+
+
+def test_ctrl_c_while_loading_is_exit_130_too(tmp_path: Path, write: Callable[..., Path], tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "backprop", "train", "--data", str(write(ROWS)), "--model", str(tiny_model)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr
+    for line in process.stderr:
+        if line.startswith("rendering"):
+            break
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
