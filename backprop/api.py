@@ -90,11 +90,17 @@ class Trainer:
 
     def _config(self, data: str | Path | Iterable[str | Path], options: dict[str, Any]) -> TrainConfig:
         sources = (data,) if isinstance(data, str | Path) else tuple(data)
-        merged = {"model": self._model, **self._options, **options, "data": tuple(str(source) for source in sources)}
+        merged: dict[str, Any] = {
+            "model": self._model,
+            **self._options,
+            **options,
+            "data": tuple(str(source) for source in sources),
+        }
         if "lr" in merged:
             merged["learning_rate"] = merged.pop("lr")
-        if isinstance(merged.get("output"), str):
-            merged["output"] = Path(merged["output"])
+        output: object = merged.get("output")
+        if isinstance(output, str):
+            merged["output"] = Path(output)
         return _build(TrainConfig, merged)
 
 

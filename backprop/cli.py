@@ -1,6 +1,5 @@
 """The command line: parse, call one verb, print, exit."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,7 +45,6 @@ app = App(
     default_parameter=Parameter(show_env_var=False),
     config=[ENVIRONMENT],
 )
-app.register_install_completion_command()
 
 
 @app.command
@@ -69,7 +67,8 @@ def multi_run(config: TrainConfig, options: MultiRunConfig = PLAIN_RUNS, *, voic
     def work(say: Sink) -> Sequence[Path]:
         from backprop.verbs.multi_run import multi_run
 
-        return (multi_run(config, options, say=say),)
+        run_directory = multi_run(config, options, say=say)
+        return () if config.dry_run else (run_directory,)
 
     return _call(work, voice)
 
@@ -133,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of the contract."""
     tokens = list(sys.argv[1:] if argv is None else argv)
     if tokens[:1] == ["--json-schema"]:
+        import json
+
         print(json.dumps(schema(), indent=2))
         sys.exit(0)
     sys.excepthook = _tell_of_bug
@@ -153,6 +154,8 @@ def _tell_of_bug(kind: type[BaseException], error: BaseException, trace: Traceba
 def run(tokens: Sequence[str]) -> int:
     """Parse ``tokens``, run their command, and give its exit code."""
     as_json = "--json" in tokens
+    if not tokens or tokens[0].startswith("-"):  # its import is a tenth of the time that the other commands start in
+        app.register_install_completion_command()
     try:
         app.config = (ENVIRONMENT, *_yaml_of(tokens))
         code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")

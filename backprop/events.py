@@ -49,13 +49,14 @@ class DataRead:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One optimizer step. `loss` is the mean over the trained tokens of the step, in nats."""
+    """One optimizer step. `loss` is the mean over its trained tokens, in nats; padding counts in no figure."""
 
     step: int
     num_steps: int
     loss: float
     learning_rate: float
     grad_norm: float
+    seconds: float
     tokens_per_second: float
     memory_bytes: int
     run: int = 1

@@ -51,7 +51,6 @@ PRESETS: dict[str, Preset] = {
         _preset("smollm3-3b", "HuggingFaceTB/SmolLM3-3B", 3.075, 2.812),
         _preset("llama-3.2-3b", "meta-llama/Llama-3.2-3B-Instruct", 3.213, 2.819),
         _preset("qwen3-4b", "Qwen/Qwen3-4B-Instruct-2507", 4.022, 3.633),
-        _preset("gemma-3-4b", "google/gemma-3-4b-it", 4.3, 3.2),
         _preset("mistral-7b", "mistralai/Mistral-7B-Instruct-v0.3", 7.248, 6.979),
         _preset("qwen2.5-7b", "Qwen/Qwen2.5-7B-Instruct", 7.616, 6.526),
         _preset("qwen3-8b", "Qwen/Qwen3-8B", 8.191, 6.946),

@@ -56,7 +56,10 @@ def main(before: str, after: str, questions: str = str(QUESTIONS)) -> int:
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(table)
     shares = {name: sum(right[name]) / len(rows) for name in answers}
     stopped = sum(answer.stopped for answer in answers[after])
-    print(f"right before: {shares[before]:.0%}, right after: {shares[after]:.0%} of {len(rows)} held-out questions;", end=" ")
+    print(
+        f"right before: {shares[before]:.0%}, right after: {shares[after]:.0%} of {len(rows)} held-out questions;",
+        end=" ",
+    )
     print(f"{stopped} answers ended by themselves")
     return 0 if shares[after] >= LEAST_AFTER and shares[before] <= MOST_BEFORE else 1
 

@@ -16,25 +16,30 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 @pytest.fixture(autouse=True)
-def _clean_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Keep the user's settings, GPU and network out of every test."""
+def _clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's settings and network out of every test, and the GPU out of those that are not about it."""
     for name in [name for name in os.environ if name.startswith("BACKPROP_") and name != "BACKPROP_LLAMA_CPP"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 class LetterTokenizer:
     """One token per character; `<role>`, `</a>` and the like are one token each, and special."""
 
     SPECIAL = ("<s>", "<u>", "<a>", "</s>", "</u>", "</a>", "<end>")
-    OPEN = {"system": "<s>", "user": "<u>", "assistant": "<a>"}
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
         ids: list[int] = []
         for message in messages:
-            mark = self.OPEN[message["role"]]
-            ids += [self._special(mark), *map(ord, message["content"]), self._special(mark.replace("<", "</")), ord("\n")]
+            mark = f"<{message['role'][0]}>"
+            ids += [
+                self._special(mark),
+                *map(ord, message["content"]),
+                self._special(mark.replace("<", "</")),
+                ord("\n"),
+            ]
         return [*ids, self._special("<a>")] if add_generation_prompt else ids
 
     def encode_text(self, text: str) -> list[int]:
@@ -90,7 +95,9 @@ def chat(*texts: str) -> dict[str, object]:
     return {"messages": [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]}
 
 
-def backprop(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def backprop(
+    *arguments: str | Path, cwd: Path, timeout_s: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does: another process, its exit code and both streams."""
     return subprocess.run(
         [sys.executable, "-m", "backprop", *map(str, arguments)],
@@ -99,7 +106,7 @@ def backprop(*arguments: str | Path, cwd: Path, **environment: str) -> subproces
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=timeout_s,
     )
 
 

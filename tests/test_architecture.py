@@ -55,7 +55,9 @@ def test_modules_import_downwards(path: Path) -> None:
     for imported in imports_of(path):
         other = room(imported)
         below = ROOM_OF[other] < ROOM_OF[own]
-        assert below or (own == other and own in OPEN_ROOMS) or (own, other) in ALLOWED, f"{own} may not import {imported}"
+        assert below or (own == other and own in OPEN_ROOMS) or (own, other) in ALLOWED, (
+            f"{own} may not import {imported}"
+        )
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -13,9 +13,31 @@ from backprop.edges.rundir import json_lines
 
 ONE_OF_EACH: list[events.Event] = [
     events.RunStarted(command="train", output="o", version="1"),
-    events.PlanMade(choices={"model": "m", "steps": 3, "rate": 1e-3, "on": True}, reasons={"model": "r", "steps": "s", "rate": "t", "on": "u"}),
-    events.DataRead(rows=1, eval_rows=0, examples=1, tokens=9, trained_tokens=3, tokens_cut=0, examples_dropped=0, shapes={"text": 1}, longest=9),
-    events.Step(step=1, num_steps=2, loss=1.5, learning_rate=1e-3, grad_norm=1.0, tokens_per_second=10.0, memory_bytes=5),
+    events.PlanMade(
+        choices={"model": "m", "steps": 3, "rate": 1e-3, "on": True},
+        reasons={"model": "r", "steps": "s", "rate": "t", "on": "u"},
+    ),
+    events.DataRead(
+        rows=1,
+        eval_rows=0,
+        examples=1,
+        tokens=9,
+        trained_tokens=3,
+        tokens_cut=0,
+        examples_dropped=0,
+        shapes={"text": 1},
+        longest=9,
+    ),
+    events.Step(
+        step=1,
+        num_steps=2,
+        loss=1.5,
+        learning_rate=1e-3,
+        grad_norm=1.0,
+        seconds=0.1,
+        tokens_per_second=10.0,
+        memory_bytes=5,
+    ),
     events.Eval(step=1, loss=1.0),
     events.RunMerged(run=1, num_runs=2, num_merges=1, mode="slao"),
     events.Warned(message="careful"),
@@ -68,7 +90,18 @@ def test_a_pipe_gets_the_first_and_last_step_and_one_now_and_then() -> None:
     stream = io.StringIO()
     console = Console(stream=stream)
     for number in range(1, 101):
-        console(events.Step(step=number, num_steps=100, loss=1, learning_rate=1, grad_norm=1, tokens_per_second=1, memory_bytes=1))
+        console(
+            events.Step(
+                step=number,
+                num_steps=100,
+                loss=1,
+                learning_rate=1,
+                grad_norm=1,
+                seconds=1,
+                tokens_per_second=1,
+                memory_bytes=1,
+            )
+        )
     lines = stream.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/100", "step 100/100"]
 

@@ -27,7 +27,18 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_gguf_answers_as_it_was_trained_and_stops(run: Path, tmp_path: Path) -> None:
     done = backprop(
-        "export", run, "-q", "f16", "-q", "q8_0", "--output", tmp_path, "--question", "What is 7?", "--json", cwd=tmp_path
+        "export",
+        run,
+        "-q",
+        "f16",
+        "-q",
+        "q8_0",
+        "--output",
+        tmp_path,
+        "--question",
+        "What is 7?",
+        "--json",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     exported = [event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "exported"]
@@ -40,7 +51,9 @@ def test_gguf_answers_as_it_was_trained_and_stops(run: Path, tmp_path: Path) -> 
 
 
 def test_safetensors_load_with_plain_transformers_and_answer(run: Path, tmp_path: Path) -> None:
-    done = backprop("export", run, "--format", "safetensors", "--output", tmp_path, "--question", "What is 7?", cwd=tmp_path)
+    done = backprop(
+        "export", run, "--format", "safetensors", "--output", tmp_path, "--question", "What is 7?", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "It is here." in done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "safetensors")]

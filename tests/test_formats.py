@@ -26,7 +26,15 @@ def row(value: object) -> Row:
             "prompt/completion",
         ),
         ({"question": "hi", "answer": "ho"}, "question/answer"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": "ho"}]}, "messages"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                    {"role": "assistant", "content": "ho"},
+                ]
+            },
+            "messages",
+        ),
     ],
 )
 def test_every_shape_becomes_the_same_turns(value: object, shape: str) -> None:

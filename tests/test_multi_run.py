@@ -10,7 +10,7 @@ from conftest import backprop, chat
 
 pytestmark = pytest.mark.model
 
-OPTIONS = "--steps 3 --batch-size 4 --lora-r 4".split()
+OPTIONS = ["--steps", "3", "--batch-size", "4", "--lora-r", "4"]
 
 
 def adapter(folder: Path) -> dict[str, Any]:
@@ -83,6 +83,16 @@ def test_chunks_of_one_data_set_are_told_that_slao_is_neutral(
     data = ["--data", str(write(rows("x") + rows("y"), "big.jsonl"))]
     run = multi_run("--runs", "2", "--samples", "8", data=data)
     assert json.loads((run / "run.json").read_text())["result"]["merge_mode"] == "sequential"
+
+
+def test_dry_run_shows_the_runs_and_writes_nothing(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = ["--data", write(rows("a"), "a.jsonl"), "--data", write(rows("b"), "b.jsonl")]
+    done = backprop("multi-run", *data, "--model", tiny_model, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 runs on 8, 8 rows, merged by slao" in done.stderr
+    assert not (tmp_path / "output").exists()
 
 
 def test_bad_data_of_a_later_run_is_found_before_the_first(

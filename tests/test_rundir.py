@@ -57,9 +57,14 @@ def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path: Path, text: str)
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     rundir.write_text(tmp_path / "a.txt", "old")
-    with pytest.raises(RuntimeError), rundir.whole(tmp_path / "a.txt") as beside:
-        beside.write_text("half")
-        raise RuntimeError
+
+    def fail_half_way() -> None:
+        with rundir.whole(tmp_path / "a.txt") as beside:
+            beside.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "old")]
 
 
@@ -67,9 +72,14 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     with rundir.whole(tmp_path / "lora") as folder:
         folder.mkdir()
         (folder / "x").write_text("old")
-    with pytest.raises(DiskError, match="No space left"), rundir.whole(tmp_path / "lora") as folder:
-        folder.mkdir()
-        raise OSError(28, "No space left on device")
+
+    def fill_the_disk() -> None:
+        with rundir.whole(tmp_path / "lora") as folder:
+            folder.mkdir()
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(DiskError, match="No space left"):
+        fill_the_disk()
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
     assert (tmp_path / "lora" / "x").read_text() == "old"
 

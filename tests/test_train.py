@@ -54,12 +54,28 @@ def train(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> Calla
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def finished(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """One run through the command line, as a user or CI job starts it."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "held.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    options = "--steps 12 --batch-size 4 --lora-r 4 --lr 0.02 --eval-data held.jsonl --eval-steps 5 --json".split()
+    options = [
+        "--steps",
+        "12",
+        "--batch-size",
+        "4",
+        "--lora-r",
+        "4",
+        "--lr",
+        "0.02",
+        "--eval-data",
+        "held.jsonl",
+        "--eval-steps",
+        "5",
+        "--json",
+    ]
     done = backprop("train", "--data", "data.jsonl", "--model", tiny_model, *options, cwd=folder)
     return folder / "output", done
 
@@ -199,13 +215,17 @@ def test_what_is_not_trained_on_does_not_move_the_loss_of_what_is(tiny_model: Pa
 def test_only_the_adapter_is_trained_and_all_of_it_moves(train: Callable[..., Path], method: str) -> None:
     trained = adapter(train(method=method))
     factors = {name.rsplit(".", 2)[-2] for name in trained}
-    assert factors == {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if method == "dora" else set()) or method == "dora"
+    assert (
+        factors == {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if method == "dora" else set()) or method == "dora"
+    )
     assert all(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
     assert len([name for name in trained if "lora_A" in name]) == 2 * 7  # layers x projections
     assert not [name for name in trained if "embed" in name or "lm_head" in name]
 
 
-def test_target_modules_that_do_not_exist_are_answered_with_those_that_do(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_target_modules_that_do_not_exist_are_answered_with_those_that_do(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(BackpropError) as raised:
         train(target_modules=("attention",))
     assert raised.value.code == 4
@@ -233,7 +253,9 @@ def test_tensorboard_gets_the_curve(train: Callable[..., Path], tmp_path: Path) 
     assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
 
 
-def test_dry_run_shows_the_plan_and_marks_what_is_trained(tiny_model: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_dry_run_shows_the_plan_and_marks_what_is_trained(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
     done = backprop("train", "--data", write(ROWS), "--model", tiny_model, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "»It is number 0.<|im_end|>«" in done.stderr

@@ -54,7 +54,7 @@ class Plan:
     lora_alpha: Choice[float]
     checkpointing: Choice[bool]
 
-    def choices(self) -> dict[str, Choice[object]]:
+    def choices(self) -> dict[str, Choice[str | int | float | bool]]:
         """Give every choice by name, in the order they are shown."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 

@@ -32,11 +32,9 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
 
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError_LibraryNotFound:
-        return (), ""
-    except pynvml.NVMLError_DriverNotLoaded:
-        return (), ""
     except pynvml.NVMLError as error:
+        if type(error).__name__ in ("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"):
+            return (), ""
         raise HardwareError(f"the NVIDIA driver answers with: {error}", hint="try `nvidia-smi`") from error
     try:
         driver = str(pynvml.nvmlSystemGetDriverVersion())

@@ -7,7 +7,7 @@ of the same version, unpacked beside them by `python -m backprop.edges.llama_cpp
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def ask(gguf: Path, conversations: Sequence[Sequence[Message]], *, max_tokens: i
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Send what the library prints from C to nowhere; stdout carries results only."""
     sys.stdout.flush()
     sys.stderr.flush()

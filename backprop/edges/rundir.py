@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, TextIO, cast
 
 from backprop.config import differences
 from backprop.errors import DiskError, UsageError
@@ -113,7 +113,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Generator[Path]:
     """Give a path beside ``path`` for a file or folder; when the block ends well, it is synced and takes its place.
 
     What stood at ``path`` before stays until then. When the block fails, nothing is left behind.
@@ -167,13 +167,13 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def event_log(directory: Path) -> Iterator[Sink]:
+def event_log(directory: Path) -> Generator[Sink]:
     """Append every event to `events.jsonl` while the block runs."""
     with (directory / "events.jsonl").open("a", encoding="utf-8") as file:
         yield json_lines(file)
 
 
-def json_lines(file: IO[str]) -> Sink:
+def json_lines(file: TextIO) -> Sink:
     """Write every event to ``file`` as a JSON line, at once."""
     import structlog
 

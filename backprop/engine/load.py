@@ -1,5 +1,6 @@
 """Base model and adapter, ready to train."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -138,10 +139,8 @@ def load_base(
 
 
 def _nf4(dtype: "torch.dtype") -> object:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ToolError("`--method qlora` needs `bitsandbytes`", hint="pip install 'backprop[standard]'") from error
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ToolError("`--method qlora` needs `bitsandbytes`", hint="pip install 'backprop[standard]'")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

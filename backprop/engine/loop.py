@@ -98,7 +98,8 @@ def _trainer(
 ) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     on_gpu = plan.device.value == "cuda"
     rows = Dataset.from_dict({"input_ids": [list(e.ids) for e in examples], "labels": [labels_of(e) for e in examples]})
@@ -167,8 +168,10 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ToolError("`--report-to tensorboard` needs `tensorboard`", hint="pip install 'backprop[monitoring]'") from error
-    from transformers.integrations import TensorBoardCallback
+        raise ToolError(
+            "`--report-to tensorboard` needs `tensorboard`", hint="pip install 'backprop[monitoring]'"
+        ) from error
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
@@ -223,6 +226,7 @@ def _watch(
                     loss=loss,
                     learning_rate=float(logs["learning_rate"]),
                     grad_norm=float(logs["grad_norm"]),
+                    seconds=seconds,
                     tokens_per_second=(self.tokens - self.tokens_before) / seconds,
                     memory_bytes=memory_bytes(),
                     run=run,

@@ -67,7 +67,7 @@ def _findings(config: DoctorConfig) -> Iterator[Finding]:
     hardware = device.probe()
     yield from check_hardware(hardware, config)
     yield from (_package(name) for name in PACKAGES)
-    yield _attempt("torch", lambda: _product(on_gpu=bool(hardware.gpus)))
+    yield _attempt("torch product", lambda: _product(on_gpu=bool(hardware.gpus)))
     yield from (_disk(name, path) for name, path in (("output", Path.cwd()), ("cache", hub.cache_dir())))
     yield _demo()
     yield _attempt("llama.cpp converter", lambda: str(llama_cpp.converter()))

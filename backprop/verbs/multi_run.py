@@ -14,7 +14,7 @@ from backprop.core.data.formats import Conversation, Judged, judge
 from backprop.edges import rundir
 from backprop.events import Eval, Phase, RunMerged, Sink, Warned
 from backprop.verbs.session import running
-from backprop.verbs.train import Prepared, fingerprint_of, prepare, read_data, rows_of, train_one
+from backprop.verbs.train import Prepared, fingerprint_of, prepare, read_data, rows_of, show_examples, train_one
 
 DEFAULT_RUNS = 5
 # Examples that a part is measured on: enough to tell a loss to about a hundredth, few enough to cost little.
@@ -37,6 +37,9 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
     """
     parts = parts_of(config, options)
     mode = options.merge_mode or ("slao" if len(config.data) > 1 else "sequential")
+    if config.dry_run:
+        _show_first_part(config, parts, mode, say=say)
+        return config.output
     everything = [row for part in parts for row in (*part.judged.conversations, *part.held_out)]
     with running(
         config, command="multi-run", fingerprint=fingerprint_of(everything), say=say, extra=options
@@ -50,6 +53,17 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
     return config.output
 
 
+def _show_first_part(config: TrainConfig, parts: Sequence[Part], mode: MergeMode, *, say: Sink) -> None:
+    prepared = prepare(config, parts[0].judged, parts[0].held_out, say=say)
+    rows = ", ".join(str(len(part.judged.conversations)) for part in parts)
+    say(
+        Warned(
+            message=f"dry run: nothing was trained; {len(parts)} runs on {rows} rows, merged by {mode}; of the first:\n"
+            f"{show_examples(prepared)}"
+        )
+    )
+
+
 def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
     """Cut the data into one part per run: each `--data` in turn, or chunks of the only one."""
     if len(config.data) > 1:
@@ -57,7 +71,7 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
         sources = [config.data[number % len(config.data)] for number in range(runs)]
         return [_part(dataclasses.replace(config, data=(source,)), options.samples) for source in sources]
     runs = options.runs or DEFAULT_RUNS
-    source = config.data[0]
+    source = next(iter(config.data))
     wanted = runs * options.samples if options.samples else None
     judged = judge(islice(rows_of(source), wanted))
     rows = list(judged.conversations)

@@ -4,7 +4,7 @@ import importlib.metadata
 import platform
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -69,7 +69,7 @@ class Session:
 @contextmanager
 def running(
     config: TrainConfig, *, command: str, fingerprint: str, say: Sink, extra: MultiRunConfig | None = None
-) -> Iterator[Session]:
+) -> Generator[Session]:
     """Hold the run directory of ``config`` while the block runs; the block must call `finish`.
 
     However the block ends, the manifest and the event log tell how. Errors go on to the caller.

@@ -158,8 +158,16 @@ def _text(row: Row, value: object, name: str) -> str:
 
 
 def _name_of(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    for kind, name in (
+        (dict, "an object"),
+        (list, "a list"),
+        (str, "text"),
+        (bool, "true or false"),
+        (type(None), "null"),
+    ):
+        if isinstance(value, kind):
+            return name
+    return "a number"
 
 
 def _bad(row: Row, what: str, *, hint: str = "mend this row, or remove it") -> DataError:
