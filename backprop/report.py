@@ -6,7 +6,7 @@ from html import escape
 
 from backprop.events import DataRead, Eval, Event, Step
 
-WIDTH, HEIGHT, MARGIN = 720, 240, 48
+WIDTH, HEIGHT, MARGIN = 720, 240, 60
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #d0d5dd; --paper: #ffffff; --curve: #2563eb;

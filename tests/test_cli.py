@@ -63,6 +63,7 @@ def test_the_list_of_options_is_frozen(kind: type) -> None:
         (["train", "--data", "x", "--lr", "0"], "`--learning-rate` must be above 0"),
         (["train", "--data", "x", "--lr", "nan"], "`--learning-rate` must be above 0"),
         (["train", "--data", "x", "--lr", "inf"], "`--learning-rate` must be above 0"),
+        (["train", "--data", "x", "--lora-alpha", "inf"], "`--lora-alpha` must be above 0"),
         (["train", "--data", "x", "--eval-fraction", "1.5"], "`--eval-fraction` must be"),
         (["train", "--data", "x", "--method", "magic"], "magic"),
         (["train", "--data", "x", "--steps", "1", "--epochs", "1"], "both `--steps` and `--epochs`"),

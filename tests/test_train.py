@@ -118,6 +118,7 @@ def test_the_manifest_holds_what_a_run_was(finished: tuple[Path, subprocess.Comp
 
 def test_the_report_shows_the_curve_and_stands_alone(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     page = (finished[0] / "report.html").read_text()
+    assert "<h1>backprop train: finished</h1>" in page
     assert "<polyline" in page
     assert "held-out loss" in page
     assert "set by `--steps`" in page

@@ -50,8 +50,9 @@ class Session:
         """Write the report, then the manifest as finished, then say so."""
         seconds = round(time.monotonic() - self._started, 1)
         finished = RunFinished(command=self._command, output=str(self.directory), seconds=seconds, result=result)
-        self._write_report()
         self._manifest |= {"status": "finished", "seconds": seconds, "result": dict(result)}
+        # The manifest last: a run that says it is finished has its page.
+        self._write_report()
         rundir.write_manifest(self.directory, self._manifest)
         self.say(finished)
 
