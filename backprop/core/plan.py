@@ -137,11 +137,16 @@ def _choose_dtype(hardware: Hardware) -> Choice[str]:
     return Choice("float32", "this GPU has no bfloat16")
 
 
+# Pottlesea (examples/, SmolLM2 135M): 125 steps of 4 teach what 130 steps of 8 do, in half the time.
+BATCH_SIZES = ((4, 250), (8, 1000))
+LARGEST_BATCH = 16
+
+
 def _choose_batch(config: TrainConfig, data: DataShape) -> Choice[int]:
     if config.batch_size is not None:
         return Choice(config.batch_size, "set by `--batch-size`")
-    # Small sets need many steps more than they need smooth ones.
-    size = 8 if data.num_examples < 1000 else 16
+    # Small sets need many steps more than they need smooth ones, and each step costs less.
+    size = next((size for size, fewer_than in BATCH_SIZES if data.num_examples < fewer_than), LARGEST_BATCH)
     return Choice(min(size, data.num_examples), f"{data.num_examples} examples")
 
 
@@ -174,7 +179,7 @@ def _divisor(number: int, most: int) -> int:
     return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
 
 
-# A small set is learnt in about this many steps, and passes beyond ten only memorise (examples/, SmolLM2 135M).
+# A small set is learnt in about this many steps, and passes beyond ten only repeat (examples/, SmolLM2 135M).
 WANTED_STEPS = 130
 MOST_EPOCHS = 10
 
