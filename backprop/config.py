@@ -161,8 +161,8 @@ class ExportConfig:
         tuple[Quantization, ...], Parameter(group=EXPORT, negative="", name=["--quantization", "-q"])
     ] = ("q4_k_m",)
     """How GGUF weights are held. Repeatable: several files from one conversion."""
-    question: Annotated[str, Parameter(group=EXPORT)] = "Hello! Who are you?"
-    """What the exported model is asked before success is claimed."""
+    question: Annotated[str | None, Parameter(group=EXPORT)] = None
+    """What the exported model is asked before success is claimed. Default: the first question of the training data."""
     output: Annotated[Path | None, Parameter(group=EXPORT, name=["--output", "-o"])] = None
     """Where the files go. Default: `export/` in the run directory."""
     overwrite: Annotated[bool, Parameter(group=EXPORT, negative="")] = False

@@ -35,8 +35,6 @@ def test_gguf_answers_as_it_was_trained_and_stops(run: Path, tmp_path: Path) -> 
         "q8_0",
         "--output",
         tmp_path,
-        "--question",
-        "What is 7?",
         "--json",
         cwd=tmp_path,
     )
@@ -45,6 +43,7 @@ def test_gguf_answers_as_it_was_trained_and_stops(run: Path, tmp_path: Path) -> 
     assert [event["quantization"] for event in exported] == ["f16", "q8_0"]
     assert [path.name for path in sorted(tmp_path.glob("*"))] == ["run-f16.gguf", "run-q8_0.gguf"]
     for event in exported:
+        assert event["question"] == "What is 0?", "not the first question of the training data"
         assert event["answer"] == "It is here.", event
         (answer,) = llama_cpp.ask(Path(event["path"]), [[{"role": "user", "content": "What is 7?"}]])
         assert answer.stopped, "the end-of-turn token was not learnt"
@@ -52,7 +51,7 @@ def test_gguf_answers_as_it_was_trained_and_stops(run: Path, tmp_path: Path) -> 
 
 def test_safetensors_load_with_plain_transformers_and_answer(run: Path, tmp_path: Path) -> None:
     done = backprop(
-        "export", run, "--format", "safetensors", "--output", tmp_path, "--question", "What is 7?", cwd=tmp_path
+        "export", run, "--format", "safetensors", "--output", tmp_path, "--question", "What is 8?", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert "It is here." in done.stderr

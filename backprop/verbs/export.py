@@ -15,6 +15,7 @@ from backprop.events import Exported, Phase, RunFinished, RunStarted, Sink
 
 # Room for the merged checkpoint in float32, its 16-bit GGUF and one quantized file, per weight: 4 + 2 + 1 bytes.
 BYTES_PER_WEIGHT = 7
+DEFAULT_QUESTION = "Hello! Who are you?"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,7 @@ class Adapter:
     base: str
     output: Path
     name: str
+    question: str
 
 
 def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
@@ -77,9 +79,9 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
     base = (manifest.get("model") or {}).get("name") or _base_of(folder)
     path = hub.find_model(base, offline=config.offline).path
     output = config.output or (run if manifest else folder) / "export"
-    return Adapter(
-        folder=folder, base=path, output=output, name=run.resolve().name if manifest else folder.resolve().name
-    )
+    question = config.question or manifest.get("question") or DEFAULT_QUESTION
+    name = (run if manifest else folder).resolve().name
+    return Adapter(folder=folder, base=path, output=output, name=name, question=question)
 
 
 def _base_of(folder: Path) -> str:
@@ -123,7 +125,7 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
     say(Phase(name="merging the adapter"))
     with rundir.whole(target) as folder:
         merge.merge(adapter.base, adapter.folder, folder, dtype="bfloat16", trust_remote_code=config.trust_remote_code)
-        answer = merge.ask(folder, config.question)
+        answer = merge.ask(folder, adapter.question)
         if not answer:
             raise ExportError("the exported model gave no answer", hint="ask another `--question`")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -133,7 +135,7 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
             format="safetensors",
             quantization="bf16",
             size_bytes=size,
-            question=config.question,
+            question=adapter.question,
             answer=answer,
         )
     )
@@ -161,10 +163,10 @@ def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCo
                     llama_cpp.convert(checkpoint, beside, kind=kind)
                 else:
                     llama_cpp.quantize(source, beside, quantization=kind)
-                answer = llama_cpp.ask(beside, [[{"role": "user", "content": config.question}]])[0]
+                answer = llama_cpp.ask(beside, [[{"role": "user", "content": adapter.question}]])[0]
                 if not answer.text:
                     raise ExportError(
-                        f"the {kind} file gave no answer to {config.question!r}", hint="try `--quantization q8_0`"
+                        f"the {kind} file gave no answer to {adapter.question!r}", hint="try `--quantization q8_0`"
                     )
             say(
                 Exported(
@@ -172,7 +174,7 @@ def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCo
                     format="gguf",
                     quantization=kind,
                     size_bytes=target.stat().st_size,
-                    question=config.question,
+                    question=adapter.question,
                     answer=answer.text,
                 )
             )

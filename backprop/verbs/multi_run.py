@@ -14,7 +14,16 @@ from backprop.core.data.formats import Conversation, Judged, judge
 from backprop.edges import rundir
 from backprop.events import Eval, Phase, RunMerged, Sink, Warned
 from backprop.verbs.session import running
-from backprop.verbs.train import Prepared, fingerprint_of, prepare, read_data, rows_of, show_examples, train_one
+from backprop.verbs.train import (
+    Prepared,
+    fingerprint_of,
+    first_question,
+    prepare,
+    read_data,
+    rows_of,
+    show_examples,
+    train_one,
+)
 
 DEFAULT_RUNS = 5
 # Examples that a part is measured on: enough to tell a loss to about a hundredth, few enough to cost little.
@@ -100,7 +109,8 @@ def _fold(
     for number, part in enumerate(parts, start=1):
         seeded = dataclasses.replace(config, seed=config.seed + number - 1)
         prepared.append(prepare(seeded, part.judged, part.held_out, say=session.say))
-        session.record(model=prepared[0].model, plan=prepared[0].plan)
+        question = first_question(parts[0].judged.conversations)
+        session.record(model=prepared[0].model, plan=prepared[0].plan, question=question)
         start = slao.next_start(state.fine_tuned, init=options.init) if state else None
         folder = config.output / "runs" / f"{number:03d}"
         model, _ = train_one(seeded, prepared[-1], output=folder, say=session.say, start=start, run=number)

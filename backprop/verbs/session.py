@@ -40,10 +40,10 @@ class Session:
         self._manifest = manifest
         self._started = time.monotonic()
 
-    def record(self, *, model: ModelSource, plan: Plan) -> None:
-        """Write the model and the plan into the manifest."""
+    def record(self, *, model: ModelSource, plan: Plan, question: str) -> None:
+        """Write the model, the plan, and a question that `export` may ask into the manifest."""
         choices = {name: asdict(choice) for name, choice in plan.choices().items()}
-        self._manifest |= {"model": asdict(model), "plan": choices}
+        self._manifest |= {"model": asdict(model), "plan": choices, "question": question}
         rundir.write_manifest(self.directory, self._manifest)
 
     def finish(self, result: Mapping[str, JSON]) -> None:

@@ -51,7 +51,7 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
     fingerprint = fingerprint_of([*judged.conversations, *held_out])
     with running(config, command="train", fingerprint=fingerprint, say=say) as session:
         prepared = prepare(config, judged, held_out, say=session.say)
-        session.record(model=prepared.model, plan=prepared.plan)
+        session.record(model=prepared.model, plan=prepared.plan, question=first_question(judged.conversations))
         _, fit = train_one(config, prepared, output=config.output, say=session.say)
         session.finish(
             {
@@ -191,6 +191,12 @@ def train_one(
     with rundir.whole(output / "lora") as folder:
         load.save_adapter(model, prepared.tokenizer, folder)
     return model, result
+
+
+def first_question(conversations: Sequence[Conversation]) -> str:
+    """Give the first user turn; empty if there is none."""
+    turns = (turn for conversation in conversations for turn in conversation.messages)
+    return next((turn["content"] for turn in turns if turn["role"] == "user"), "")
 
 
 def fingerprint_of(conversations: Sequence[Conversation]) -> str:
