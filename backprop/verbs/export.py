@@ -76,12 +76,18 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         raise UsageError(
             f"the run in `{run}` is not finished: {manifest.get('status')}", hint="run its command again, to the end"
         )
-    base = (manifest.get("model") or {}).get("name") or _base_of(folder)
+    base = _base_of_run(manifest) if "model" in manifest else _base_of(folder)
     path = hub.find_model(base, offline=config.offline).path
     output = config.output or (run if manifest else folder) / "export"
     question = config.question or manifest.get("question") or DEFAULT_QUESTION
     name = (run if manifest else folder).resolve().name
     return Adapter(folder=folder, base=path, output=output, name=name, question=question)
+
+
+def _base_of_run(manifest: Mapping[str, Any]) -> str:
+    """Give the folder that was trained on while it is there; else its name, which may be found again."""
+    model = manifest["model"]
+    return str(model["path"] if Path(model["path"]).is_dir() else model["name"])
 
 
 def _base_of(folder: Path) -> str:
