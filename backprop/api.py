@@ -1,6 +1,7 @@
 """The Python face: the four verbs as methods of a `Trainer`, raising the errors behind the exit codes."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class Trainer:
     Every method raises `BackpropError` of the kind that says what can be mended.
     """
 
-    def __init__(self, model: str | None = None, *, say: Sink | None = None, **options: Any) -> None:
+    def __init__(self, model: str | Path | None = None, *, say: Sink | None = None, **options: Any) -> None:
         self._model = model
         self._options = options
         self._say = say
@@ -32,8 +33,7 @@ class Trainer:
 
         config = self._config(data, options)
         with Console() as console:
-            self._run = train(config, say=self._say or console)
-        return self._run
+            return self._kept(train(config, say=self._say or console), config)
 
     def multi_run(
         self,
@@ -53,19 +53,13 @@ class Trainer:
         config = self._config(dataset, options)
         runs = MultiRunConfig(runs=num_runs, samples=samples_per_run, merge_mode=merge_mode)
         with Console() as console:
-            self._run = multi_run(config, runs, say=self._say or console)
-        return self._run
+            return self._kept(multi_run(config, runs, say=self._say or console), config)
 
-    def export(
-        self, format: str = "gguf", *, quantization: str | Iterable[str] = "q4_k_m", **options: Any
-    ) -> list[Path]:
+    def export(self, format: str = "gguf", *, quantization: str | Iterable[str] = (), **options: Any) -> list[Path]:
         """Export what was trained and return the files."""
         from backprop.verbs.export import export
 
-        if isinstance(quantization, str):
-            quantization = (quantization,)
-        chosen: dict[str, Any] = {"format": format, "quantization": tuple(quantization), **options}
-        config = _build(ExportConfig, chosen)
+        config = _build(ExportConfig, {"format": format, "quantization": quantization, **options})
         with Console() as console:
             return export(self._trained(), config, say=self._say or console)
 
@@ -83,31 +77,26 @@ class Trainer:
             shutil.copytree(source, beside)
         return target
 
+    def _kept(self, run: Path, config: TrainConfig) -> Path:
+        if not config.dry_run:
+            self._run = run
+        return run
+
     def _trained(self) -> Path:
         if self._run is None:
             raise UsageError("nothing was trained yet", hint="call `trainer.train(data)` first")
         return self._run
 
     def _config(self, data: str | Path | Iterable[str | Path], options: dict[str, Any]) -> TrainConfig:
-        sources = (data,) if isinstance(data, str | Path) else tuple(data)
-        merged: dict[str, Any] = {
-            "model": self._model,
-            **self._options,
-            **options,
-            "data": tuple(str(source) for source in sources),
-        }
+        merged: dict[str, Any] = {"model": self._model, **self._options, **options, "data": data}
         if "lr" in merged:
             merged["learning_rate"] = merged.pop("lr")
-        output: object = merged.get("output")
-        if isinstance(output, str):
-            merged["output"] = Path(output)
         return _build(TrainConfig, merged)
 
 
 def _build(kind: Any, options: dict[str, Any]) -> Any:
     """Make a config, naming the nearest option for one that does not exist."""
     import difflib
-    from dataclasses import fields
 
     known = [field.name for field in fields(kind)]
     for name in options:
@@ -117,4 +106,15 @@ def _build(kind: Any, options: dict[str, Any]) -> Any:
                 f"there is no option `{name}`",
                 hint=f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}",
             )
-    return kind(**options)
+    return kind(**{name: _as_declared(kind, name, value) for name, value in options.items()})
+
+
+def _as_declared(kind: Any, name: str, value: Any) -> Any:
+    """Take what Python users write: one value where several may stand, any sequence, text for a path."""
+    default = next(field.default for field in fields(kind) if field.name == name)
+    if name == "data" or isinstance(default, tuple):
+        values = (value,) if isinstance(value, str | Path) else tuple(value)
+        return tuple(str(one) if isinstance(one, Path) else one for one in values)
+    if name == "output" and isinstance(value, str):
+        return Path(value)
+    return str(value) if name == "model" and isinstance(value, Path) else value

@@ -1,11 +1,14 @@
 """The command line: parse, call one verb, print, exit."""
 
+import io
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any
+from types import FrameType, TracebackType
+from typing import Annotated, Any, NoReturn, TextIO
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.config import Env
@@ -13,8 +16,8 @@ from cyclopts.config import Env
 import backprop
 from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
 from backprop.console import Console, without_escapes
-from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, Interrupted, UsageError
-from backprop.events import Failed, Sink, schema
+from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, Terminated, UsageError, stopped_by
+from backprop.events import Event, Failed, Sink, schema
 
 OUTPUT = Group.create_ordered("Output")
 
@@ -112,20 +115,43 @@ def _call(work: Callable[[Sink], Sequence[Path]], voice: Voice) -> int:
             from backprop.edges.rundir import json_lines
             from backprop.events import tee
 
-            lines = json_lines(sys.stdout)
-            say = tee(lines, console)
+            say = tee(until_closed(json_lines(_stdout())), console)
         try:
             paths = work(say)
         except BackpropError as error:
             say(Failed(code=error.code, message=error.message, hint=error.hint or ""))
             return error.code
-        except KeyboardInterrupt:
-            say(Failed(code=Interrupted.code, message="stopped by Ctrl-C", hint="run the same command again"))
-            return Interrupted.code
+        except KeyboardInterrupt as interrupt:
+            stopped = stopped_by(interrupt)
+            say(Failed(code=stopped.code, message=stopped.message, hint=stopped.hint or ""))
+            return stopped.code
     if not voice.json:
         for path in paths:
-            print(path)
+            print(path, file=_stdout())
     return 0
+
+
+def _stdout() -> TextIO:
+    """Give stdout, or nowhere if this program was started without one."""
+    return sys.stdout or open(os.devnull, "w", encoding="utf-8")
+
+
+def until_closed(sink: Sink) -> Sink:
+    """Go on in silence when who reads stdout has gone: a run is not to die of `| head`."""
+    closed = False
+
+    def say(event: Event) -> None:
+        nonlocal closed
+        if closed:
+            return
+        try:
+            sink(event)
+        except BrokenPipeError:
+            closed = True
+            # Python flushes stdout at exit, which would fail once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return say
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -137,7 +163,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(schema(), indent=2))
         sys.exit(0)
     sys.excepthook = _tell_of_bug
+    signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that this terminal cannot show ends no run
     sys.exit(run(tokens))
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 def _tell_of_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -153,7 +186,7 @@ def _tell_of_bug(kind: type[BaseException], error: BaseException, trace: Traceba
 
 def run(tokens: Sequence[str]) -> int:
     """Parse ``tokens``, run their command, and give its exit code."""
-    as_json = "--json" in tokens
+    as_json = "--json" in tokens or os.environ.get("BACKPROP_JSON", "").lower() in ("1", "true", "yes")
     if not tokens or tokens[0].startswith("-"):  # its import is a tenth of the time that the other commands start in
         app.register_install_completion_command()
     try:
@@ -163,8 +196,9 @@ def run(tokens: Sequence[str]) -> int:
         return _usage(str(error).splitlines()[0], "backprop " + " ".join([*tokens[:1], "--help"]), as_json)
     except UsageError as error:
         return _usage(error.message, error.hint or "", as_json)
-    except KeyboardInterrupt:
-        return _usage("stopped by Ctrl-C", "run the same command again", as_json, code=Interrupted.code)
+    except KeyboardInterrupt as interrupt:
+        stopped = stopped_by(interrupt)
+        return _usage(stopped.message, stopped.hint or "", as_json, code=stopped.code)
     return code if isinstance(code, int) else 0
 
 
@@ -177,7 +211,7 @@ def _tell(failed: Failed, as_json: bool) -> None:
     if as_json:
         from backprop.edges.rundir import json_lines
 
-        json_lines(sys.stdout)(failed)
+        until_closed(json_lines(_stdout()))(failed)
     Console()(failed)
 
 
@@ -187,7 +221,8 @@ def _yaml_of(tokens: Sequence[str]) -> list[Any]:
     Raises:
         UsageError: If the file is missing or not YAML.
     """
-    path = next((tokens[i + 1] for i, token in enumerate(tokens[:-1]) if token == "--config"), None)
+    path = os.environ.get("BACKPROP_CONFIG")
+    path = next((tokens[i + 1] for i, token in enumerate(tokens[:-1]) if token == "--config"), path)
     path = next((token.removeprefix("--config=") for token in tokens if token.startswith("--config=")), path)
     if path is None:
         return []

@@ -41,7 +41,7 @@ class Bounds:
 
     def __str__(self) -> str:
         parts = (("above", self.above), ("at least", self.least), ("at most", self.most))
-        return " and ".join(f"{word} {value:g}" for word, value in parts if value is not None)
+        return " and ".join(f"{word} {value:,}" for word, value in parts if value is not None)
 
     def hold(self, value: float) -> bool:
         """Say whether ``value`` is finite and inside."""
@@ -159,8 +159,8 @@ class ExportConfig:
     """`gguf` for llama.cpp and Ollama, `safetensors` for transformers and vLLM."""
     quantization: Annotated[
         tuple[Quantization, ...], Parameter(group=EXPORT, negative="", name=["--quantization", "-q"])
-    ] = ("q4_k_m",)
-    """How GGUF weights are held. Repeatable: several files from one conversion."""
+    ] = ()
+    """How GGUF weights are held. Repeatable: several files from one conversion. Default: q4_k_m."""
     question: Annotated[str | None, Parameter(group=EXPORT)] = None
     """What the exported model is asked before success is claimed. Default: the first question of the training data."""
     output: Annotated[Path | None, Parameter(group=EXPORT, name=["--output", "-o"])] = None
@@ -174,6 +174,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.format == "safetensors" and self.quantization:
+            raise UsageError("`--quantization` is for GGUF", hint="leave it out, or leave out `--format safetensors`")
 
 
 @Parameter(name="*")
@@ -233,7 +235,7 @@ def _check_value(flag: str, value: object, kind: Any, bounds: Bounds | None) -> 
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise UsageError(f"`{flag}` takes {kind.__name__}: {value!r}")
     if bounds is not None and isinstance(value, int | float) and not bounds.hold(value):
-        raise UsageError(f"`{flag}` must be {bounds}: {value:g}", hint=f"see `backprop train --help` for {flag}")
+        raise UsageError(f"`{flag}` must be {bounds}: {value}", hint="see the command with `--help`")
 
 
 def differences(old: dict[str, object], new: dict[str, object]) -> list[str]:

@@ -11,6 +11,7 @@ from backprop.events import (
     DataRead,
     Eval,
     Event,
+    Examples,
     Exported,
     Failed,
     Phase,
@@ -32,7 +33,8 @@ class Console:
     """A sink for people: a live bar on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, *, detail: Detail = "normal", stream: IO[str] | None = None) -> None:
-        self._stream = stream or sys.stderr
+        # A program started without stderr has None there.
+        self._stream = stream or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as we do
         self._detail: Detail = detail
         self._live = self._stream.isatty() and not os.environ.get("CI") and detail != "quiet"
         self._bar: Any = None
@@ -132,7 +134,9 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case RunMerged():
             return f"run {event.run}/{event.num_runs} merged ({event.mode})"
         case Warned():
-            return event.message if event.message.startswith("dry run") else f"warning: {event.message}"
+            return f"warning: {event.message}"
+        case Examples():
+            return event.text
         case Phase():
             return f"{event.name} …"
         case Exported():
@@ -143,6 +147,8 @@ def told(event: Event, *, verbose: bool = False) -> str:
             mark = "ok  " if event.ok else "FAIL"
             needed = "" if event.ok else f"  (needed: {event.needed})\n      mend: {event.mend}"
             return f"{mark}  {event.name}: {event.found}{needed}"
+        case RunFinished() if event.result.get("dry_run"):
+            return "dry run: nothing was trained or written"
         case RunFinished():
             return f"done in {event.seconds:.0f} s: {event.output}" if event.output else ""
         case RunStarted():

@@ -62,16 +62,36 @@ class DiskError(BackpropError):
     code = 9
 
 
-class ToolError(BackpropError):
-    """A package or program that is missing or failed."""
+class ToolError(ExportError):
+    """A program or library that export needs, and that is missing or failed."""
 
-    code = 7
+
+class PackageError(UsageError):
+    """An option that needs a package which is not installed."""
 
 
 class Interrupted(BackpropError):  # noqa: N818 - it is not a fault
     """The user pressed Ctrl-C."""
 
     code = 130
+
+
+class Stopped(BackpropError):  # noqa: N818 - it is not a fault
+    """Another program asked for the end, with SIGTERM: what `docker stop` and CI jobs send."""
+
+    code = 75
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program stands, as Python does for Ctrl-C."""
+
+
+def stopped_by(interrupt: KeyboardInterrupt) -> Interrupted | Stopped:
+    """Give the error that an interrupt means."""
+    hint = "run the same command again; it starts anew"
+    if isinstance(interrupt, Terminated):
+        return Stopped("stopped by SIGTERM", hint=hint)
+    return Interrupted("stopped by Ctrl-C", hint=hint)
 
 
 EXIT_CODE_OF_A_BUG = 1

@@ -48,6 +48,13 @@ class DataRead:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Examples:
+    """The first examples of a dry run as text, with what is trained on between » and «."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """One optimizer step. `loss` is the mean over its trained tokens, in nats; padding counts in no figure."""
 
@@ -78,7 +85,6 @@ class RunMerged:
 
     run: int
     num_runs: int
-    num_merges: int
     mode: str
 
 
@@ -142,6 +148,7 @@ Event = (
     RunStarted
     | PlanMade
     | DataRead
+    | Examples
     | Step
     | Eval
     | RunMerged
@@ -157,6 +164,7 @@ KINDS: dict[type, str] = {
     RunStarted: "run_started",
     PlanMade: "plan",
     DataRead: "data",
+    Examples: "examples",
     Step: "step",
     Eval: "eval",
     RunMerged: "merged",

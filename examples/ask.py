@@ -42,7 +42,7 @@ def main(before: str, after: str, questions: str = str(QUESTIONS)) -> int:
     """Ask, print, count, and give the exit status."""
     rows = [json.loads(line) for line in Path(questions).read_text().splitlines() if line.strip()]
     asked = [[{"role": "user", "content": row["question"]}] for row in rows]
-    answers = {name: ask(gguf_of(name), asked) for name in (before, after)}
+    answers = {name: ask(gguf_of(name), asked, max_tokens=40) for name in (before, after)}
     right = {
         name: [is_right(answer.text, row["accept"]) for answer, row in zip(answers[name], rows, strict=True)]
         for name in answers

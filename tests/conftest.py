@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from backprop.core.data.formats import Message
+from backprop.core.data.render import Token
 
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(__file__).parent / "assets"
@@ -26,39 +27,38 @@ def _clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 
 class LetterTokenizer:
-    """One token per character; `<role>`, `</a>` and the like are one token each, and special."""
+    """One token per character; the marks `<u>`, `</a>` and the like are one character each, and special."""
 
     SPECIAL = ("<s>", "<u>", "<a>", "</s>", "</u>", "</a>", "<end>")
+    FIRST = 0x10FFF0  # private use: no text has these
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        ids: list[int] = []
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        text = ""
         for message in messages:
             mark = f"<{message['role'][0]}>"
-            ids += [
-                self._special(mark),
-                *map(ord, message["content"]),
-                self._special(mark.replace("<", "</")),
-                ord("\n"),
-            ]
-        return [*ids, self._special("<a>")] if add_generation_prompt else ids
+            text += self.mark(mark) + message["content"] + self.mark(mark.replace("<", "</")) + "\n"
+        return text + self.mark("<a>") if add_generation_prompt else text
+
+    def tokenize(self, text: str) -> list[Token]:
+        return [Token(ord(char), start) for start, char in enumerate(text)]
 
     def encode_text(self, text: str) -> list[int]:
-        return [*map(ord, text), self._special("<end>")]
+        return [ord(char) for char in text + self.mark("<end>")]
 
     def is_special(self, token: int) -> bool:
-        return token >= 0x110000
+        return token >= self.FIRST
 
-    def _special(self, mark: str) -> int:
-        return 0x110000 + self.SPECIAL.index(mark)
+    def mark(self, name: str) -> str:
+        return chr(self.FIRST + self.SPECIAL.index(name))
 
     def shown(self, token: int) -> str:
-        return self.SPECIAL[token - 0x110000] if self.is_special(token) else chr(token)
+        return self.SPECIAL[token - self.FIRST] if self.is_special(token) else chr(token)
 
 
 class ForgetfulTokenizer(LetterTokenizer):
     """Rewrites earlier answers, as templates do that drop old reasoning: only the last keeps its words."""
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         last = None if add_generation_prompt else len(messages) - 1
         kept: list[Message] = [
             message if message["role"] != "assistant" or number == last else {"role": "assistant", "content": "…"}

@@ -88,4 +88,4 @@ def loaded_by(code: str) -> set[str]:
 def test_nothing_heavy_is_loaded(code: str) -> None:
     loaded = loaded_by(code)
     assert not [name for name in HEAVY if name in loaded]
-    assert "backprop.errors" in loaded or "backprop" in loaded
+    assert "backprop.api" in loaded or "backprop.cli" in loaded

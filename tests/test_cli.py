@@ -87,7 +87,7 @@ def test_a_bad_option_is_exit_2_and_named(capsys: pytest.CaptureFixture[str], to
         ("silent.jsonl", [chat("hi")], "none of the 1 rows has an assistant turn"),
         ("types.jsonl", [{"prompt": 1, "completion": "x"}], "line 1 holds a number in `prompt`"),
         ("mixed.jsonl", [*GOOD, {"foo": 1}], "mixed.jsonl, line 2 has unknown columns"),
-        ("both.jsonl", [{**GOOD[0], "text": "x"}], "line 1 has two shapes at once"),
+        ("both.jsonl", [{**GOOD[0], "question": "x", "answer": "y"}], "line 1 has two shapes at once"),
         ("binary.jsonl", b"\x7fELF\x00\x00", "binary.jsonl, line 1 is binary"),
         ("blank.jsonl", "\n\n", "the data holds no rows"),
     ],

@@ -74,7 +74,7 @@ def test_an_adapter_that_learnt_nothing_is_refused(run: Path, tmp_path: Path) ->
     done = backprop("export", tmp_path / "lora", cwd=tmp_path)
     assert done.returncode == 7
     assert "all zero" in done.stderr
-    assert not list((tmp_path / "lora" / "export").glob("*"))
+    assert list((tmp_path / "lora" / "export").iterdir()) == []
 
 
 def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path, tiny_model: Path) -> None:
@@ -90,6 +90,55 @@ def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path, tiny_
     done = backprop("export", tmp_path / "lora", cwd=tmp_path)
     assert done.returncode == 7, done.stderr
     assert "does not fit" in done.stderr
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_an_adapter_of_a_model_with_other_layers_is_refused(
+    run: Path, tmp_path: Path, tiny_model: Path, num_layers: int
+) -> None:
+    """PEFT only warns of tensors without a counterpart; such an export once ended with exit 0 and nonsense."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(tiny_model, tmp_path / "other")
+    config = LlamaConfig.from_pretrained(tiny_model)
+    config.num_hidden_layers = num_layers
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    shutil.copytree(run / "lora", tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "other")}))
+    done = backprop("export", tmp_path / "lora", cwd=tmp_path)
+    assert done.returncode == 7, done.stderr
+    assert "have no counterpart" in done.stderr
+
+
+def test_a_base_model_that_was_changed_since_is_refused(run: Path, tmp_path: Path, tiny_model: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    shutil.copytree(tiny_model, tmp_path / "base")
+    shutil.copytree(run, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    manifest["model"]["path"] = str(tmp_path / "base")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.model.norm.weight.data += 1
+    model.save_pretrained(tmp_path / "base")
+    done = backprop("export", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 7, done.stderr
+    assert "its files differ" in done.stderr
+
+
+def test_an_output_that_is_a_file_is_exit_9(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    assert backprop("export", run, "--output", tmp_path / "taken", cwd=tmp_path).returncode == 9
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_the_export_is_told_in_the_events_of_the_run(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    done = backprop("export", tmp_path / "run", "-q", "q8_0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kinds = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert kinds[-2:] == ["exported", "run_finished"]
 
 
 def test_a_run_that_did_not_finish_is_refused(run: Path, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_a_folder_gives_the_rows_of_its_files_in_order(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "cannot be read"),
         ("a.json", '[{"text": "a"},\n{"text" "b"}]', "a.json, line 2 is not JSON"),
         ("a.json", b'[{"text": "\xff"}]', "is not text"),
+        ("a.json", '[{"text": ' + "9" * 5000 + "}]", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 100)[:15] + b"\xff" * 40, "is not a whole gzip file"),
         ("a.csv", "prompt,completion\na,b\nc\n", "row 2 has not as many cells"),
         ("a.csv", "prompt,completion\na,b,c\n", "row 1 has not as many cells"),
         ("a.csv", 'prompt,completion\n"a', "is not CSV"),
@@ -95,6 +97,12 @@ def test_a_missing_file_is_answered_with_the_nearest_name(write: Callable[..., P
     with pytest.raises(DataError) as raised:
         values(path.with_name("my-data.jsonl"))
     assert raised.value.hint == f"did you mean `{path}`?"
+
+
+@pytest.mark.parametrize("source", ["", " ", "x" * 5000, "~nosuchuser/data.jsonl", "nul\0.jsonl"])
+def test_what_cannot_be_a_path_is_refused(source: str) -> None:
+    with pytest.raises(DataError):
+        list(read_rows(source))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

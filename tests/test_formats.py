@@ -26,6 +26,8 @@ def row(value: object) -> Row:
             "prompt/completion",
         ),
         ({"question": "hi", "answer": "ho"}, "question/answer"),
+        ({"question": "hi", "answer": "ho", "messages": None}, "question/answer"),
+        ({"instruction": "hi", "input": "", "output": "ho", "text": "Below is an instruction …"}, "alpaca"),
         (
             {
                 "messages": [
@@ -66,7 +68,8 @@ def test_text_has_no_turns() -> None:
         (None, "is null, not an object"),
         ({"question": "hi"}, "has unknown columns: `question`"),
         ({}, "has unknown columns: none"),
-        ({"messages": [], "text": "x"}, "has two shapes at once: messages and text"),
+        ({"messages": [], "question": "x", "answer": "y"}, "has two shapes at once: messages and question/answer"),
+        ({"text": None}, "has unknown columns: `text`"),
         ({"messages": []}, "where a list of turns belongs"),
         ({"messages": "hi"}, "holds text where a list of turns belongs"),
         ({"messages": ["hi"]}, "turn 1 is text, not an object"),

@@ -77,12 +77,37 @@ def test_every_part_so_far_is_measured_after_every_run(multi_run: Callable[..., 
     assert (result["runs"], result["merge_mode"]) == (3, "slao")
 
 
-def test_chunks_of_one_data_set_are_told_that_slao_is_neutral(
+def test_chunks_of_one_data_set_use_every_row_and_are_sequential(
     multi_run: Callable[..., Path], write: Callable[..., Path]
 ) -> None:
-    data = ["--data", str(write(rows("x") + rows("y"), "big.jsonl"))]
-    run = multi_run("--runs", "2", "--samples", "8", data=data)
+    data = ["--data", str(write(rows("x")[:7], "big.jsonl"))]
+    run = multi_run("--runs", "2", data=data)
     assert json.loads((run / "run.json").read_text())["result"]["merge_mode"] == "sequential"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["rows"] for event in events if event["event"] == "data"] == [4, 3]
+    assert json.loads((run / "runs" / "002" / "metrics.json").read_text())["steps"] == 3
+
+
+def test_slao_on_chunks_of_one_data_set_is_told_to_be_neutral(
+    multi_run: Callable[..., Path], write: Callable[..., Path]
+) -> None:
+    data = ["--data", str(write(rows("x"), "big.jsonl"))]
+    run = multi_run("--runs", "2", "--merge-mode", "slao", data=data)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert "SLAO neither helps nor hurts" in next(event["message"] for event in events if event["event"] == "warning")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [(["--runs", "9"], 3, "8 rows cannot be cut into 9 runs"), (["--eval-data", "x.jsonl"], 2, "--eval-fraction")],
+)
+def test_what_cannot_be_a_multi_run_is_refused_before_any_work(
+    write: Callable[..., Path], tmp_path: Path, options: list[str], code: int, said: str
+) -> None:
+    done = backprop("multi-run", "--data", write(rows("x"), "big.jsonl"), *options, cwd=tmp_path)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert not (tmp_path / "output").exists()
 
 
 def test_dry_run_shows_the_runs_and_writes_nothing(
@@ -91,7 +116,7 @@ def test_dry_run_shows_the_runs_and_writes_nothing(
     data = ["--data", write(rows("a"), "a.jsonl"), "--data", write(rows("b"), "b.jsonl")]
     done = backprop("multi-run", *data, "--model", tiny_model, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "2 runs on 8, 8 rows, merged by slao" in done.stderr
+    assert "2 runs on [8, 8] rows, merged by slao" in done.stderr
     assert not (tmp_path / "output").exists()
 
 

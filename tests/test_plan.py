@@ -5,7 +5,7 @@ import pytest
 from backprop.config import TrainConfig
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.plan import Choice, DataShape, ModelShape, Plan, choose_max_length, choose_model, make_plan
-from backprop.errors import HardwareError
+from backprop.errors import HardwareError, UsageError
 from backprop.presets import GIB, PRESETS
 
 SMALL = ModelShape(hidden_size=576, num_layers=30, max_positions=8192, vocabulary=49152)
@@ -13,7 +13,8 @@ SMALL = ModelShape(hidden_size=576, num_layers=30, max_positions=8192, vocabular
 
 def machine(*gpu_gib: float) -> Hardware:
     gpus = tuple(
-        Gpu(name="a GPU", memory_bytes=int(g * GIB), memory_free_bytes=int(g * GIB), capability=(8, 6)) for g in gpu_gib
+        Gpu(name="a GPU", uuid="GPU-1", memory_bytes=int(g * GIB), memory_free_bytes=int(g * GIB), capability=(8, 6))
+        for g in gpu_gib
     )
     return Hardware(gpus=gpus, driver="", num_cpus=2, memory_bytes=16 * GIB, platform="Linux x86_64")
 
@@ -23,7 +24,7 @@ def plan(config: TrainConfig | None = None, *, examples: int = 100, hardware: Ha
         config or TrainConfig(data=("x",)),
         hardware or machine(),
         SMALL,
-        DataShape(num_examples=examples, longest=100, mean_length=60),
+        DataShape(num_examples=examples),
         model=Choice("m", ""),
         max_length=Choice(100, ""),
     )
@@ -70,7 +71,7 @@ def test_the_rate_falls_with_the_width(width: int, expected: float) -> None:
         TrainConfig(data=("x",)),
         machine(),
         shape,
-        DataShape(num_examples=10, longest=10, mean_length=10),
+        DataShape(num_examples=10),
         model=Choice("m", ""),
         max_length=Choice(10, ""),
     )
@@ -92,3 +93,8 @@ def test_nothing_is_cut_unless_the_model_has_no_positions() -> None:
     assert choose_max_length(config, 100, SMALL).value == 100
     assert choose_max_length(config, 10_000, SMALL).value == 8192
     assert choose_max_length(TrainConfig(data=("x",), max_length=50), 100, SMALL).value == 50
+
+
+def test_more_positions_than_the_model_has_are_refused_with_both_numbers() -> None:
+    with pytest.raises(UsageError, match="beyond the 8192 positions"):
+        choose_max_length(TrainConfig(data=("x",), max_length=9000), 100, SMALL)

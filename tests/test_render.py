@@ -1,12 +1,14 @@
 """Masks: what is trained on, and nothing else."""
 
+from collections.abc import Sequence
+
 import pytest
 from conftest import ForgetfulTokenizer, LetterTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backprop.core.data.formats import Conversation, Message
-from backprop.core.data.render import encode, encode_all
+from backprop.core.data.render import Token, cut, encode, encode_all
 from backprop.errors import DataError
 
 
@@ -59,16 +61,37 @@ def test_a_template_that_rewrites_old_answers_gives_each_answer_its_own_renderin
 
 def test_a_template_that_puts_something_else_before_an_answer_is_refused() -> None:
     class Thinking(LetterTokenizer):
-        def render(self, messages: object, *, add_generation_prompt: bool) -> list[int]:
-            ids = super().render(messages, add_generation_prompt=add_generation_prompt)  # type: ignore[arg-type]
-            return [*ids, ord("?")] if add_generation_prompt else ids
+        def render(self, messages: object, *, add_generation_prompt: bool) -> str:
+            text = super().render(messages, add_generation_prompt=add_generation_prompt)  # type: ignore[arg-type]
+            return text + "?" if add_generation_prompt else text
 
     with pytest.raises(DataError) as raised:
         encode(conversation(("user", "hi"), ("assistant", "ho")), Thinking())
     assert "line 1: turn 2" in raised.value.message
 
 
-words = st.text(st.characters(codec="utf-8"), max_size=12)
+def test_an_answer_that_opens_the_conversation_is_context(letters: LetterTokenizer) -> None:
+    """ShareGPT files hold many; no prompt asks for such an answer, and most templates refuse to render none."""
+    (shown,) = seen(letters, conversation(("assistant", "hi"), ("user", "ho"), ("assistant", "no")))
+    assert shown.strip(".") == "no</a>"
+
+
+def test_a_token_that_begins_before_the_answer_is_context() -> None:
+    """BPE merges the template's line break with one that opens the answer; such rows were once refused."""
+
+    class Merging(LetterTokenizer):
+        def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+            text = super().render(messages, add_generation_prompt=add_generation_prompt)
+            return text.replace(self.mark("<a>"), self.mark("<a>") + "|")
+
+        def tokenize(self, text: str) -> list[Token]:
+            return [token for token in super().tokenize(text) if text[max(0, token.start - 1) :][:2] != "| "]
+
+    (shown,) = seen(Merging(), conversation(("user", "hi"), ("assistant", " ho")))
+    assert shown.strip(".") == "ho</a>"
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=["Co"]), max_size=12)
 turn = st.tuples(st.sampled_from(["system", "user", "assistant"]), words)
 
 
@@ -84,13 +107,14 @@ def test_what_is_trained_is_exactly_the_answers_in_order(
         for token, trained in zip(example.ids, example.mask, strict=True)
         if trained
     ]
-    assert trained == [char for role, text in turns if role == "assistant" for char in (*text, "</a>")]
+    answers = [text for number, (role, text) in enumerate(turns) if role == "assistant" and number > 0]
+    assert trained == [char for text in answers for char in (*text, "</a>")]
 
 
 def test_what_is_cut_and_dropped_is_counted(letters: LetterTokenizer) -> None:
     short = conversation(("user", "a"), ("assistant", "b"))  # 8 tokens, two of them trained
     long = conversation(("user", "a" * 20), ("assistant", "b"))  # its answer begins at token 24
-    encoded = encode_all([short, long], letters, loss_on="assistant", max_length=lambda longest: 10)
+    encoded = cut(encode_all([short, long], letters, loss_on="assistant"), 10)
     assert (len(encoded.examples), encoded.dropped) == (1, 1)
     assert encoded.tokens_cut == 17  # the long one has 27 tokens
     assert encoded.trained_tokens == 2
@@ -99,4 +123,4 @@ def test_what_is_cut_and_dropped_is_counted(letters: LetterTokenizer) -> None:
 def test_nothing_left_to_train_on_is_an_error(letters: LetterTokenizer) -> None:
     long = conversation(("user", "a" * 20), ("assistant", "b"))
     with pytest.raises(DataError, match="none of the 1 examples"):
-        encode_all([long], letters, loss_on="assistant", max_length=lambda longest: 10)
+        cut(encode_all([long], letters, loss_on="assistant"), 10)

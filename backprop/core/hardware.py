@@ -8,6 +8,7 @@ class Gpu:
     """One GPU as its driver describes it."""
 
     name: str
+    uuid: str
     memory_bytes: int
     memory_free_bytes: int
     capability: tuple[int, int]

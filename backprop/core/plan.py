@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from backprop.config import TrainConfig
 from backprop.core.hardware import Hardware
-from backprop.errors import HardwareError
+from backprop.errors import HardwareError, UsageError
 from backprop.presets import DEFAULTS, DEMO, GIB, PRESETS, Preset
 
 T = TypeVar("T")
@@ -32,11 +32,9 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataShape:
-    """What the plan needs of the data: examples as they will be trained, and the longest in tokens."""
+    """What the plan needs of the data."""
 
     num_examples: int
-    longest: int
-    mean_length: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +84,16 @@ def _largest_that_fits(gpu_gib: float) -> Preset:
 
 
 def choose_max_length(config: TrainConfig, longest: int, shape: ModelShape) -> Choice[int]:
-    """Keep every token that the model has positions for."""
+    """Keep every token that the model has positions for.
+
+    Raises:
+        UsageError: If `--max-length` is beyond these.
+    """
+    if config.max_length is not None and config.max_length > shape.max_positions:
+        raise UsageError(
+            f"`--max-length {config.max_length}` is beyond the {shape.max_positions} positions of this model",
+            hint=f"give `--max-length {shape.max_positions}` or less",
+        )
     if config.max_length is not None:
         return Choice(config.max_length, "set by `--max-length`")
     if longest > shape.max_positions:

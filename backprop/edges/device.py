@@ -1,5 +1,6 @@
 """This machine: what there is to train with. Asks the driver and the operating system; never imports torch."""
 
+import dataclasses
 import os
 import platform
 import shutil
@@ -38,12 +39,38 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         raise HardwareError(f"the NVIDIA driver answers with: {error}", hint="try `nvidia-smi`") from error
     try:
         driver = str(pynvml.nvmlSystemGetDriverVersion())
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(_gpu(handle) for handle in handles), driver
+        return tuple(_gpu(handle) for handle in _visible_handles()), driver
     except pynvml.NVMLError as error:
         raise HardwareError(f"a GPU answers with: {error}", hint="try `nvidia-smi`") from error
     finally:
         pynvml.nvmlShutdown()
+
+
+def _visible_handles() -> list[object]:
+    """Give the GPUs that CUDA_VISIBLE_DEVICES names, by index or UUID; all of them where it is not set."""
+    import pynvml
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    names = [name.strip() for name in visible.split(",")]
+    return [
+        pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+        for name in names
+    ]
+
+
+def use_one_gpu(hardware: Hardware) -> Hardware:
+    """Let this process see only the GPU with the most free memory; call it before torch is imported.
+
+    Returns:
+        The hardware with that GPU alone, so that the plan is made for the card that trains.
+    """
+    if len(hardware.gpus) < 2:
+        return hardware
+    best = max(hardware.gpus, key=lambda gpu: gpu.memory_free_bytes)
+    os.environ["CUDA_VISIBLE_DEVICES"] = best.uuid
+    return dataclasses.replace(hardware, gpus=(best,))
 
 
 def _gpu(handle: object) -> Gpu:
@@ -53,6 +80,7 @@ def _gpu(handle: object) -> Gpu:
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     return Gpu(
         name=str(pynvml.nvmlDeviceGetName(handle)),
+        uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
         memory_bytes=int(memory.total),
         memory_free_bytes=int(memory.free),
         capability=(int(major), int(minor)),

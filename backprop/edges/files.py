@@ -6,12 +6,13 @@ Nothing heavy is imported, so that a typo is answered at once.
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from backprop.core.data.formats import Row
-from backprop.errors import DataError, ToolError
+from backprop.errors import DataError, PackageError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 # A row of text is rarely over 1 MB; a line over this is a file of another kind, and would fill the memory.
@@ -24,7 +25,7 @@ def data_files(source: str) -> list[Path]:
     Raises:
         DataError: If there is no such file or folder, it is empty, or not of a known kind.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         files = sorted(child for child in path.rglob("*") if child.is_file() and _kind(child))
         if not files:
@@ -43,9 +44,25 @@ def data_files(source: str) -> list[Path]:
     return [path]
 
 
+def expanded(source: str) -> Path:
+    """Give ``source`` as a path, with `~` resolved.
+
+    Raises:
+        DataError: If it cannot be a path: empty, too long, or of a user that does not exist.
+    """
+    if not source.strip():
+        raise DataError("`--data` is empty", hint="give a file, a folder, or `owner/name` of a hub data set")
+    try:
+        path = Path(source).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"`{source[:80]}` cannot be a path: {error}", hint="check the path of `--data`") from error
+    return path
+
+
 def is_local(source: str) -> bool:
     """Say whether ``source`` means a path here rather than a data set on the hub."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists() or _kind(path) or source.startswith((".", "/", "~")):
         return True
     return source.count("/") != 1 or any(not part for part in source.split("/"))
@@ -64,7 +81,7 @@ def read_rows(source: str) -> Iterator[Row]:
             raise DataError(
                 f"{path} is not text: byte {error.start} is not UTF-8", hint="save it as UTF-8, or give another file"
             ) from error
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{path} is not a whole gzip file", hint="copy it again") from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=f"try `ls -l {path}`") from error
@@ -162,6 +179,8 @@ def _list_rows(path: Path, file: IO[bytes]) -> Iterator[Row]:
         ) from error
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply", hint="a .json file is one list of flat objects") from error
+    except ValueError as error:  # a number of over 4,300 digits
+        raise DataError(f"{path} cannot be read: {error}", hint="quote numbers that are text") from error
     for number, value in enumerate(rows, start=1):
         yield Row(place=f"{path}, row {number}", value=value)
 
@@ -201,7 +220,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ToolError("reading .parquet needs `pyarrow`", hint="pip install pyarrow") from error
+        raise PackageError("reading .parquet needs `pyarrow`", hint="pip install pyarrow") from error
     opened: Any = parquet
     try:
         number = 0

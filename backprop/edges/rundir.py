@@ -15,57 +15,89 @@ from backprop.events import JSON, Event, Sink, to_json
 MANIFEST = "run.json"
 
 
-def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -> None:
-    """Make ``directory`` this run's own.
+# What a run leaves in its directory; nothing else is ever removed.
+RUN_FILES = ("lora", "runs", "export", "events.jsonl", "report.html", "crash.txt", "tensorboard", MANIFEST)
+
+
+def check(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -> None:
+    """Refuse a directory that is not free for this run; change nothing.
 
     Args:
         identity: What makes a run the same one: its config, and the fingerprint of its data.
 
     Raises:
         UsageError: If it holds another run, a finished run, or files that are not of a run.
+        DiskError: If it cannot be looked at, or is a file.
+    """
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise DiskError(f"`{directory}` is a file, not a folder", hint="choose another `--output`")
+        nearest = next(folder for folder in (directory.absolute(), *directory.absolute().parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise DiskError(f"`{directory}` cannot be made in `{nearest}`", hint="choose another `--output`")
+        left = sorted(child.name for child in directory.iterdir()) if directory.is_dir() else []
+        manifest = read_manifest(directory)
+    except OSError as error:
+        raise _unusable(directory, error) from error
+    if manifest is None and left:
+        raise UsageError(
+            f"`{directory}` holds files that are not of a run: {', '.join(left[:5])}", hint="choose another `--output`"
+        )
+    if manifest is not None and not overwrite:
+        _refuse_other_run(directory, manifest, identity)
+
+
+@contextlib.contextmanager
+def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -> Generator[None]:
+    """Make ``directory`` this run's own while the block runs, emptied of what an earlier run left in it.
+
+    Raises:
+        UsageError: As `check`, or if another process is at work in it.
         DiskError: If it cannot be written.
     """
-    if directory.exists() and not directory.is_dir():
-        raise DiskError(f"`{directory}` is a file, not a folder", hint="choose another `--output`")
-    manifest = read_manifest(directory)
-    if manifest is None:
-        left = [child.name for child in directory.iterdir()] if directory.is_dir() else []
-        if left:
-            raise UsageError(
-                f"`{directory}` holds files that are not of a run: {', '.join(sorted(left)[:5])}",
-                hint="choose another `--output`",
-            )
-    elif not overwrite:
-        _refuse_other_run(directory, manifest, identity)
+    check(directory, identity, overwrite=overwrite)
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(directory))
+            for name in RUN_FILES:
+                _remove(directory / name)
+            probe = directory / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise _unusable(directory, error) from error
+        yield
+
+
+def _unusable(directory: Path, error: OSError) -> DiskError:
+    return DiskError(
+        f"`{directory}` cannot be used: {error.strerror or error}", hint="choose another `--output`, or mend its owner"
+    )
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Generator[None]:
+    """Hold a lock on the folder itself, which a process that died holds no longer. Not on Windows."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES if manifest is not None else ():
-            _remove(directory / name)
-        probe = directory / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise DiskError(
-            f"`{directory}` cannot be written: {error.strerror}", hint="choose another `--output`, or mend its owner"
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UsageError(
+            f"another process is at work in `{directory}`", hint="wait for it, or choose another `--output`"
         ) from error
-
-
-# What a run leaves in its directory; nothing else is ever removed.
-RUN_FILES = (
-    "lora",
-    "runs",
-    "checkpoints",
-    "export",
-    "events.jsonl",
-    "report.html",
-    "crash.txt",
-    "tensorboard",
-    MANIFEST,
-)
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_other_run(directory: Path, manifest: Mapping[str, object], identity: Mapping[str, object]) -> None:
-    before = cast(dict[str, object], manifest.get("identity") or {})
+    before = cast(dict[str, object], manifest["identity"])
     now = cast(dict[str, object], json.loads(json.dumps(identity)))
     changed = differences(before, now)
     if changed:
@@ -92,7 +124,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"`{path}` is damaged: {error}", hint="choose another `--output`") from error
-    if not isinstance(manifest, dict):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
         raise UsageError(f"`{path}` is not a manifest of a run", hint="choose another `--output`")
     return cast(dict[str, Any], manifest)
 
@@ -131,7 +163,8 @@ def whole(path: Path) -> Generator[Path]:
     except OSError as error:
         raise DiskError(f"`{path}` cannot be written: {error.strerror or error}", hint="look at `df -h`") from error
     finally:
-        _remove(beside)
+        with contextlib.suppress(OSError):  # what could not be made cannot be removed either
+            _remove(beside)
 
 
 def _replace(beside: Path, path: Path) -> None:
@@ -169,7 +202,7 @@ def _sync(path: Path) -> None:
 @contextlib.contextmanager
 def event_log(directory: Path) -> Generator[Sink]:
     """Append every event to `events.jsonl` while the block runs."""
-    with (directory / "events.jsonl").open("a", encoding="utf-8") as file:
+    with (directory / "events.jsonl").open("a", encoding="ascii") as file:
         yield json_lines(file)
 
 
@@ -178,7 +211,7 @@ def json_lines(file: TextIO) -> Sink:
     import structlog
 
     write: Callable[..., None] = structlog.wrap_logger(
-        structlog.WriteLogger(file), processors=[structlog.processors.JSONRenderer(ensure_ascii=False)]
+        structlog.WriteLogger(file), processors=[structlog.processors.JSONRenderer()]
     ).info
 
     def say(event: Event) -> None:

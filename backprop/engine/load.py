@@ -1,14 +1,14 @@
 """Base model and adapter, ready to train."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from backprop.config import TrainConfig
 from backprop.core.data.formats import Message
+from backprop.core.data.render import Token
 from backprop.core.plan import ModelShape, Plan
-from backprop.errors import DataError, ModelError, ToolError
+from backprop.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -23,20 +23,20 @@ class HfTokenizer:
         added = cast(Mapping[int, Any], tokenizer.added_tokens_decoder)
         self._special = {number for number, token in added.items() if token.special}
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        """Apply the chat template and tokenise.
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """Apply the chat template.
 
         Raises:
             DataError: If the template refuses these turns.
         """
         from jinja2 import TemplateError
 
-        if not messages and not add_generation_prompt:
-            return []
         template: Any = self.inner
         try:
-            text = template.apply_chat_template(
-                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+            return str(
+                template.apply_chat_template(
+                    list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+                )
             )
         except TemplateError as error:
             raise DataError(
@@ -44,7 +44,18 @@ class HfTokenizer:
                 f"{', '.join(message['role'] for message in messages)}",
                 hint="mend the order of the turns, or choose another model",
             ) from error
-        return self._ids(text)
+
+    def tokenize(self, text: str) -> list[Token]:
+        """Tokenise a rendered text as it is, adding nothing."""
+        whole: Any = self.inner
+        found = whole(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens: list[Token] = []
+        previous_end = 0
+        for id, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+            # Some tokenizers leave white space out of their offsets; it belongs to the token that follows.
+            tokens.append(Token(id, min(start, previous_end)))
+            previous_end = end
+        return tokens
 
     def encode_text(self, text: str) -> list[int]:
         """Tokenise plain text and end it with the end-of-text token."""
@@ -56,10 +67,6 @@ class HfTokenizer:
     def is_special(self, token: int) -> bool:
         """Say whether ``token`` is a control token."""
         return token in self._special
-
-    def _ids(self, text: str) -> list[int]:
-        whole: Any = self.inner
-        return cast(list[int], whole(text, add_special_tokens=False)["input_ids"])
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
@@ -79,6 +86,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
         raise ModelError(
             f"`{path}` has no chat template: it is a base model, not a chat model",
             hint="take its instruct variant, or put a `chat_template.jinja` into a copy of the folder",
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of `{path}` cannot say where its tokens stand in the text, so that no mask can be made",
+            hint="convert it to a tokenizer.json",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -119,7 +131,6 @@ def load_base(
 
     Raises:
         ModelError: If the weights do not fit the configuration or are damaged.
-        ToolError: If 4-bit weights are wanted and `bitsandbytes` is missing.
     """
     import torch
     from safetensors import SafetensorError
@@ -139,8 +150,6 @@ def load_base(
 
 
 def _nf4(dtype: "torch.dtype") -> object:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ToolError("`--method qlora` needs `bitsandbytes`", hint="pip install 'backprop[standard]'")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -202,5 +211,7 @@ def set_adapter_state(model: Any, state: Mapping[str, "torch.Tensor"]) -> None:
 def save_adapter(model: Any, tokenizer: HfTokenizer, folder: Path) -> None:
     """Write the adapter, the tokenizer and its chat template; plain PEFT loads the folder."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    # safetensors writes files that only their owner can read; the rest of the folder follows the user's umask.
+    (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode)
     whole: Any = tokenizer.inner
     whole.save_pretrained(str(folder))

@@ -1,5 +1,6 @@
 """The training loop: trl's SFTTrainer on examples that are already tokens, with what a run must say and check."""
 
+import functools
 import math
 import resource
 import time
@@ -11,8 +12,9 @@ from typing import Any, cast
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
 from backprop.core.plan import Plan
+from backprop.core.schedule import rate_share
 from backprop.engine.load import HfTokenizer
-from backprop.errors import HardwareError, ToolError, TrainingError
+from backprop.errors import HardwareError, TrainingError
 from backprop.events import Eval, Sink, Step
 
 IGNORED = -100
@@ -78,12 +80,25 @@ def fit(
             hint=f"add `--micro-batch {max(1, size // 2)}`, a smaller `--max-length`, or `--method qlora`",
         ) from error
     seconds = time.monotonic() - started
+    _check_moved(model)
     after = mean_loss(model, held_out, batch_size=size) if held_out else None
     if after is not None:
         say(Eval(step=plan.steps.value, loss=after, run=run))
     return Fit(
         losses=tuple(watch.losses), seconds=seconds, tokens=watch.tokens, eval_loss_before=before, eval_loss=after
     )
+
+
+def _check_moved(model: Any) -> None:
+    """Refuse an adapter that training left where it began: B starts at zero.
+
+    Raises:
+        TrainingError: If every B is still zero.
+    """
+    if not any(bool(value.any()) for name, value in model.named_parameters() if "lora_B" in name):
+        raise TrainingError(
+            "training changed nothing: the adapter is all zero", hint="raise `--steps` or `--learning-rate`"
+        )
 
 
 def _trainer(
@@ -96,21 +111,58 @@ def _trainer(
     callback: Any,
     scratch: Path,
 ) -> Any:
+    import torch
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    on_gpu = plan.device.value == "cuda"
     rows = Dataset.from_dict({"input_ids": [list(e.ids) for e in examples], "labels": [labels_of(e) for e in examples]})
-    arguments = SFTConfig(
+
+    class TrainedTokensTrainer(SFTTrainer):
+        """SFTTrainer with a loss that needs no Triton, so that a CPU can train (trl 1.15 fuses it in Triton only)."""
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            assert not return_outputs, "nothing here asks for the outputs"
+            assert num_items_in_batch is not None, "the loss is divided by the trained tokens of the whole step"
+            callback.tokens += int(inputs["attention_mask"].sum())
+            return sum_of_losses(model, inputs) / num_items_in_batch
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            share = functools.partial(
+                rate_share,
+                num_steps=num_training_steps,
+                num_warmup=int(config.warmup * num_training_steps),
+                kind=config.scheduler,
+            )
+            stepped: Any = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(stepped, share)
+            return self.lr_scheduler
+
+    trainer = TrainedTokensTrainer(
+        model=model,
+        args=_arguments(config, plan, scratch),
+        train_dataset=rows,
+        processing_class=tokenizer.inner,
+        callbacks=[callback],
+    )
+    # The loss above divides by the whole step's tokens, whatever the model says of its own.
+    trainer.model_accepts_loss_kwargs = True
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(config: TrainConfig, plan: Plan, scratch: Path) -> Any:
+    from trl.trainer.sft_config import SFTConfig
+
+    on_gpu = plan.device.value == "cuda"
+    return SFTConfig(
         output_dir=str(scratch),
         per_device_train_batch_size=plan.micro_batch.value,
         gradient_accumulation_steps=plan.batch_size.value // plan.micro_batch.value,
         max_steps=plan.steps.value,
         learning_rate=plan.learning_rate.value,
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=math.ceil(config.warmup * plan.steps.value),
         weight_decay=config.weight_decay,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         bf16=plan.dtype.value == "bfloat16",
@@ -126,22 +178,6 @@ def _trainer(
         seed=config.seed,
         dataloader_pin_memory=on_gpu,
     )
-
-    class TrainedTokensTrainer(SFTTrainer):
-        """SFTTrainer with a loss that needs no Triton, so that a CPU can train (trl 1.15 fuses it in Triton only)."""
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            assert not return_outputs, "nothing here asks for the outputs"
-            callback.tokens += int(inputs["attention_mask"].sum())
-            return sum_of_losses(model, inputs) / num_items_in_batch
-
-    trainer = TrainedTokensTrainer(
-        model=model, args=arguments, train_dataset=rows, processing_class=tokenizer.inner, callbacks=[callback]
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def sum_of_losses(model: Any, inputs: Mapping[str, Any]) -> Any:
@@ -165,12 +201,7 @@ def sum_of_losses(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ToolError(
-            "`--report-to tensorboard` needs `tensorboard`", hint="pip install 'backprop[monitoring]'"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
@@ -277,6 +308,17 @@ def _padded(batch: Sequence[Example]) -> dict[str, list[list[int]]]:
         "attention_mask": [[1] * len(example.ids) + [0] * gap for example, gap in zip(batch, gaps, strict=True)],
         "labels": [labels_of(example) + [IGNORED] * gap for example, gap in zip(batch, gaps, strict=True)],
     }
+
+
+def release() -> None:
+    """Give back the memory of models that nothing refers to any more; trainers leave cycles behind."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def quieten() -> None:

@@ -1,7 +1,7 @@
 """Adapter into base."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from backprop.engine.load import load_base
 from backprop.errors import ExportError
@@ -28,22 +28,51 @@ def merge(base: str, adapter: Path, folder: Path, *, dtype: str = "float32", tru
         raise ExportError(
             f"the adapter in `{adapter}` does not fit `{base}`: {str(error)[:300]}", hint="give the run it came from"
         ) from error
+    _check_keys(wrapped, adapter, base)
     if not any(bool(value.any()) for name, value in wrapped.named_parameters() if "lora_B" in name):
         raise ExportError(f"the adapter in `{adapter}` is all zero: nothing was learnt", hint="train it first")
     merged: Any = wrapped.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     merged.save_pretrained(str(folder))
     tokenizer: Any = AutoTokenizer
-    tokenizer.from_pretrained(str(adapter), trust_remote_code=trust_remote_code).save_pretrained(str(folder))
+    try:
+        tokenizer = tokenizer.from_pretrained(str(adapter), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"`{adapter}` has no tokenizer that can be loaded: {str(error)[:200]}",
+            hint="copy the base model's beside it",
+        ) from error
+    tokenizer.save_pretrained(str(folder))
 
 
-def ask(folder: Path, question: str, *, max_tokens: int = 64) -> str:
+def _check_keys(wrapped: Any, adapter: Path, base: str) -> None:
+    """Refuse an adapter with tensors for layers that the model has not, or without for layers that it has.
+
+    PEFT only warns of these, and merges the rest.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        found = set(cast(list[str], file.keys()))
+    wanted = set(cast(dict[str, Any], get_peft_model_state_dict(wrapped, save_embedding_layers=False)))
+    if found != wanted:
+        odd = sorted(found ^ wanted)
+        raise ExportError(
+            f"the adapter in `{adapter}` does not fit `{base}`: {len(odd)} tensors have no counterpart, first {odd[0]}",
+            hint="give the run it came from",
+        )
+
+
+def ask(folder: Path, question: str, *, trust_remote_code: bool = False, max_tokens: int = 64) -> str:
     """Load a checkpoint again, as anyone would, and give its greedy answer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer
-    tokenizer = tokenizer.from_pretrained(str(folder))
+    tokenizer = tokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     loader: Any = AutoModelForCausalLM
-    model = loader.from_pretrained(str(folder), dtype="float32", use_safetensors=True)
+    model = loader.from_pretrained(
+        str(folder), dtype="float32", use_safetensors=True, trust_remote_code=trust_remote_code
+    )
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

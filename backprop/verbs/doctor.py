@@ -107,13 +107,17 @@ def check_hardware(hardware: Hardware, config: DoctorConfig) -> Iterator[Finding
     if config.min_vram is not None:
         error = None
         if largest < config.min_vram:
-            error = HardwareError(f"at least {config.min_vram:g} GiB (`--min-vram`)", hint="use a larger GPU")
+            error = HardwareError(
+                f"the largest GPU has {largest:.1f} GiB, and `--min-vram` asks for {config.min_vram:g}",
+                hint="use a larger GPU",
+            )
         yield Finding(name="gpu memory", found=f"{largest:.1f} GiB", error=error)
     yield _attempt("model", lambda: _model(config.model, hardware))
 
 
 def _model(name: str | None, hardware: Hardware) -> str:
     choice = choose_model(name, hardware)
+    hub.check_name(choice.value)
     preset = PRESETS.get(choice.value)
     if preset is None:
         return f"{choice.value}: not a preset, so its needs are not known before it is loaded"
@@ -181,6 +185,6 @@ def _quantize_tiny() -> str:
 
 
 def _data(sources: tuple[str, ...]) -> str:
-    judged = judge(row for source in sources for row in rows_of(source))
+    judged = judge(row for source in sources for row in rows_of(source, offline=False))
     shapes = ", ".join(f"{count} {shape}" for shape, count in judged.shapes.items())
     return f"{len(judged.conversations)} rows that can be trained on: {shapes}"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,10 +12,11 @@ import backprop
 from backprop.config import ExportConfig
 from backprop.edges import device, hub, llama_cpp, rundir
 from backprop.errors import DiskError, ExportError, UsageError
-from backprop.events import Exported, Phase, RunFinished, RunStarted, Sink
+from backprop.events import Exported, Phase, RunFinished, RunStarted, Sink, tee
 
 # Room for the merged checkpoint in float32, its 16-bit GGUF and one quantized file, per weight: 4 + 2 + 1 bytes.
 BYTES_PER_WEIGHT = 7
+DEFAULT_QUANTIZATION = "q4_k_m"
 DEFAULT_QUESTION = "Hello! Who are you?"
 
 
@@ -27,6 +29,8 @@ class Adapter:
     output: Path
     name: str
     question: str
+    run: Path | None
+    """The run directory it stands in; None for an adapter by itself."""
 
 
 def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
@@ -45,17 +49,22 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
     if config.format == "gguf":
         llama_cpp.converter()
         llama_cpp.bindings()
-    say(RunStarted(command="export", output=str(adapter.output), version=backprop.__version__))
-    _check_room(adapter)
-    if config.format == "safetensors":
-        _export_safetensors(adapter, targets["safetensors"], config, say)
-    else:
-        _export_gguf(adapter, targets, config, say)
-    paths = list(targets.values())
-    seconds = round(time.monotonic() - started, 1)
-    result = {"files": [str(path) for path in paths]}
-    say(RunFinished(command="export", output=str(adapter.output), seconds=seconds, result=result))
-    return paths
+    _make_room(adapter)
+    with ExitStack() as stack:
+        if adapter.run is not None:
+            say = tee(say, stack.enter_context(rundir.event_log(adapter.run)))
+        say(RunStarted(command="export", output=str(adapter.output), version=backprop.__version__))
+        try:
+            if config.format == "safetensors":
+                _export_safetensors(adapter, targets["safetensors"], config, say)
+            else:
+                _export_gguf(adapter, targets, config, say)
+        except OSError as error:
+            raise DiskError(f"`{adapter.output}` cannot be written: {error}", hint="look at `df -h`") from error
+        seconds = round(time.monotonic() - started, 1)
+        result = {"files": [str(path) for path in targets.values()]}
+        say(RunFinished(command="export", output=str(adapter.output), seconds=seconds, result=result))
+    return list(targets.values())
 
 
 def find_adapter(source: Path, config: ExportConfig) -> Adapter:
@@ -77,11 +86,19 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
             f"the run in `{run}` is not finished: {manifest.get('status')}", hint="run its command again, to the end"
         )
     base = _base_of_run(manifest) if "model" in manifest else _base_of(folder)
-    path = hub.find_model(base, offline=config.offline).path
+    model = hub.find_model(base, offline=config.offline)
+    known = (manifest.get("model") or {}).get("sha256")
+    if known not in (None, model.sha256):
+        raise ExportError(
+            f"`{model.path}` is not the model that the run in `{run}` was trained on: its files differ",
+            hint="bring back the one that it was trained on, or train again",
+        )
     output = config.output or (run if manifest else folder) / "export"
     question = config.question or manifest.get("question") or DEFAULT_QUESTION
     name = (run if manifest else folder).resolve().name
-    return Adapter(folder=folder, base=path, output=output, name=name, question=question)
+    return Adapter(
+        folder=folder, base=model.path, output=output, name=name, question=question, run=run if manifest else None
+    )
 
 
 def _base_of_run(manifest: Mapping[str, Any]) -> str:
@@ -107,14 +124,22 @@ def _targets(adapter: Adapter, config: ExportConfig) -> dict[str, Path]:
     if config.format == "safetensors":
         targets = {"safetensors": adapter.output / "safetensors"}
     else:
-        targets = {kind: adapter.output / f"{adapter.name}-{kind}.gguf" for kind in config.quantization}
+        kinds = config.quantization or (DEFAULT_QUANTIZATION,)
+        targets = {kind: adapter.output / f"{adapter.name}-{kind}.gguf" for kind in kinds}
     there = [path for path in targets.values() if path.exists()]
     if there and not config.overwrite:
         raise UsageError(f"`{there[0]}` is there already", hint="add `--overwrite`, or choose another `--output`")
     return targets
 
 
-def _check_room(adapter: Adapter) -> None:
+def _make_room(adapter: Adapter) -> None:
+    """Make the folder for the files, and refuse a disk that is too small for the work."""
+    try:
+        adapter.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(
+            f"`{adapter.output}` cannot be a folder: {error.strerror}", hint="choose another `--output`"
+        ) from error
     weights = sum(path.stat().st_size for path in Path(adapter.base).glob("*.safetensors")) // 2
     need, free = weights * BYTES_PER_WEIGHT, device.disk_free_bytes(adapter.output)
     if free < need:
@@ -131,7 +156,7 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
     say(Phase(name="merging the adapter"))
     with rundir.whole(target) as folder:
         merge.merge(adapter.base, adapter.folder, folder, dtype="bfloat16", trust_remote_code=config.trust_remote_code)
-        answer = merge.ask(folder, adapter.question)
+        answer = merge.ask(folder, adapter.question, trust_remote_code=config.trust_remote_code)
         if not answer:
             raise ExportError("the exported model gave no answer", hint="ask another `--question`")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -151,7 +176,6 @@ def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCo
     from backprop.engine import loop, merge
 
     loop.quieten()
-    adapter.output.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export-", dir=adapter.output) as scratch:
         checkpoint = Path(scratch) / "merged"
         say(Phase(name="merging the adapter"))

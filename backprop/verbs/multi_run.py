@@ -1,6 +1,7 @@
 """`backprop multi-run`: a fold over train, merged after each run. What is delivered is the merged adapter."""
 
 import dataclasses
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,17 @@ from typing import Any
 from backprop.config import MergeMode, MultiRunConfig, TrainConfig
 from backprop.core import slao
 from backprop.core.data.formats import Conversation, Judged, judge
+from backprop.core.data.split import hold_out
 from backprop.edges import rundir
-from backprop.events import Eval, Phase, RunMerged, Sink, Warned
+from backprop.errors import DataError, UsageError
+from backprop.events import JSON, Eval, Examples, Phase, RunMerged, Sink, Warned
 from backprop.verbs.session import running
 from backprop.verbs.train import (
     Prepared,
+    check_packages,
     fingerprint_of,
     first_question,
+    measures,
     prepare,
     read_data,
     rows_of,
@@ -44,11 +49,14 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
     Returns:
         The run directory; the merged adapter is in its `lora/`, each run's own in `runs/NNN/lora/`.
     """
+    check_packages(config)
+    if config.eval_data:
+        raise UsageError(
+            "`--eval-data` cannot be given to multi-run: each part is measured on rows of its own",
+            hint="use `--eval-fraction`",
+        )
     parts = parts_of(config, options)
     mode = options.merge_mode or ("slao" if len(config.data) > 1 else "sequential")
-    if config.dry_run:
-        _show_first_part(config, parts, mode, say=say)
-        return config.output
     everything = [row for part in parts for row in (*part.judged.conversations, *part.held_out)]
     with running(
         config, command="multi-run", fingerprint=fingerprint_of(everything), say=say, extra=options
@@ -57,24 +65,24 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
             session.say(
                 Warned(message="on chunks of one data set SLAO neither helps nor hurts; `sequential` is simpler")
             )
-        result = _fold(config, options, parts, mode, session)
-        session.finish(result)
+        first = prepare(config, parts[0].judged, parts[0].held_out, say=session.say)
+        if config.dry_run:
+            rows = [len(part.judged.conversations) for part in parts]
+            session.say(Examples(text=f"{len(parts)} runs on {rows} rows, merged by {mode}\n{show_examples(first)}"))
+            session.finish({"dry_run": True})
+            return config.output
+        question = first_question(parts[0].judged.conversations)
+        session.claim(model=first.model, plan=first.plan, question=question)
+        session.finish(_fold(config, options, parts, mode, first, say=session.say))
     return config.output
 
 
-def _show_first_part(config: TrainConfig, parts: Sequence[Part], mode: MergeMode, *, say: Sink) -> None:
-    prepared = prepare(config, parts[0].judged, parts[0].held_out, say=say)
-    rows = ", ".join(str(len(part.judged.conversations)) for part in parts)
-    say(
-        Warned(
-            message=f"dry run: nothing was trained; {len(parts)} runs on {rows} rows, merged by {mode}; of the first:\n"
-            f"{show_examples(prepared)}"
-        )
-    )
-
-
 def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
-    """Cut the data into one part per run: each `--data` in turn, or chunks of the only one."""
+    """Cut the data into one part per run: each `--data` in turn, or chunks of the only one.
+
+    Raises:
+        DataError: If there are fewer rows than runs.
+    """
     if len(config.data) > 1:
         runs = options.runs or len(config.data)
         sources = [config.data[number % len(config.data)] for number in range(runs)]
@@ -82,14 +90,16 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
     runs = options.runs or DEFAULT_RUNS
     source = next(iter(config.data))
     wanted = runs * options.samples if options.samples else None
-    judged = judge(islice(rows_of(source), wanted))
+    judged = judge(islice(rows_of(source, offline=config.offline), wanted))
     rows = list(judged.conversations)
+    if len(rows) < runs:
+        raise DataError(f"{len(rows)} rows cannot be cut into {runs} runs", hint=f"give `--runs {len(rows)}` or less")
     random.Random(config.seed).shuffle(rows)
-    size = max(1, len(rows) // runs)
-    chunks = [rows[number * size : (number + 1) * size] for number in range(runs)]
-    return [
-        Part(judged=dataclasses.replace(judged, conversations=tuple(chunk)), held_out=()) for chunk in chunks if chunk
-    ]
+    parts: list[Part] = []
+    for number in range(runs):
+        kept, held_out = hold_out(rows[number::runs], fraction=config.eval_fraction)
+        parts.append(Part(judged=dataclasses.replace(judged, conversations=kept), held_out=held_out))
+    return parts
 
 
 def _part(config: TrainConfig, samples: int | None) -> Part:
@@ -99,31 +109,45 @@ def _part(config: TrainConfig, samples: int | None) -> Part:
 
 
 def _fold(
-    config: TrainConfig, options: MultiRunConfig, parts: Sequence[Part], mode: MergeMode, session: Any
-) -> Mapping[str, Any]:
+    config: TrainConfig,
+    options: MultiRunConfig,
+    parts: Sequence[Part],
+    mode: MergeMode,
+    first: Prepared,
+    *,
+    say: Sink,
+) -> Mapping[str, JSON]:
     from backprop.engine import load, loop
 
     state: slao.MergeState | None = None
     prepared: list[Prepared] = []
     scores: list[list[float]] = []
     for number, part in enumerate(parts, start=1):
-        seeded = dataclasses.replace(config, seed=config.seed + number - 1)
-        prepared.append(prepare(seeded, part.judged, part.held_out, say=session.say))
-        question = first_question(parts[0].judged.conversations)
-        session.record(model=prepared[0].model, plan=prepared[0].plan, question=question)
+        seeded = dataclasses.replace(config, seed=(config.seed + number - 1) % 2**32)
+        prepared.append(prepare(seeded, part.judged, part.held_out, say=say) if number > 1 else first)
         start = slao.next_start(state.fine_tuned, init=options.init) if state else None
         folder = config.output / "runs" / f"{number:03d}"
-        model, _ = train_one(seeded, prepared[-1], output=folder, say=session.say, start=start, run=number)
+        model, fit = train_one(seeded, prepared[-1], output=folder, say=say, start=start, run=number)
+        rundir.write_text(folder / "metrics.json", json.dumps({**measures(fit), "losses": fit.losses}, indent=2) + "\n")
         state = slao.step(state, load.adapter_state(model), mode=mode)
-        session.say(RunMerged(run=number, num_runs=len(parts), num_merges=state.num_merges, mode=mode))
+        say(RunMerged(run=number, num_runs=len(parts), mode=mode))
         load.set_adapter_state(model, state.merged)
         with rundir.whole(config.output / "lora") as merged:
-            load.save_adapter(model, prepared[0].tokenizer, merged)
-        session.say(Phase(name="evaluating the merged adapter on every part so far"))
-        scores.append([])
-        for index, seen in enumerate(prepared, start=1):
-            examples = (seen.held_out or seen.train.examples)[:MOST_EVALUATED]
-            loss = loop.mean_loss(model, examples, batch_size=seen.plan.micro_batch.value)
-            session.say(Eval(step=0, loss=loss, part=f"part {index}", run=number))
-            scores[-1].append(loss)
+            load.save_adapter(model, first.tokenizer, merged)
+        say(Phase(name="evaluating the merged adapter on every part so far"))
+        scores.append([_score(model, seen, index, number, say=say) for index, seen in enumerate(prepared, start=1)])
+        del model
+        loop.release()
     return {"runs": len(parts), "merge_mode": mode, "loss_by_run_and_part": scores}
+
+
+def _score(model: Any, part: Prepared, index: int, run: int, *, say: Sink) -> float:
+    """Measure the loss on the held-out rows of a part; on its training rows, and saying so, where none are held out."""
+    from backprop.engine import loop
+
+    examples = (part.held_out or part.train.examples)[:MOST_EVALUATED]
+    loss = loop.mean_loss(model, examples, batch_size=part.plan.micro_batch.value)
+    say(
+        Eval(step=0, loss=loss, part=f"part {index}" if part.held_out else f"part {index} (its training rows)", run=run)
+    )
+    return loss

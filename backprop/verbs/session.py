@@ -16,8 +16,8 @@ from backprop.config import MultiRunConfig, TrainConfig
 from backprop.core.plan import Plan
 from backprop.edges import rundir
 from backprop.edges.hub import ModelSource
-from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, Interrupted
-from backprop.events import JSON, Event, Failed, RunFinished, RunStarted, Sink, tee
+from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, stopped_by
+from backprop.events import JSON, Event, Failed, RunFinished, RunStarted, Sink
 
 # Packages whose version changes what a run does.
 VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes")
@@ -30,38 +30,71 @@ CRASH_NOTE = "traceback in "
 
 
 class Session:
-    """A run under way: its sink, and its manifest as known so far."""
+    """A run under way: its sink, and its manifest as known so far.
 
-    def __init__(self, directory: Path, command: str, manifest: dict[str, Any], say: Sink) -> None:
-        self.directory = directory
+    Nothing is written, and nothing of an earlier run removed, before `claim`.
+    """
+
+    def __init__(self, config: TrainConfig, command: str, manifest: dict[str, Any], say: Sink) -> None:
+        self.directory = config.output
         self.events: list[Event] = []
-        self.say = tee(say, self.events.append)
+        self._overwrite = config.overwrite
         self._command = command
         self._manifest = manifest
+        self._say = say
+        self._log: Sink | None = None
         self._started = time.monotonic()
+        self.stack = ExitStack()
 
-    def record(self, *, model: ModelSource, plan: Plan, question: str) -> None:
-        """Write the model, the plan, and a question that `export` may ask into the manifest."""
+    def say(self, event: Event) -> None:
+        """Tell the caller's sink, the report, and, once there is one, the event log."""
+        self.events.append(event)
+        if self._log is not None:
+            self._log(event)
+        self._say(event)
+
+    @property
+    def claimed(self) -> bool:
+        """Whether the run directory is this run's own."""
+        return self._log is not None
+
+    def claim(self, *, model: ModelSource, plan: Plan, question: str) -> None:
+        """Take the run directory, and write down what is known: the model, the plan, a question that export may ask."""
+        self.stack.enter_context(rundir.claim(self.directory, self._manifest["identity"], overwrite=self._overwrite))
         choices = {name: asdict(choice) for name, choice in plan.choices().items()}
         self._manifest |= {"model": asdict(model), "plan": choices, "question": question}
         rundir.write_manifest(self.directory, self._manifest)
+        self._log = self.stack.enter_context(rundir.event_log(self.directory))
+        for event in self.events:
+            self._log(event)
 
     def finish(self, result: Mapping[str, JSON]) -> None:
         """Write the report, then the manifest as finished, then say so."""
         seconds = round(time.monotonic() - self._started, 1)
-        finished = RunFinished(command=self._command, output=str(self.directory), seconds=seconds, result=result)
-        self._manifest |= {"status": "finished", "seconds": seconds, "result": dict(result)}
-        # The manifest last: a run that says it is finished has its page.
-        self._write_report()
-        rundir.write_manifest(self.directory, self._manifest)
-        self.say(finished)
+        if self.claimed:
+            self._manifest |= {"status": "finished", "seconds": seconds, "result": dict(result)}
+            # The manifest last: a run that says it is finished has its page.
+            self._write_report()
+            rundir.write_manifest(self.directory, self._manifest)
+        self.say(RunFinished(command=self._command, output=str(self.directory), seconds=seconds, result=result))
 
-    def fail(self, status: str, *, code: int, message: str, hint: str | None) -> Failed:
-        """Write the manifest as ended early."""
+    def fail(self, status: str, *, code: int, message: str, hint: str | None) -> None:
+        """Write down how the run ended early. The caller's sink hears of it from the caller."""
+        if self._log is None:
+            return
         self._manifest |= {"status": status, "error": {"code": code, "message": message}}
         rundir.write_manifest(self.directory, self._manifest)
         self._write_report()
-        return Failed(code=code, message=message, hint=hint or "")
+        self._log(Failed(code=code, message=message, hint=hint or ""))
+
+    def crash(self, error: BaseException) -> None:
+        """Write down the traceback of a fault of our own."""
+        if self._log is None:
+            return
+        path = self.directory / "crash.txt"
+        rundir.write_text(path, "".join(traceback.format_exception(error)))
+        error.add_note(CRASH_NOTE + str(path))
+        self.fail("crashed", code=EXIT_CODE_OF_A_BUG, message=repr(error), hint="see crash.txt")
 
     def _write_report(self) -> None:
         rundir.write_text(self.directory / "report.html", report.page(self._manifest, self.events))
@@ -71,15 +104,19 @@ class Session:
 def running(
     config: TrainConfig, *, command: str, fingerprint: str, say: Sink, extra: MultiRunConfig | None = None
 ) -> Generator[Session]:
-    """Hold the run directory of ``config`` while the block runs; the block must call `finish`.
+    """Run a block that ends with `finish`, in a directory that it takes with `claim` once all is judged.
 
     However the block ends, the manifest and the event log tell how. Errors go on to the caller.
+
+    Raises:
+        UsageError: At once, if the directory holds another or a finished run.
     """
     settings = {**asdict(config), **(asdict(extra) if extra else {})}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     identity = {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
     identity |= {"command": command, "data_sha256": fingerprint}
-    rundir.claim(config.output, identity, overwrite=config.overwrite)
+    if not config.dry_run:
+        rundir.check(config.output, identity, overwrite=config.overwrite)
     manifest: dict[str, Any] = {
         "version": backprop.__version__,
         "command": command,
@@ -88,25 +125,20 @@ def running(
         "identity": identity,
         "versions": versions(),
     }
-    rundir.write_manifest(config.output, manifest)
-    with ExitStack() as stack:
-        log = stack.enter_context(rundir.event_log(config.output))
-        session = Session(config.output, command, manifest, tee(say, log))
-        session.say(RunStarted(command=command, output=str(config.output), version=backprop.__version__))
+    session = Session(config, command, manifest, say)
+    with session.stack:
         try:
+            session.say(RunStarted(command=command, output=str(config.output), version=backprop.__version__))
             yield session
         except BackpropError as error:
-            log(session.fail("failed", code=error.code, message=error.message, hint=error.hint))
+            session.fail("failed", code=error.code, message=error.message, hint=error.hint)
             raise
-        except KeyboardInterrupt:
-            stopped = Interrupted("stopped by Ctrl-C", hint="run the same command again")
-            log(session.fail("interrupted", code=stopped.code, message=stopped.message, hint=stopped.hint))
+        except KeyboardInterrupt as interrupt:
+            stopped = stopped_by(interrupt)
+            session.fail("interrupted", code=stopped.code, message=stopped.message, hint=stopped.hint)
             raise stopped from None
         except BaseException as error:
-            crash = config.output / "crash.txt"
-            rundir.write_text(crash, "".join(traceback.format_exception(error)))
-            error.add_note(CRASH_NOTE + str(crash))
-            log(session.fail("crashed", code=EXIT_CODE_OF_A_BUG, message=repr(error), hint="see crash.txt"))
+            session.crash(error)
             raise
 
 

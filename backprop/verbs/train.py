@@ -1,6 +1,7 @@
 """`backprop train`: from rows to an adapter."""
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from backprop.config import TrainConfig
 from backprop.core.data.formats import Conversation, Judged, Row, judge
-from backprop.core.data.render import Encoded, Example, encode_all
+from backprop.core.data.render import Encoded, Example, cut, encode_all
 from backprop.core.data.split import hold_out
-from backprop.core.plan import Choice, DataShape, Plan, choose_max_length, choose_model, make_plan
+from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, make_plan
 from backprop.edges import device, files, hub, rundir
-from backprop.events import DataRead, Phase, PlanMade, Sink, Warned
+from backprop.errors import PackageError
+from backprop.events import JSON, DataRead, Examples, Phase, PlanMade, Sink, Warned
 from backprop.verbs.session import running
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ class Prepared:
     train: Encoded
     held_out: tuple[Example, ...]
     plan: Plan
-    data: DataRead
 
 
 def train(config: TrainConfig, *, say: Sink) -> Path:
@@ -43,49 +44,71 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
     Raises:
         BackpropError: Of the kind that names what the user can mend.
     """
+    check_packages(config)
     judged, held_out = read_data(config)
-    if config.dry_run:
-        prepared = prepare(config, judged, held_out, say=say)
-        say(Warned(message=f"dry run: nothing was trained\n{show_examples(prepared)}"))
-        return config.output
     fingerprint = fingerprint_of([*judged.conversations, *held_out])
     with running(config, command="train", fingerprint=fingerprint, say=say) as session:
         prepared = prepare(config, judged, held_out, say=session.say)
-        session.record(model=prepared.model, plan=prepared.plan, question=first_question(judged.conversations))
+        if config.dry_run:
+            session.say(Examples(text=show_examples(prepared)))
+            session.finish({"dry_run": True})
+            return config.output
+        session.claim(model=prepared.model, plan=prepared.plan, question=first_question(judged.conversations))
         _, fit = train_one(config, prepared, output=config.output, say=session.say)
-        session.finish(
-            {
-                "steps": len(fit.losses),
-                "final_loss": fit.losses[-1],
-                "eval_loss_before": fit.eval_loss_before,
-                "eval_loss": fit.eval_loss,
-                "tokens": fit.tokens,
-                "tokens_per_second": fit.tokens / fit.seconds,
-            }
-        )
+        session.finish(measures(fit))
     return config.output
+
+
+def measures(fit: "Fit") -> dict[str, JSON]:
+    """Give what a run measured, for its manifest."""
+    return {
+        "steps": len(fit.losses),
+        "final_loss": fit.losses[-1],
+        "eval_loss_before": fit.eval_loss_before,
+        "eval_loss": fit.eval_loss,
+        "tokens": fit.tokens,
+        "tokens_per_second": fit.tokens / fit.seconds,
+    }
+
+
+# The packages that an option needs beyond the core, by the extra that brings them.
+NEEDED = {"qlora": ("bitsandbytes", "standard"), "tensorboard": ("tensorboard", "monitoring")}
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Refuse options whose package is not installed, before any work.
+
+    Raises:
+        PackageError: Naming the package and the command that brings it.
+    """
+    for option in (config.method, config.report_to):
+        package, extra = NEEDED.get(option, ("json", ""))
+        if importlib.util.find_spec(package) is None:
+            raise PackageError(f"`{option}` needs the package `{package}`", hint=f"pip install 'backprop[{extra}]'")
 
 
 def read_data(config: TrainConfig) -> tuple[Judged, tuple[Conversation, ...]]:
     """Read and judge what to train on and what to hold out, before anything heavy is imported."""
-    judged = judge(row for source in config.data for row in rows_of(source))
+    judged = judge(row for source in config.data for row in rows_of(source, offline=config.offline))
     if config.eval_data:
-        held_out = judge(row for source in config.eval_data for row in rows_of(source)).conversations
+        held_out = judge(
+            row for source in config.eval_data for row in rows_of(source, offline=config.offline)
+        ).conversations
         return judged, held_out
     kept, held_out = hold_out(judged.conversations, fraction=config.eval_fraction)
     return Judged(conversations=kept, shapes=judged.shapes, warnings=judged.warnings), held_out
 
 
-def rows_of(source: str) -> Iterator[Row]:
+def rows_of(source: str, *, offline: bool) -> Iterator[Row]:
     """Read the rows of a local file or folder, or of a hub data set."""
-    return files.read_rows(source) if files.is_local(source) else hub.stream_rows(source)
+    return files.read_rows(source) if files.is_local(source) else hub.stream_rows(source, offline=offline)
 
 
 def prepare(config: TrainConfig, judged: Judged, held_out: Sequence[Conversation], *, say: Sink) -> Prepared:
     """Choose the model, render the data with its template, and make the plan."""
     for warning in judged.warnings:
         say(Warned(message=warning))
-    hardware = device.probe()
+    hardware = device.use_one_gpu(device.probe())
     chosen = choose_model(config.model, hardware)
     say(Phase(name=f"finding the model {chosen.value}"))
     source = hub.find_model(chosen.value, offline=config.offline)
@@ -95,20 +118,13 @@ def prepare(config: TrainConfig, judged: Judged, held_out: Sequence[Conversation
     loop.quieten()
     tokenizer = load.load_tokenizer(source.path, trust_remote_code=config.trust_remote_code)
     shape = load.load_shape(source.path, trust_remote_code=config.trust_remote_code)
-    limits: list[Choice[int]] = []
-
-    def limit(longest: int) -> int:
-        limits.append(choose_max_length(config, longest, shape))
-        return limits[0].value
-
-    train = encode_all(judged.conversations, tokenizer, loss_on=config.loss_on, max_length=limit)
-    held: tuple[Example, ...] = ()
-    if held_out:
-        held = encode_all(held_out, tokenizer, loss_on=config.loss_on, max_length=lambda _: limits[0].value).examples
-    sizes = DataShape(
-        num_examples=len(train.examples), longest=train.longest, mean_length=train.tokens / len(train.examples)
-    )
-    plan = make_plan(config, hardware, shape, sizes, max_length=limits[0], model=chosen)
+    whole = encode_all(judged.conversations, tokenizer, loss_on=config.loss_on)
+    max_length = choose_max_length(config, whole.longest, shape)
+    train = cut(whole, max_length.value)
+    held = encode_all(held_out, tokenizer, loss_on=config.loss_on)
+    held_examples = cut(held, max_length.value).examples if held.examples else ()
+    sizes = DataShape(num_examples=len(train.examples))
+    plan = make_plan(config, hardware, shape, sizes, model=chosen, max_length=max_length)
     data = DataRead(
         rows=len(judged.conversations),
         eval_rows=len(held_out),
@@ -129,7 +145,7 @@ def prepare(config: TrainConfig, judged: Judged, held_out: Sequence[Conversation
             reasons={name: choice.reason for name, choice in choices.items()},
         )
     )
-    return Prepared(model=source, tokenizer=tokenizer, train=train, held_out=held, plan=plan, data=data)
+    return Prepared(model=source, tokenizer=tokenizer, train=train, held_out=held_examples, plan=plan)
 
 
 def _say_losses(data: DataRead, train: Encoded, plan: Plan, say: Sink) -> None:

@@ -65,10 +65,13 @@ def to_conversation(row: Row) -> Conversation:
     """
     if not isinstance(row.value, Mapping):
         raise _bad(row, f"is {_name_of(row.value)}, not an object", hint=f"each row needs one of: {KNOWN_SHAPES}")
-    value: Mapping[str, object] = row.value
+    # Tables have the columns of all their rows: what is null in this one is not there.
+    value: Mapping[str, object] = {key: item for key, item in row.value.items() if item is not None}
     found = [shape for shape, keys in SHAPES.items() if all(key in value for key in keys)]
+    if len(found) > 1 and "text" in found:
+        found.remove("text")  # a rendering of the other columns, as in tatsu-lab/alpaca
     if not found:
-        columns = ", ".join(f"`{key}`" for key in value) or "none"
+        columns = ", ".join(f"`{key}`" for key in row.value) or "none"
         raise _bad(row, f"has unknown columns: {columns}", hint=f"each row needs one of: {KNOWN_SHAPES}")
     if len(found) > 1:
         raise _bad(row, f"has two shapes at once: {' and '.join(found)}", hint="keep the columns of one shape")
@@ -130,7 +133,7 @@ def _turn(row: Row, number: int, turn: object) -> Message:
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
         raise _bad(row, f"{where} has an unknown role: {role!r}", hint=f"known roles: {', '.join(ROLES)}")
-    if turn.get("tool_calls"):
+    if turn.get("tool_calls") or turn.get("function_call"):
         raise _bad(row, f"{where} has tool calls, which cannot be trained on yet", hint="remove the row")
     return {"role": known, "content": _text(row, _joined_parts(row, where, content), where)}
 
@@ -208,6 +211,9 @@ def judge(rows: Iterable[Row]) -> Judged:
     if not conversations:
         raise DataError("the data holds no rows", hint="check the path, and that the file is not empty")
     warnings: list[str] = []
+    opened = sum(one.messages[0]["role"] == "assistant" for one in conversations if one.messages)
+    if opened:
+        warnings.append(f"{opened} conversations begin with an answer: it is context, and not trained on")
     if without_answer:
         warnings.append(
             f"{len(without_answer)} rows without an assistant turn are left out, first: {without_answer[0]}"

@@ -1,22 +1,33 @@
 """Conversations to token ids and a mask: the whole of supervision, in one place.
 
 A mask says which tokens are trained on. It is derived by rendering the conversation turn by turn with the model's own
-chat template and seeing what each turn adds; never from marker strings, never from a template of our own.
+chat template and seeing what each turn adds to the text; never from marker strings, never from a template of our own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from backprop.core.data.formats import Conversation, Message
 from backprop.errors import DataError
 
 
+class Token(NamedTuple):
+    """A token and the first character of the text that it stands for."""
+
+    id: int
+    start: int
+
+
 class ChatTokenizer(Protocol):
     """What rendering needs of a tokenizer."""
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        """Apply the model's chat template and tokenise."""
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """Apply the model's chat template."""
+        ...
+
+    def tokenize(self, text: str) -> list[Token]:
+        """Tokenise a rendered text as it is, adding nothing."""
         ...
 
     def encode_text(self, text: str) -> list[int]:
@@ -41,10 +52,19 @@ class Example:
         return sum(self.mask[1:])
 
 
+class Span(NamedTuple):
+    """An answer in a rendered text: from its first character to the end of its turn."""
+
+    start: int
+    end: int
+
+
 def encode(
     conversation: Conversation, tokenizer: ChatTokenizer, *, loss_on: Literal["assistant", "all"] = "assistant"
 ) -> list[Example]:
     """Supervise the assistant's words and the token that ends its turn, and nothing else.
+
+    An answer that opens the conversation has nothing that asks for it: it is context.
 
     Returns:
         One example; or one for each assistant turn, if the template rewrites earlier turns (dropping old reasoning,
@@ -57,70 +77,48 @@ def encode(
         ids = tokenizer.encode_text(conversation.text)
         return [Example(tuple(ids), (True,) * len(ids))]
     messages = conversation.messages
+    text = tokenizer.render(messages, add_generation_prompt=False)
     if loss_on == "all":
-        ids = tokenizer.render(messages, add_generation_prompt=False)
+        ids = [token.id for token in tokenizer.tokenize(text)]
         return [Example(tuple(ids), (True,) * len(ids))]
 
-    # Where an answer's text ends and its turn's end token follows does not depend on the words.
-    ids: list[int] = []
-    mask: list[bool] = []
+    spans: list[Span] = []
+    alone: list[Example] = []
+    rewritten = False
     for number, message in enumerate(messages):
-        upto = tokenizer.render(messages[: number + 1], add_generation_prompt=False)
-        if upto[: len(ids)] != ids:
-            return _one_example_per_answer(conversation, tokenizer)
-        mask += [False] * (len(upto) - len(mask))
-        if message["role"] == "assistant":
-            span = _answer_span(messages, number, upto, tokenizer)
-            if span is None:
-                raise _no_mask(conversation, number)
-            mask[span[0] : span[1]] = [True] * (span[1] - span[0])
-        ids = upto
-    return [Example(tuple(ids), tuple(mask))]
-
-
-def _one_example_per_answer(conversation: Conversation, tokenizer: ChatTokenizer) -> list[Example]:
-    examples: list[Example] = []
-    for number, message in enumerate(conversation.messages):
-        if message["role"] != "assistant":
+        if number == 0 or message["role"] != "assistant":
             continue
-        ids = tokenizer.render(conversation.messages[: number + 1], add_generation_prompt=False)
-        span = _answer_span(conversation.messages, number, ids, tokenizer)
-        if span is None:
-            raise _no_mask(conversation, number)
-        start, end = span
-        examples.append(Example(tuple(ids), tuple(start <= position < end for position in range(len(ids)))))
-    return examples
+        prompt = tokenizer.render(messages[:number], add_generation_prompt=True)
+        upto = tokenizer.render(messages[: number + 1], add_generation_prompt=False)
+        if not upto.startswith(prompt):
+            raise DataError(
+                f"{conversation.place}: turn {number + 1} is an answer, but this model's chat template puts something "
+                "else before it than when it asks for one",
+                hint="train with `--loss-on all`, or choose another model",
+            )
+        span = Span(len(prompt), len(upto))
+        rewritten = rewritten or not text.startswith(upto)
+        spans.append(span)
+        alone.append(_example(upto, [span], tokenizer))
+    return alone if rewritten else [_example(text, spans, tokenizer)]
 
 
-def _answer_span(
-    messages: Sequence[Message], number: int, ids: list[int], tokenizer: ChatTokenizer
-) -> tuple[int, int] | None:
-    """Find where answer ``number`` starts and ends (its end token included) in ``ids``.
+def _example(text: str, spans: Sequence[Span], tokenizer: ChatTokenizer) -> Example:
+    """Mask the tokens that begin inside a span, up to the special token that ends its turn.
 
-    Returns:
-        None if ``ids`` does not begin with the prompt that would have asked for this answer.
+    A token that begins before the answer (a line break of the template merged with one of the answer) is context: when
+    the model is asked, its prompt ends there, and it never writes that token.
     """
-    prompt = tokenizer.render(messages[:number], add_generation_prompt=True)
-    if ids[: len(prompt)] != prompt:
-        return None
-    end = len(ids)
-    # After the end token, templates add a line break that the model never has to write.
-    while end > len(prompt) and not tokenizer.is_special(ids[end - 1]):
-        end -= 1
-    return (len(prompt), end if end > len(prompt) else len(ids))
-
-
-def _no_mask(conversation: Conversation, number: int) -> DataError:
-    return DataError(
-        f"{conversation.place}: turn {number + 1} is an answer, but this model's chat template puts something else "
-        "before it than when it asks for one",
-        hint="train with `--loss-on all`, or choose another model",
-    )
-
-
-def cut(example: Example, max_length: int) -> Example:
-    """Keep the first ``max_length`` tokens."""
-    return Example(example.ids[:max_length], example.mask[:max_length])
+    tokens = tokenizer.tokenize(text)
+    mask = [False] * len(tokens)
+    for span in spans:
+        inside = [index for index, token in enumerate(tokens) if span.start <= token.start < span.end]
+        ends = [index for index in inside if tokenizer.is_special(tokens[index].id)]
+        # After the end token, templates add a line break that the model never has to write.
+        last = ends[-1] if ends else max(inside, default=-1)
+        for index in inside:
+            mask[index] = index <= last
+    return Example(tuple(token.id for token in tokens), tuple(mask))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,9 +126,10 @@ class Encoded:
     """Examples of a data set, and what encoding them cost."""
 
     examples: tuple[Example, ...]
-    dropped: int
-    tokens_cut: int
-    rewritten: int
+    dropped: int = 0
+    tokens_cut: int = 0
+    rewritten: int = 0
+    """Conversations whose answers became examples of their own."""
 
     @property
     def tokens(self) -> int:
@@ -144,38 +143,37 @@ class Encoded:
 
     @property
     def longest(self) -> int:
-        """Give the number of tokens of the longest example; 0 if there is none."""
-        return max((len(example.ids) for example in self.examples), default=0)
+        """Give the number of tokens of the longest example."""
+        return max(len(example.ids) for example in self.examples)
 
 
 def encode_all(
-    conversations: Sequence[Conversation],
-    tokenizer: ChatTokenizer,
-    *,
-    loss_on: Literal["assistant", "all"],
-    max_length: Callable[[int], int],
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, loss_on: Literal["assistant", "all"]
 ) -> Encoded:
-    """Encode every conversation, cut to length, and drop examples with no trained token, counted.
+    """Encode every conversation, whole."""
+    encoded = [encode(conversation, tokenizer, loss_on=loss_on) for conversation in conversations]
+    return Encoded(
+        examples=tuple(example for examples in encoded for example in examples),
+        rewritten=sum(len(examples) > 1 for examples in encoded),
+    )
 
-    Args:
-        max_length: From the length of the longest example to the tokens that each may keep.
+
+def cut(encoded: Encoded, max_length: int) -> Encoded:
+    """Keep the first ``max_length`` tokens of each example, and drop those with nothing to train on; both counted.
 
     Raises:
-        DataError: If no example has a trained token.
+        DataError: If no example has a trained token left.
     """
-    whole: list[Example] = []
-    rewritten = 0
-    for conversation in conversations:
-        examples = encode(conversation, tokenizer, loss_on=loss_on)
-        rewritten += len(examples) > 1
-        whole += examples
-    limit = max_length(max(len(example.ids) for example in whole))
-    short = [cut(example, limit) for example in whole]
+    short = [Example(example.ids[:max_length], example.mask[:max_length]) for example in encoded.examples]
     kept = tuple(example for example in short if example.num_trained)
     if not kept:
         raise DataError(
-            f"none of the {len(whole)} examples has a token to train on within {limit} tokens",
-            hint="raise `--max-length`",
+            f"none of the {len(short)} examples has a token to train on within {max_length} tokens",
+            hint="raise `--max-length`, and look at three rows with `--dry-run`",
         )
-    lost = sum(len(example.ids) for example in whole) - sum(len(example.ids) for example in short)
-    return Encoded(examples=kept, dropped=len(whole) - len(kept), tokens_cut=lost, rewritten=rewritten)
+    return Encoded(
+        examples=kept,
+        dropped=len(short) - len(kept),
+        tokens_cut=encoded.tokens - sum(len(example.ids) for example in short),
+        rewritten=encoded.rewritten,
+    )
