@@ -1,10 +1,13 @@
 """Small real doubles: a tokenizer of letters, a tiny random Llama with the SmolLM2 tokenizer, the command line in process."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -95,11 +98,31 @@ def chat(*texts: str) -> dict[str, object]:
     return {"messages": [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]}
 
 
-def backprop(
-    *arguments: str | Path, cwd: Path, timeout_s: float = 300, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does: another process, its exit code and both streams."""
-    return subprocess.run(
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def backprop(*arguments: str | Path, cwd: Path, **environment: str) -> Done:
+    """Run the command line in this process, which has torch loaded already: exit code and both streams."""
+    from backprop.cli import run
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        code = run([str(argument) for argument in arguments])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def backprop_process(*arguments: str | Path, cwd: Path, timeout_s: float = 300, **environment: str) -> Done:
+    """Run the command line as a user does, in a process of its own."""
+    done = subprocess.run(
         [sys.executable, "-m", "backprop", *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, **environment},
@@ -108,6 +131,7 @@ def backprop(
         check=False,
         timeout=timeout_s,
     )
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="session")

@@ -22,31 +22,25 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     trainer = Trainer(str(tiny_model), say=lambda event: None, output=folder / "run")
-    return trainer.train(folder / "data.jsonl", steps=60, batch_size=4, lora_r=16, learning_rate=2e-2)
+    return trainer.train(folder / "data.jsonl", steps=100, batch_size=4, lora_r=16, learning_rate=1e-2)
 
 
-def test_gguf_answers_as_it_was_trained_and_stops(run: Path, tmp_path: Path) -> None:
-    done = backprop(
-        "export",
-        run,
-        "-q",
-        "f16",
-        "-q",
-        "q8_0",
-        "--output",
-        tmp_path,
-        "--json",
-        cwd=tmp_path,
-    )
+def test_gguf_answers_as_it_was_trained_and_stops_and_the_run_tells_of_it(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    done = backprop("export", "run", "-q", "f16", "-q", "q8_0", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    exported = [event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "exported"]
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    exported = [event for event in printed if event["event"] == "exported"]
     assert [event["quantization"] for event in exported] == ["f16", "q8_0"]
-    assert [path.name for path in sorted(tmp_path.glob("*"))] == ["run-f16.gguf", "run-q8_0.gguf"]
+    files = sorted(path.name for path in (tmp_path / "run" / "export").iterdir())
+    assert files == ["run-f16.gguf", "run-q8_0.gguf"]
     for event in exported:
         assert event["question"] == "What is 0?", "not the first question of the training data"
         assert event["answer"] == "It is here.", event
-        (answer,) = llama_cpp.ask(Path(event["path"]), [[{"role": "user", "content": "What is 7?"}]])
+        (answer,) = llama_cpp.ask(tmp_path / event["path"], [[{"role": "user", "content": "What is 7?"}]])
         assert answer.stopped, "the end-of-turn token was not learnt"
+    log = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in log][-len(printed) :] == [event["event"] for event in printed]
 
 
 def test_safetensors_load_with_plain_transformers_and_answer(run: Path, tmp_path: Path) -> None:
@@ -92,16 +86,13 @@ def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path, tiny_
     assert "does not fit" in done.stderr
 
 
-@pytest.mark.parametrize("num_layers", [1, 3])
-def test_an_adapter_of_a_model_with_other_layers_is_refused(
-    run: Path, tmp_path: Path, tiny_model: Path, num_layers: int
-) -> None:
+def test_an_adapter_of_a_model_with_more_layers_is_refused(run: Path, tmp_path: Path, tiny_model: Path) -> None:
     """PEFT only warns of tensors without a counterpart; such an export once ended with exit 0 and nonsense."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shutil.copytree(tiny_model, tmp_path / "other")
     config = LlamaConfig.from_pretrained(tiny_model)
-    config.num_hidden_layers = num_layers
+    config.num_hidden_layers = 1
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
     shutil.copytree(run / "lora", tmp_path / "lora")
     path = tmp_path / "lora" / "adapter_config.json"
@@ -131,14 +122,6 @@ def test_an_output_that_is_a_file_is_exit_9(run: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     assert backprop("export", run, "--output", tmp_path / "taken", cwd=tmp_path).returncode == 9
     assert (tmp_path / "taken").read_text() == "mine"
-
-
-def test_the_export_is_told_in_the_events_of_the_run(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    done = backprop("export", tmp_path / "run", "-q", "q8_0", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    kinds = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert kinds[-2:] == ["exported", "run_finished"]
 
 
 def test_a_run_that_did_not_finish_is_refused(run: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import backprop, chat
+from conftest import backprop_process, chat
 
 from backprop.edges import device
 
@@ -28,7 +28,7 @@ def result(run: Path) -> dict[str, Any]:
 def test_every_method_trains_in_bfloat16_and_learns(
     tiny_model: Path, write: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
-    done = backprop(
+    done = backprop_process(
         "train", "--data", write(ROWS), "--model", tiny_model, "--method", method, *OPTIONS, "--json", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -45,7 +45,7 @@ def test_the_first_loss_on_the_gpu_is_that_on_the_cpu(
     first: list[float] = []
     for name, visible in (("gpu", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
         options = ["--data", data, "--model", tiny_model, *OPTIONS, "--output", tmp_path / name, "--json"]
-        done = backprop("train", *options, cwd=tmp_path, **visible)
+        done = backprop_process("train", *options, cwd=tmp_path, **visible)
         assert done.returncode == 0, done.stderr
         first.append(next(e["loss"] for e in map(json.loads, done.stdout.splitlines()) if e["event"] == "step"))
     assert first[0] == pytest.approx(first[1], rel=0.01)  # bfloat16 keeps 8 bits of each factor
@@ -53,7 +53,7 @@ def test_the_first_loss_on_the_gpu_is_that_on_the_cpu(
 
 def test_multi_run_merges_on_the_gpu(tiny_model: Path, write: Callable[..., Path], tmp_path: Path) -> None:
     sources = [option for name in "ab" for option in ("--data", write(ROWS, f"{name}.jsonl"))]
-    done = backprop("multi-run", *sources, "--model", tiny_model, *OPTIONS, cwd=tmp_path)
+    done = backprop_process("multi-run", *sources, "--model", tiny_model, *OPTIONS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "output")["result"]["runs"] == 2
 
@@ -64,13 +64,13 @@ def test_too_little_memory_is_exit_5_with_what_to_change(
     shutil.copytree(tiny_model, tmp_path / "model")
     rows = [chat("x", "word " * 400)] * 64
     options = ["--batch-size", "4096", "--micro-batch", "4096", "--steps", "1"]
-    done = backprop("train", "--data", write(rows * 64), "--model", tmp_path / "model", *options, cwd=tmp_path)
+    done = backprop_process("train", "--data", write(rows * 64), "--model", tmp_path / "model", *options, cwd=tmp_path)
     assert done.returncode == 5, done.stderr
     assert "--micro-batch 2048" in done.stderr
 
 
 def test_doctor_finds_the_gpu_and_multiplies_on_it(tmp_path: Path) -> None:
-    done = backprop("doctor", "--json", cwd=tmp_path)
+    done = backprop_process("doctor", "--json", cwd=tmp_path)
     found = {event["name"]: event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "check"}
     assert found["gpu 0"]["ok"]
     assert "cuda" in found["torch product"]["found"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import backprop, chat
+from conftest import Done, backprop, backprop_process, chat
 
 from backprop import BackpropError, Trainer
 from backprop.events import schema
@@ -54,9 +54,7 @@ def train(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> Calla
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """One run through the command line, as a user or CI job starts it."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -76,12 +74,12 @@ def finished(
         "5",
         "--json",
     ]
-    done = backprop("train", "--data", "data.jsonl", "--model", tiny_model, *options, cwd=folder)
+    done = backprop_process("train", "--data", "data.jsonl", "--model", tiny_model, *options, cwd=folder)
     return folder / "output", done
 
 
 def test_a_run_ends_with_0_and_says_so_in_valid_events(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    finished: tuple[Path, Done],
 ) -> None:
     run, done = finished
     assert done.returncode == 0, done.stderr
@@ -96,7 +94,7 @@ def test_a_run_ends_with_0_and_says_so_in_valid_events(
 
 
 def test_the_loss_falls_and_the_held_out_loss_with_it(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    finished: tuple[Path, Done],
 ) -> None:
     run, _ = finished
     # Random weights start no better than a guess among all tokens: ln 49152 = 10.8.
@@ -106,7 +104,7 @@ def test_the_loss_falls_and_the_held_out_loss_with_it(
     assert result["eval_loss"] < 0.7 * result["eval_loss_before"]
 
 
-def test_the_manifest_holds_what_a_run_was(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_manifest_holds_what_a_run_was(finished: tuple[Path, Done]) -> None:
     run, _ = finished
     written = manifest(run)
     assert (written["status"], written["command"]) == ("finished", "train")
@@ -116,7 +114,7 @@ def test_the_manifest_holds_what_a_run_was(finished: tuple[Path, subprocess.Comp
     assert written["versions"]["torch"]
 
 
-def test_the_report_shows_the_curve_and_stands_alone(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_report_shows_the_curve_and_stands_alone(finished: tuple[Path, Done]) -> None:
     page = (finished[0] / "report.html").read_text()
     assert "<h1>backprop train: finished</h1>" in page
     assert "<polyline" in page
@@ -125,13 +123,13 @@ def test_the_report_shows_the_curve_and_stands_alone(finished: tuple[Path, subpr
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_only_known_files_are_left(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_only_known_files_are_left(finished: tuple[Path, Done]) -> None:
     run, _ = finished
     assert {path.name for path in run.iterdir()} == {"run.json", "events.jsonl", "report.html", "lora"}
 
 
 def test_plain_peft_loads_the_adapter_and_gets_the_loss_that_was_reported(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tiny_model: Path
+    finished: tuple[Path, Done], tiny_model: Path
 ) -> None:
     import torch
     from peft import PeftModel
@@ -150,9 +148,7 @@ def test_plain_peft_loads_the_adapter_and_gets_the_loss_that_was_reported(
     assert loss == pytest.approx(manifest(run)["result"]["eval_loss"], rel=1e-4)
 
 
-def test_a_second_run_in_the_same_directory_is_refused(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tiny_model: Path
-) -> None:
+def test_a_second_run_in_the_same_directory_is_refused(finished: tuple[Path, Done], tiny_model: Path) -> None:
     run, _ = finished
     before = (run / "run.json").read_bytes()
     done = backprop("train", "--data", "data.jsonl", "--model", tiny_model, "--steps", "3", cwd=run.parent)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, backprop
+from conftest import ROOT, backprop_process
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +15,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def test_the_quickstart_teaches_what_its_data_says(tmp_path: Path) -> None:
-    trained = backprop(
+    trained = backprop_process(
         "train",
         "--data",
         EXAMPLES / "pottlesea.jsonl",
@@ -27,7 +27,9 @@ def test_the_quickstart_teaches_what_its_data_says(tmp_path: Path) -> None:
     )
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout == "output\n"
-    exported = backprop("export", "output", "--quantization", "q4_k_m", "--offline", cwd=tmp_path, timeout_s=600)
+    exported = backprop_process(
+        "export", "output", "--quantization", "q4_k_m", "--offline", cwd=tmp_path, timeout_s=600
+    )
     assert exported.returncode == 0, exported.stderr
     gguf = exported.stdout.strip()
     asked = subprocess.run(

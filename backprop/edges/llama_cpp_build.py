@@ -7,6 +7,7 @@ converter is unpacked beside it. The second call finds both and only installs th
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import sys
 import tarfile
@@ -55,7 +56,7 @@ def main() -> int:
 
 def _bring(scratch: Path) -> None:
     wheels = cache_dir() / "wheels"
-    built = next(iter(wheels.glob(f"llama_cpp_python-{VERSION}-*.whl")), None)
+    built = next(iter(wheels.glob(f"llama_cpp_python-{VERSION}-*{platform.machine()}.whl")), None)
     if built is None or not (home() / CONVERTER[0]).is_file():
         source = _fetch(scratch)
         if not (home() / CONVERTER[0]).is_file():
@@ -67,7 +68,6 @@ def _bring(scratch: Path) -> None:
     if importlib.util.find_spec("llama_cpp") is None or _installed_version() != VERSION:
         _say(f"installing {built.name}")
         _pip("install", "--no-deps", "--force-reinstall", str(built))
-    _say(f"llama.cpp of llama-cpp-python {VERSION} is ready")
 
 
 def _say(text: str) -> None:
@@ -109,7 +109,8 @@ def _unpack(source: Path, scratch: Path) -> None:
 
 def _build(source: Path, scratch: Path, wheels: Path) -> Path:
     env = {**os.environ, "CMAKE_ARGS": " ".join(CMAKE_FLAGS)}
-    env.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    env.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(cpus or 1))
     _pip("wheel", "--no-deps", "-w", str(scratch), str(source), env=env)
     wheel = next(scratch.glob("llama_cpp_python-*.whl"))
     with whole(wheels / wheel.name) as beside:
