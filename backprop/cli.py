@@ -16,7 +16,7 @@ from cyclopts.config import Env
 import backprop
 from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
 from backprop.console import Console, without_escapes
-from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, Terminated, UsageError, stopped_by
+from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, Interrupted, Stopped, Terminated, UsageError, stopped_by
 from backprop.events import Event, Failed, Sink, schema
 
 OUTPUT = Group.create_ordered("Output")
@@ -166,7 +166,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that this terminal cannot show ends no run
-    sys.exit(run(tokens))
+    code = run(tokens)
+    if code in (Interrupted.code, Stopped.code):
+        # An interrupt that struck inside `exec` is remembered by Python as unhandled, though it was handled: it would
+        # end the process by the signal instead of by the code.
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

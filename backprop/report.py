@@ -112,7 +112,7 @@ def _chart(series: Sequence[Series]) -> str:
         placed = [place(x, y) for x, y in one.points]
         line = " ".join(f"{x},{y}" for x, y in placed)
         marks.append(f'<polyline fill="none" stroke="var({one.color})" stroke-width="2" points="{line}"/>')
-        if one.dots:
+        if one.dots or len(placed) == 1:
             marks += [f'<circle cx="{x}" cy="{y}" r="4" fill="var({one.color})"/>' for x, y in placed]
         if len(drawn) > 1:
             x = WIDTH - MARGIN - 130

@@ -345,13 +345,25 @@ def test_damaged_weights_are_exit_4(tmp_path: Path, write: Callable[..., Path], 
     assert "damaged" in done.stderr
 
 
+def start(command: list[str], *, cwd: Path) -> "subprocess.Popen[str]":
+    """Start a process that hears Ctrl-C, also where these tests run in the background, which ignores it."""
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 @pytest.mark.parametrize(("sent", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 75, "SIGTERM")])
 def test_a_signal_leaves_nothing_half_written_and_another_command_is_refused(
     tmp_path: Path, write: Callable[..., Path], tiny_model: Path, sent: signal.Signals, code: int, name: str
 ) -> None:
     command = [sys.executable, "-m", "backprop", "train", "--data", str(write(ROWS)), "--model", str(tiny_model)]
     command += ["--steps", "100000", "--verbose"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = start(command, cwd=tmp_path)
     assert process.stderr
     for line in process.stderr:
         if line.startswith("step 3/"):
@@ -371,7 +383,7 @@ def test_a_signal_leaves_nothing_half_written_and_another_command_is_refused(
 
 def test_ctrl_c_while_loading_is_exit_130_too(tmp_path: Path, write: Callable[..., Path], tiny_model: Path) -> None:
     command = [sys.executable, "-m", "backprop", "train", "--data", str(write(ROWS)), "--model", str(tiny_model)]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = start(command, cwd=tmp_path)
     assert process.stderr
     for line in process.stderr:
         if line.startswith("rendering"):
