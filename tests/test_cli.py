@@ -211,6 +211,19 @@ def test_a_missing_config_file_is_exit_2(capsys: pytest.CaptureFixture[str]) -> 
     assert fails(capsys, "train", "--config", "nope.yaml")[0] == 2
 
 
+def test_an_unknown_command_is_answered_with_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = fails(capsys, "trian")
+    assert code == 2
+    assert error.endswith("hint: backprop --help\n")
+
+
+def test_completion_is_installed_for_the_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(["--install-completion", "--shell", "bash"]) == 0
+    scripts = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".bashrc"]
+    assert any("multi-run" in path.read_text() for path in scripts)
+
+
 @pytest.mark.parametrize("command", [[], ["train"], ["multi-run"], ["export"], ["doctor"]], ids=str)
 def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     assert run([*command, "--help"]) == 0
