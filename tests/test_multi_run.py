@@ -51,17 +51,24 @@ def test_the_delivered_adapter_is_the_slao_merge_of_the_runs_on_disk(multi_run: 
     assert any(not delivered[name].equal(trained[2][name]) for name in delivered), "the last run is not the merge"
 
 
-def test_each_run_starts_from_the_last_fine_tuned_adapter(multi_run: Callable[..., Path]) -> None:
-    """With a rate too small to matter, run 2 ends where it started: at the orthonormal A of run 1."""
-    import torch
-
+def test_each_run_starts_from_the_last_fine_tuned_adapter_never_from_the_merged(
+    multi_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from backprop.core.slao import next_start
+    from backprop.verbs import train
 
-    run = multi_run(rate=1e-12)
-    first, second = adapter(run / "runs" / "001"), adapter(run / "runs" / "002")
-    start = next_start(first, init="function-preserving")
-    for name in second:
-        assert torch.allclose(second[name], start[name], atol=1e-5), name
+    starts: list[Any] = []
+
+    def watched(*arguments: Any, start: Any = None, **options: Any) -> Any:
+        starts.append(start)
+        return train.train_one(*arguments, start=start, **options)
+
+    monkeypatch.setattr("backprop.verbs.multi_run.train_one", watched)
+    run = multi_run()
+    assert starts[0] is None
+    for number, start in enumerate(starts[1:], start=1):
+        expected = next_start(adapter(run / "runs" / f"{number:03d}"), init="function-preserving")
+        assert all(start[name].allclose(expected[name], atol=1e-6) for name in expected), f"run {number + 1}"
 
 
 def test_sequential_delivers_the_last_run(multi_run: Callable[..., Path]) -> None:
