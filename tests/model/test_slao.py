@@ -15,6 +15,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -650,7 +651,7 @@ def test_adapters_on_expert_parameters_are_refused_because_qr_would_mix_the_expe
 
 def test_import_does_not_load_torch() -> None:
     code = "import sys, backprop.core.slao; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
