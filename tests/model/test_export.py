@@ -134,6 +134,7 @@ def test_without_the_converter_the_command_that_builds_it_is_named(run: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_three_lines_of_python(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> None:
     trainer = Trainer(str(tiny_model), say=lambda event: None, output=tmp_path / "run")
     trainer.train(write(ROWS), steps=20, batch_size=4, lr=2e-2)
