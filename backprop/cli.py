@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -62,7 +62,7 @@ def train(config: TrainConfig, *, voice: Voice = PLAIN_VOICE) -> int:
         run_directory = train(config, say=say)
         return () if config.dry_run else (run_directory,)
 
-    return _call(work, voice)
+    return _call(work, replace(voice, verbose=voice.verbose or config.dry_run))
 
 
 @app.command
@@ -75,7 +75,7 @@ def multi_run(config: TrainConfig, options: MultiRunConfig = PLAIN_RUNS, *, voic
         run_directory = multi_run(config, options, say=say)
         return () if config.dry_run else (run_directory,)
 
-    return _call(work, voice)
+    return _call(work, replace(voice, verbose=voice.verbose or config.dry_run))
 
 
 @app.command

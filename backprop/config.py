@@ -69,10 +69,16 @@ class TrainConfig:
     """Held-out data, in the same forms. Default: a part of `--data`."""
     eval_fraction: Annotated[float | None, Bounds(least=0, most=0.5), Parameter(group=DATA)] = None
     """Share of `--data` held out, chosen by content. Default: 0.05 from 200 rows on, else none."""
+    column: Annotated[tuple[str, ...], Parameter(group=DATA, negative="")] = ()
+    """`role=NAME`: which column of your rows holds what, e.g. `--column user=frage --column assistant=antwort`. Repeatable."""
     loss_on: Annotated[Literal["assistant", "all"], Parameter(group=DATA)] = "assistant"
     """Which tokens are trained on."""
     max_length: Annotated[int | None, Bounds(least=8, most=10_000_000), Parameter(group=DATA)] = None
     """Tokens per example; the rest is cut, and counted. Default: the longest example, capped by the model."""
+    allow_truncation: Annotated[bool, Parameter(group=DATA, negative="")] = False
+    """Train even if more than 5 % of the tokens are cut."""
+    packing: Annotated[bool | None, Parameter(group=DATA)] = None
+    """Several examples in a row, never seeing each other, instead of padding. Default: on, where the model can."""
 
     model: Annotated[str | None, Parameter(group=MODEL, name=["--model", "-m"])] = None
     """A preset, a hub id, or a folder. Default: the best preset that fits this machine."""
@@ -119,6 +125,8 @@ class TrainConfig:
     """Replace what an earlier run left in `--output`."""
     dry_run: Annotated[bool, Parameter(group=RUN, negative="")] = False
     """Print the plan, the data report and three examples with their trained tokens marked; train nothing."""
+    skip_proofs: Annotated[bool, Parameter(group=RUN, negative="")] = False
+    """Leave out what a run proves of itself; the manifest says so."""
     offline: Annotated[bool, Parameter(group=RUN, negative="")] = False
     """No network at all."""
     report_to: Annotated[Literal["none", "tensorboard"], Parameter(group=RUN)] = "none"

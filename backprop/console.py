@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
@@ -16,9 +17,11 @@ from backprop.events import (
     Failed,
     Phase,
     PlanMade,
+    Proved,
     RunFinished,
     RunMerged,
     RunStarted,
+    Sampled,
     Step,
     Warned,
 )
@@ -27,6 +30,9 @@ Detail = Literal["quiet", "normal", "verbose"]
 # Seconds between step lines where there is no live bar.
 LINE_EVERY_S = 10.0
 GIB = 2**30
+# A text histogram: lines at most, and the longest bar in characters.
+BARS_MOST, BAR_WIDTH = 12, 40
+TRAINED, CONTEXT, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 class Console:
@@ -37,6 +43,7 @@ class Console:
         self._stream = stream or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as we do
         self._detail: Detail = detail
         self._live = self._stream.isatty() and not os.environ.get("CI") and detail != "quiet"
+        self._colour = self._stream.isatty() and not os.environ.get("NO_COLOR")
         self._bar: Any = None
         self._task: Any = None
         self._last_line = 0.0
@@ -60,9 +67,17 @@ class Console:
         elif self._detail != "quiet":
             if not isinstance(event, Eval | Warned):
                 self._stop_bar()
+            if isinstance(event, Examples) and self._colour:
+                self._show(event)
+                return
             text = told(event, verbose=self._detail == "verbose")
             if text:
                 self._print(text)
+
+    def _show(self, event: Examples) -> None:
+        """Colour what is trained on. Nothing but our own escapes reaches the terminal."""
+        for number, spans in enumerate(event.examples, start=1):
+            print(f"--- example {number}\n{colour_spans(spans, colour=True)}", file=self._stream, flush=True)
 
     def _step(self, step: Step) -> None:
         if self._detail == "quiet":
@@ -120,11 +135,9 @@ def told(event: Event, *, verbose: bool = False) -> str:
             ]
             return "\n".join(["plan", *rows])
         case DataRead():
-            held = f", {event.eval_rows} held out" if event.eval_rows else ""
-            return (
-                f"data: {event.rows} rows{held}, {event.examples} examples, {event.tokens:,} tokens of which "
-                f"{event.trained_tokens:,} trained; longest {event.longest}"
-            )
+            told_data = {**event.ledger, "lengths": event.ledger.get("lengths", ()) if verbose else ()}
+            sizes = {"tokens": event.tokens, "trained_tokens": event.trained_tokens, "longest": event.longest}
+            return ledger_text({"rows": event.rows, "held_out": event.eval_rows, **told_data, **sizes})
         case Eval():
             return (
                 f"held-out loss {event.loss:.3f} after step {event.step}"
@@ -133,6 +146,11 @@ def told(event: Event, *, verbose: bool = False) -> str:
             )
         case RunMerged():
             return f"run {event.run}/{event.num_runs} merged ({event.mode})"
+        case Proved():
+            detail = f" ({event.found})" if verbose or not event.ok else ""
+            return f"{'proved' if event.ok else 'NOT PROVED'}: {event.name}{detail}"
+        case Sampled():
+            return f"asked: {_line(event.prompt)}\n  before: {_line(event.before)}\n  after:  {_line(event.after)}"
         case Warned():
             return f"warning: {event.message}"
         case Examples():
@@ -157,6 +175,11 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return ""
 
 
+def _line(text: str, *, most: int = 100) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
 def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -164,3 +187,65 @@ def _short(value: object) -> str:
 def without_escapes(text: str) -> str:
     """Show control characters, which could drive the terminal, instead of sending them."""
     return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+
+def ledger_text(data: Mapping[str, object]) -> str:
+    """Tell what the data holds in a few plain lines and a histogram.
+
+    Args:
+        data: The ledger as JSON. `lengths`, a list of (low, below, count), `tokens`, `trained_tokens` and `longest` are
+            told if they are there.
+    """
+    rows, held_out = _count(data, "rows"), _count(data, "held_out")
+    sizes = [f"rows {rows + held_out:,} ({rows:,} to train on, {held_out:,} held out)"]
+    if "tokens" in data:
+        sizes.append(f"{_count(data, 'trained_tokens'):,} trained tokens of {_count(data, 'tokens'):,}")
+    if "longest" in data:
+        sizes.append(f"longest {_count(data, 'longest'):,}")
+    repeats = [f"duplicates {_count(data, 'duplicates'):,}", f"near-duplicates {_count(data, 'near_duplicates'):,}"]
+    if held_out:
+        nearly = f" and {_count(data, 'near_overlap'):,} nearly" if data.get("near_overlap") else ""
+        repeats.append(f"overlap with evaluation {_count(data, 'overlap'):,}{nearly}")
+    if data.get("same_question"):
+        repeats.append(f"same question, another answer {_count(data, 'same_question'):,}")
+    lines = [" · ".join(sizes), " · ".join(repeats)]
+    languages = data.get("languages")
+    if isinstance(languages, Mapping) and languages:
+        lines.append("languages: " + ", ".join(f"{name} {_share(languages, name)}" for name in languages))
+    lengths = data.get("lengths")
+    if isinstance(lengths, list | tuple) and lengths:
+        lines += ["tokens per example", *_bars([(low, high, count) for low, high, count in lengths])]
+    return without_escapes("\n".join(lines))
+
+
+def _count(data: Mapping[str, object], key: str) -> int:
+    count = data.get(key, 0)
+    return count if isinstance(count, int) else 0
+
+
+def _share(counts: Mapping[str, object], name: str) -> str:
+    share = _count(counts, name) / sum(_count(counts, one) for one in counts)
+    return "under 1 %" if share < 0.01 else f"{share:.0%}".replace("%", " %")
+
+
+def _bars(buckets: Sequence[tuple[int, int, int]]) -> list[str]:
+    merged = -(-len(buckets) // BARS_MOST)
+    groups = [buckets[start : start + merged] for start in range(0, len(buckets), merged)]
+    rows = [(f"{one[0][0]:,} to {one[-1][1] - 1:,}", sum(count for _, _, count in one)) for one in groups]
+    width, top = max(len(name) for name, _ in rows), max(count for _, count in rows) or 1
+    return [f"  {name:>{width}}  {_bar(count / top)} {count:,}" for name, count in rows]
+
+
+def _bar(share: float) -> str:
+    """Draw ``share`` of the longest bar, in eighths of a character; what is not nothing is seen."""
+    eighths = -int(-share * BAR_WIDTH * 8 // 1)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def colour_spans(spans: Sequence[tuple[str, bool]], *, colour: bool) -> str:
+    """Show a text in which some spans are trained on: green with the rest dim; without colour, between » and «.
+
+    Control characters in the spans are shown, not sent.
+    """
+    marks = {True: (TRAINED, RESET), False: (CONTEXT, RESET)} if colour else {True: ("»", "«"), False: ("", "")}
+    return "".join(f"{marks[trained][0]}{without_escapes(text)}{marks[trained][1]}" for text, trained in spans)

@@ -10,14 +10,16 @@ class BackpropError(Exception):
     Args:
         message: What happened, with the file, row or option; both numbers where there are two.
         hint: What to type or change. None only if there is nothing to be done.
+        details: What is too long for the terminal, such as the rows of a batch; a run writes it to its crash.txt.
     """
 
     code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, details: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details = details
 
 
 class UsageError(BackpropError):
@@ -45,7 +47,7 @@ class HardwareError(BackpropError):
 
 
 class TrainingError(BackpropError):
-    """Training that went wrong: a loss or gradient that is not finite."""
+    """Training that went wrong: a loss or gradient that is not finite, or a proof that does not hold."""
 
     code = 6
 

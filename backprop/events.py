@@ -45,13 +45,19 @@ class DataRead:
     examples_dropped: int
     shapes: Mapping[str, int]
     longest: int
+    ledger: Mapping[str, JSON] = field(default_factory=dict[str, JSON])
+    """Duplicates, overlap with the evaluation data, languages, and `lengths`: rows by length as [low, below, count]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Examples:
-    """The first examples of a dry run as text, with what is trained on between » and «."""
+    """The first examples of a dry run: as text, with what is trained on between » and «, and as its parts.
+
+    Each part is a text and whether it is trained on.
+    """
 
     text: str
+    examples: Sequence[Sequence[tuple[str, bool]]] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +92,27 @@ class RunMerged:
     run: int
     num_runs: int
     mode: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proved:
+    """Something that a run proved of itself, or could not."""
+
+    name: str
+    ok: bool
+    found: str
+    seconds: float = 0.0
+    run: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """What the model answered before training and after it."""
+
+    prompt: str
+    before: str
+    after: str
+    run: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +179,8 @@ Event = (
     | Step
     | Eval
     | RunMerged
+    | Proved
+    | Sampled
     | Warned
     | Phase
     | Exported
@@ -168,6 +197,8 @@ KINDS: dict[type, str] = {
     Step: "step",
     Eval: "eval",
     RunMerged: "merged",
+    Proved: "proof",
+    Sampled: "sample",
     Warned: "warning",
     Phase: "phase",
     Exported: "exported",
@@ -228,6 +259,8 @@ _PRIMITIVES: dict[object, str] = {str: "string", int: "integer", float: "number"
 def _schema_of_type(hint: object) -> dict[str, JSON]:
     if hint in _PRIMITIVES:
         return {"type": _PRIMITIVES[hint]}
+    if typing.get_origin(hint) is Sequence:
+        return {"type": "array"}
     if typing.get_origin(hint) is Mapping:
         value = typing.get_args(hint)[1]
         if isinstance(value, types.UnionType) or value not in _PRIMITIVES:

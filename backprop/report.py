@@ -7,6 +7,8 @@ from html import escape
 from backprop.events import DataRead, Eval, Event, Step
 
 WIDTH, HEIGHT, MARGIN = 720, 240, 60
+# Of a histogram; at most so many of its edges are labelled.
+BARS_HEIGHT, LABELS_MOST = 180, 6
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #d0d5dd; --paper: #ffffff; --curve: #2563eb;
@@ -16,10 +18,12 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
   max-width: 760px; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+h3 { font-size: 1rem; } table.samples { table-layout: fixed; }
 .soft { color: var(--soft); margin-top: .2rem; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td, th { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.said { white-space: pre-wrap; overflow-wrap: anywhere; } td.failed { color: var(--other); font-weight: 600; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; } svg .axis { stroke: var(--line); }
 """
 
@@ -43,9 +47,9 @@ def page(manifest: Mapping[str, object], events: Sequence[Event]) -> str:
     if steps:
         parts += _curves(steps, [event for event in events if isinstance(event, Eval)])
     parts += ["<h2>Plan</h2>", _plan_table(manifest)]
-    for event in events:
-        if isinstance(event, DataRead):
-            parts += ["<h2>Data</h2>", _table((name, value) for name, value in _data_rows(event))]
+    parts += _data(manifest, [event for event in events if isinstance(event, DataRead)])
+    parts += _proofs(_mappings(manifest.get("proofs")))
+    parts += _samples(_mappings(manifest.get("samples")))
     parts += ["<h2>Result</h2>", _table(_mapping(manifest.get("result")).items())]
     parts += ["<h2>Versions</h2>", _table(_mapping(manifest.get("versions")).items())]
     body = "\n".join(parts)
@@ -132,6 +136,90 @@ def _plan_table(manifest: Mapping[str, object]) -> str:
     return f'<div class="scroll"><table><tr><th>choice</th><th>value</th><th>why</th></tr>{body}</table></div>'
 
 
+def _data(manifest: Mapping[str, object], read: Sequence[DataRead]) -> list[str]:
+    ledger = _mapping(manifest.get("data"))
+    parts = ["<h2>Data</h2>"] if read or ledger else []
+    parts += [_table(_data_rows(data)) for data in read]
+    if not ledger:
+        return parts
+    parts.append(_table(_ledger_rows(ledger)))
+    buckets = _buckets(ledger.get("lengths"))
+    if buckets:
+        parts += ["<h3>Tokens per example</h3>", _bars(buckets)]
+    languages = _mapping(ledger.get("languages"))
+    if languages:
+        parts += ["<h3>Languages</h3>", _table((name, f"{count} rows") for name, count in languages.items())]
+    return parts
+
+
+LEDGER_NAMES = {
+    "rows": "rows to train on",
+    "held_out": "rows held out",
+    "duplicates": "exact duplicates",
+    "near_duplicates": "near-duplicates",
+    "near_checked": "rows compared for near-duplicates",
+    "overlap": "held-out rows also trained on",
+    "near_overlap": "held-out rows nearly trained on",
+    "same_question": "same question, another answer",
+}
+
+
+def _ledger_rows(ledger: Mapping[str, object]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, name in LEDGER_NAMES.items():
+        if key in ledger:
+            pair = ledger.get(f"{key}_first")
+            first = f", first: {' = '.join(map(str, pair))}" if isinstance(pair, list | tuple) else ""
+            rows.append((name, f"{ledger[key]}{first}"))
+    return rows
+
+
+def _bars(buckets: Sequence[tuple[int, int, int]]) -> str:
+    """Draw a histogram of (low, below, count); each bar tells its numbers when pointed at."""
+    top = max(count for _, _, count in buckets) or 1
+    floor = BARS_HEIGHT - MARGIN / 2
+    slot = (WIDTH - 2 * MARGIN) / len(buckets)
+    every = -(-len(buckets) // LABELS_MOST)
+    marks: list[str] = []
+    for number, (low, high, count) in enumerate(buckets):
+        x, tall = MARGIN + number * slot, count / top * (floor - 20)
+        marks.append(
+            f'<rect x="{x + 1:.1f}" y="{floor - tall:.1f}" width="{slot - 2:.1f}" height="{tall:.1f}" '
+            f'fill="var(--curve)"><title>{low} to {high - 1}: {count}</title></rect>'
+        )
+        if count:
+            marks.append(f'<text x="{x + slot / 2:.1f}" y="{floor - tall - 5:.1f}" text-anchor="middle">{count}</text>')
+        if number % every == 0:
+            marks.append(f'<text x="{x:.1f}" y="{BARS_HEIGHT - 10}" text-anchor="middle">{low}</text>')
+    right = WIDTH - MARGIN
+    marks.append(f'<text x="{right}" y="{BARS_HEIGHT - 10}" text-anchor="middle">{buckets[-1][1]}</text>')
+    marks.append(f'<line class="axis" x1="{MARGIN}" x2="{right}" y1="{floor}" y2="{floor}"/>')
+    label = f"tokens per example, from {buckets[0][0]} to {buckets[-1][1]}"
+    return f'<svg viewBox="0 0 {WIDTH} {BARS_HEIGHT}" role="img" aria-label="{label}">{"".join(marks)}</svg>'
+
+
+def _proofs(proofs: Sequence[Mapping[str, object]]) -> list[str]:
+    if not proofs:
+        return []
+    body = "".join(
+        f"<tr><td>{escape(str(proof['name']))}</td>"
+        + ("<td>passed</td>" if proof["ok"] else '<td class="failed">failed</td>')
+        + f'<td>{escape(str(proof["found"]))}</td><td class="number">{escape(_shown(proof["seconds"]))}</td></tr>'
+        for proof in proofs
+    )
+    head = "<tr><th>name</th><th>result</th><th>found</th><th>seconds</th></tr>"
+    return ["<h2>Proofs</h2>", f'<div class="scroll"><table>{head}{body}</table></div>']
+
+
+def _samples(samples: Sequence[Mapping[str, object]]) -> list[str]:
+    if not samples:
+        return []
+    columns = ("prompt", "before", "after")
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    body = "".join(f"<tr>{_said(sample[column] for column in columns)}</tr>" for sample in samples)
+    return ["<h2>Samples</h2>", f'<div class="scroll"><table class="samples"><tr>{head}</tr>{body}</table></div>']
+
+
 def _data_rows(data: DataRead) -> list[tuple[str, object]]:
     shapes = ", ".join(f"{count} {shape}" for shape, count in data.shapes.items())
     return [
@@ -159,5 +247,17 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _said(texts: Iterable[object]) -> str:
+    return "".join(f'<td class="said">{escape(str(text))}</td>' for text in texts)
+
+
 def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _mappings(value: object) -> list[Mapping[str, object]]:
+    return [_mapping(one) for one in value] if isinstance(value, list | tuple) else []
+
+
+def _buckets(value: object) -> list[tuple[int, int, int]]:
+    return [(low, high, count) for low, high, count in value] if isinstance(value, list | tuple) else []

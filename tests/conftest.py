@@ -35,7 +35,7 @@ class LetterTokenizer:
     SPECIAL = ("<s>", "<u>", "<a>", "</s>", "</u>", "</a>", "<end>")
     FIRST = 0x10FFF0  # private use: no text has these
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], *, tools: Sequence[object] = (), add_generation_prompt: bool) -> str:
         text = ""
         for message in messages:
             mark = f"<{message['role'][0]}>"
@@ -61,7 +61,7 @@ class LetterTokenizer:
 class ForgetfulTokenizer(LetterTokenizer):
     """Rewrites earlier answers, as templates do that drop old reasoning: only the last keeps its words."""
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], *, tools: Sequence[object] = (), add_generation_prompt: bool) -> str:
         last = None if add_generation_prompt else len(messages) - 1
         kept: list[Message] = [
             message if message["role"] != "assistant" or number == last else {"role": "assistant", "content": "…"}

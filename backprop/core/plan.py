@@ -47,6 +47,7 @@ class Plan:
     max_length: Choice[int]
     batch_size: Choice[int]
     micro_batch: Choice[int]
+    packing: Choice[bool]
     steps: Choice[int]
     learning_rate: Choice[float]
     lora_alpha: Choice[float]
@@ -121,6 +122,9 @@ def make_plan(
         max_length=max_length,
         batch_size=batch,
         micro_batch=micro,
+        packing=Choice(True, "no padding; proved at the start: no example sees another")
+        if config.packing is None
+        else Choice(config.packing, "set by `--packing`" if config.packing else "set by `--no-packing`"),
         steps=_choose_steps(config, data, batch.value),
         learning_rate=_choose_rate(config, shape),
         lora_alpha=Choice(config.lora_alpha, "set by `--lora-alpha`")
@@ -194,11 +198,8 @@ MOST_EPOCHS = 10
 def _choose_steps(config: TrainConfig, data: DataShape, batch: int) -> Choice[int]:
     if config.steps is not None:
         return Choice(config.steps, "set by `--steps`")
-    per_epoch = math.ceil(data.num_examples / batch)
-    if config.epochs is not None:
-        return Choice(max(1, round(config.epochs * per_epoch)), f"{config.epochs:g} passes of {per_epoch} steps")
-    epochs = max(1, min(MOST_EPOCHS, round(WANTED_STEPS / per_epoch)))
-    return Choice(epochs * per_epoch, f"{epochs} passes of {per_epoch} steps")
+    epochs = config.epochs or max(1, min(MOST_EPOCHS, round(WANTED_STEPS * batch / data.num_examples)))
+    return Choice(math.ceil(epochs * data.num_examples / batch), f"{epochs:g} passes over {data.num_examples} examples")
 
 
 # Schulman et al., "LoRA Without Regret" (Thinking Machines Lab, 2025), and its cookbook: ten times the rate of full

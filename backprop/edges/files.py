@@ -3,20 +3,41 @@
 Nothing heavy is imported, so that a typo is answered at once.
 """
 
+import codecs
 import csv
 import gzip
 import json
+import re
+import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
-from backprop.core.data.formats import Row
+from backprop.core.data.formats import Row, has_known_shape
+from backprop.core.data.shapes import is_turn
 from backprop.errors import DataError, PackageError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 # A row of text is rarely over 1 MB; a line over this is a file of another kind, and would fill the memory.
 MAX_LINE_BYTES = 32 * 1024 * 1024
+# What libraries write beside the data, in the same kinds of files.
+NOT_DATA = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "config.json",
+    "metadata.json",
+)
+# UTF-32 first: its mark begins with that of UTF-16.
+OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def data_files(source: str) -> list[Path]:
@@ -27,7 +48,7 @@ def data_files(source: str) -> list[Path]:
     """
     path = expanded(source)
     if path.is_dir():
-        files = sorted(child for child in path.rglob("*") if child.is_file() and _kind(child))
+        files = sorted(child for child in path.rglob("*") if child.is_file() and _is_data(child.relative_to(path)))
         if not files:
             raise DataError(f"the folder `{source}` holds no data files", hint=f"known kinds: {', '.join(SUFFIXES)}")
         return files
@@ -74,9 +95,12 @@ def read_rows(source: str) -> Iterator[Row]:
     Raises:
         DataError: At what cannot be read, naming the file and line.
     """
+    found = False
     for path in data_files(source):
         try:
-            yield from _read_file(path)
+            for row in _read_file(path):
+                found = True
+                yield row
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path} is not text: byte {error.start} is not UTF-8", hint="save it as UTF-8, or give another file"
@@ -85,6 +109,8 @@ def read_rows(source: str) -> Iterator[Row]:
             raise DataError(f"{path} is not a whole gzip file", hint="copy it again") from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=f"try `ls -l {path}`") from error
+    if not found:
+        raise DataError(f"the data holds no rows: `{source}`", hint="check the path, and that there is text in it")
 
 
 def _kind(path: Path) -> str:
@@ -92,6 +118,11 @@ def _kind(path: Path) -> str:
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else ""
+
+
+def _is_data(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return bool(_kind(path)) and not hidden and path.name.lower().removesuffix(".gz") not in NOT_DATA
 
 
 def _nearby(path: Path) -> str:
@@ -108,23 +139,63 @@ def _read_file(path: Path) -> Iterator[Row]:
         yield from _parquet_rows(path)
         return
     with _open(path) as file:
+        head = file.read(HEAD_BYTES)
+    _refuse_other_encodings(path, head)
+    with _open(path) as file:
         if kind == ".csv":
             yield from _csv_rows(path, _text_lines(path, file))
         elif kind == ".txt":
             yield from _text_rows(path, file)
-        elif kind == ".json" and _first_char(path) == "[":
-            yield from _list_rows(path, file)
+        elif _is_document(path, kind, head):
+            yield from _document_rows(path, file)
         else:
             yield from _jsonl_rows(path, file)
 
 
+HEAD_BYTES = 4096
+SPACE = re.compile(r"[ \t\r\n]*")
+DECODER = json.JSONDecoder()
+
+
+def _refuse_other_encodings(path: Path, head: bytes) -> None:
+    name = next((name for mark, name in OTHER_ENCODINGS.items() if head.startswith(mark)), None)
+    if name:
+        unpack = "zcat" if path.suffix.lower() == ".gz" else "cat"
+        made = shlex.quote(f"utf8-{path.name.removesuffix('.gz')}")
+        raise DataError(
+            f"{path} is {name} text, not UTF-8",
+            hint=f"`{unpack} {shlex.quote(str(path))} | iconv -f {name} -t UTF-8 > {made}`, and give that file",
+        )
+
+
+def _is_document(path: Path, kind: str, head: bytes) -> bool:
+    """Say whether a .json or .jsonl file holds values over several lines, or a list of rows, not a row in each line."""
+    first = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if first not in (b"[", b"{"):
+        return False
+    with _open(path) as file:
+        line = b""
+        while not line:
+            line = file.readline(MAX_LINE_BYTES).removeprefix(codecs.BOM_UTF8).strip()
+        more = any(block.strip() for block in iter(lambda: file.read(HEAD_BYTES), b""))
+    if not more:
+        return kind == ".json" or first == b"["
+    # A row in each line may be a list of turns, and then begins as a list of rows does.
+    if line.endswith((b"]", b"}")) and _is_json(line):
+        return False
+    return kind == ".json" or first == b"[" or line == b"{"
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _open(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _first_char(path: Path) -> str:
-    with _open(path) as file:
-        return file.read(4096).decode("utf-8", errors="replace").lstrip("\ufeff \t\r\n")[:1]
 
 
 def _text_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
@@ -168,26 +239,92 @@ def _parse(text: str, place: str) -> object:
         raise DataError(f"{place} cannot be read: {error}", hint="quote numbers that are text") from error
 
 
-def _list_rows(path: Path, file: IO[bytes]) -> Iterator[Row]:
+def _document_rows(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    """Read the rows of a list, of a list inside an object, or of objects one after another.
+
+    A list is parsed row by row, so that never both the text and all its rows are in memory.
+    """
     text = file.read().decode("utf-8-sig")
+    values = _items(path, text) if text[_after_space(text, 0) :][:1] == "[" else _values(path, text)
+    for number, value in enumerate(values, start=1):
+        yield Row(place=f"{path}, row {number}", value=value)
+
+
+def _items(path: Path, text: str) -> Iterator[object]:
+    """Give the items of the list that ``text`` is; or the list itself, if it is one conversation."""
+    start = _after_space(text, 0)
+    at = _after_space(text, start + 1)
+    closed = text[at : at + 1] == "]"
+    while not closed:
+        item, at = _decode(path, text, at)
+        if is_turn(item):
+            whole, at = _decode(path, text, start)
+            yield whole
+            break
+        yield item
+        at = _after_space(text, at)
+        closed = text[at : at + 1] == "]"
+        if not closed and text[at : at + 1] != ",":
+            raise _not_json(path, json.JSONDecodeError("Expecting ',' delimiter", text, at))
+        at = at if closed else _after_space(text, at + 1)
+    at = _after_space(text, at + closed)
+    if at < len(text):
+        raise _not_json(path, json.JSONDecodeError("Extra data", text, at))
+
+
+def _values(path: Path, text: str) -> Iterator[object]:
+    """Give the objects of ``text``; or the rows of a single one that wraps them, as {"data": […]} does."""
+    value, at = _decode(path, text, _after_space(text, 0))
+    at = _after_space(text, at)
+    if at == len(text) and isinstance(value, Mapping):
+        yield from _wrapped(value) or [value]
+        return
+    yield value
+    while at < len(text):
+        value, at = _decode(path, text, at)
+        at = _after_space(text, at)
+        yield value
+
+
+def _wrapped(value: Mapping[str, object]) -> list[object]:
+    """Give the rows that an object wraps, or none: they are its only list of objects, and it is no row itself."""
+    lists = [
+        items
+        for items in value.values()
+        if isinstance(items, list) and items and all(isinstance(item, Mapping) for item in items)
+    ]
+    return lists[0] if len(lists) == 1 and not has_known_shape(value) and not is_turn(lists[0][0]) else []
+
+
+def _after_space(text: str, at: int) -> int:
+    found = SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _decode(path: Path, text: str, at: int) -> tuple[object, int]:
     try:
-        rows = json.loads(text)
+        return DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}",
-            hint="a .json file is one list of objects",
-        ) from error
+        raise _not_json(path, error) from error
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply", hint="a .json file is one list of flat objects") from error
     except ValueError as error:  # a number of over 4,300 digits
         raise DataError(f"{path} cannot be read: {error}", hint="quote numbers that are text") from error
-    for number, value in enumerate(rows, start=1):
-        yield Row(place=f"{path}, row {number}", value=value)
+
+
+def _not_json(path: Path, error: json.JSONDecodeError) -> DataError:
+    return DataError(
+        f"{path}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}",
+        hint="a .json file is one list of objects",
+    )
 
 
 def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.DictReader(lines, strict=True)
+    head = next(lines, "")
+    # Spreadsheets write semicolons where the comma is the decimal sign.
+    delimiter = ";" if ";" in head and "," not in head else ","
+    reader = csv.DictReader(chain([head], lines), strict=True, delimiter=delimiter)
     try:
         for number, value in enumerate(reader, start=1):
             if None in value or None in value.values():

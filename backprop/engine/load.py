@@ -20,10 +20,13 @@ class HfTokenizer:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.inner = tokenizer
+        self.template_added = False
         added = cast(Mapping[int, Any], tokenizer.added_tokens_decoder)
         self._special = {number for number, token in added.items() if token.special}
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, object]] = (), add_generation_prompt: bool
+    ) -> str:
         """Apply the chat template.
 
         Raises:
@@ -35,7 +38,10 @@ class HfTokenizer:
         try:
             return str(
                 template.apply_chat_template(
-                    list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+                    list(messages),
+                    tools=list(tools) or None,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
                 )
             )
         except TemplateError as error:
@@ -82,19 +88,50 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the tokenizer of `{path}` cannot be loaded: {error}", hint=_code_hint(error)) from error
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            f"`{path}` has no chat template: it is a base model, not a chat model",
-            hint="take its instruct variant, or put a `chat_template.jinja` into a copy of the folder",
-        )
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of `{path}` cannot say where its tokens stand in the text, so that no mask can be made",
             hint="convert it to a tokenizer.json",
         )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of `{path}` has no end-of-text token, so that no answer could stop",
+            hint="name one as `eos_token` in its tokenizer_config.json",
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return HfTokenizer(tokenizer)
+    wrapped = HfTokenizer(tokenizer)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = plain_template(begins=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
+        wrapped.template_added = True
+    return wrapped
+
+
+# In words that every base model has read, and with the one token that it knows to end a text.
+TURNS = """{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{{- 'Assistant:\n' + message.content + eos_token + '\n\n' -}}
+{%- elif message.role == 'system' -%}
+{{- 'System:\n' + message.content + '\n\n' -}}
+{%- elif message.role == 'user' -%}
+{{- 'User:\n' + message.content + '\n\n' -}}
+{%- else -%}
+{{- raise_exception('this template knows no role ' + message.role) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- 'Assistant:\n' -}}
+{%- endif -%}
+"""
+
+
+def plain_template(*, begins: bool) -> str:
+    """Give the chat template for a base model that has none: `User:`, `Assistant:`, and the end-of-text token.
+
+    Args:
+        begins: Whether the model's texts begin with a token of their own.
+    """
+    return ("{{- bos_token -}}\n" if begins else "") + TURNS
 
 
 def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backprop.config import MergeMode, MultiRunConfig, TrainConfig
 from backprop.core import slao
-from backprop.core.data.formats import Conversation, Judged, judge
+from backprop.core.data.formats import Conversation, Judged, judge, parse_columns
 from backprop.core.data.split import hold_out
 from backprop.edges import rundir
 from backprop.errors import DataError, UsageError
-from backprop.events import JSON, Eval, Examples, Phase, RunMerged, Sink, Warned
+from backprop.events import JSON, Eval, Phase, RunMerged, Sink, Warned
 from backprop.verbs.session import running
 from backprop.verbs.train import (
     Prepared,
@@ -29,6 +29,9 @@ from backprop.verbs.train import (
     show_examples,
     train_one,
 )
+
+if TYPE_CHECKING:
+    from backprop.engine.batches import PassSize
 
 DEFAULT_RUNS = 5
 # Examples that a part is measured on: enough to tell a loss to about a hundredth, few enough to cost little.
@@ -68,7 +71,8 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
         first = prepare(config, parts[0].judged, parts[0].held_out, say=session.say)
         if config.dry_run:
             rows = [len(part.judged.conversations) for part in parts]
-            session.say(Examples(text=f"{len(parts)} runs on {rows} rows, merged by {mode}\n{show_examples(first)}"))
+            session.say(Phase(name=f"{len(parts)} runs on {rows} rows, merged by {mode}"))
+            session.say(show_examples(first))
             session.finish({"dry_run": True})
             return config.output
         question = first_question(parts[0].judged.conversations)
@@ -90,7 +94,7 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
     runs = options.runs or DEFAULT_RUNS
     source = next(iter(config.data))
     wanted = runs * options.samples if options.samples else None
-    judged = judge(islice(rows_of(source, offline=config.offline), wanted))
+    judged = judge(islice(rows_of(source, offline=config.offline), wanted), parse_columns(config.column))
     rows = list(judged.conversations)
     if len(rows) < runs:
         raise DataError(f"{len(rows)} rows cannot be cut into {runs} runs", hint=f"give `--runs {len(rows)}` or less")
@@ -135,18 +139,20 @@ def _fold(
         with rundir.whole(config.output / "lora") as merged:
             load.save_adapter(model, first.tokenizer, merged)
         say(Phase(name="evaluating the merged adapter on every part so far"))
-        scores.append([_score(model, seen, index, number, say=say) for index, seen in enumerate(prepared, start=1)])
+        scores.append(
+            [_score(model, seen, index, number, fit.size, say=say) for index, seen in enumerate(prepared, start=1)]
+        )
         del model
         loop.release()
     return {"runs": len(parts), "merge_mode": mode, "loss_by_run_and_part": scores}
 
 
-def _score(model: Any, part: Prepared, index: int, run: int, *, say: Sink) -> float:
+def _score(model: Any, part: Prepared, index: int, run: int, size: "PassSize", *, say: Sink) -> float:
     """Measure the loss on the held-out rows of a part; on its training rows, and saying so, where none are held out."""
-    from backprop.engine import loop
+    from backprop.engine.exam import mean_loss
 
     examples = (part.held_out or part.train.examples)[:MOST_EVALUATED]
-    loss = loop.mean_loss(model, examples, batch_size=part.plan.micro_batch.value)
+    loss = mean_loss(model, examples, size)
     say(
         Eval(step=0, loss=loss, part=f"part {index}" if part.held_out else f"part {index} (its training rows)", run=run)
     )

@@ -17,12 +17,12 @@ from backprop.core.plan import Plan
 from backprop.edges import rundir
 from backprop.edges.hub import ModelSource
 from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, stopped_by
-from backprop.events import JSON, Event, Failed, RunFinished, RunStarted, Sink
+from backprop.events import JSON, DataRead, Event, Failed, Proved, RunFinished, RunStarted, Sampled, Sink
 
 # Packages whose version changes what a run does.
 VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes")
 # Options that change where and how a run is told, not what it computes.
-NOT_IDENTITY = ("output", "overwrite", "dry_run", "offline", "report_to")
+NOT_IDENTITY = ("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs")
 
 
 # Marks the note on an exception whose traceback is in a file already.
@@ -72,17 +72,26 @@ class Session:
         """Write the report, then the manifest as finished, then say so."""
         seconds = round(time.monotonic() - self._started, 1)
         if self.claimed:
-            self._manifest |= {"status": "finished", "seconds": seconds, "result": dict(result)}
+            self._manifest |= {"status": "finished", "seconds": seconds, "result": dict(result), **self._told()}
             # The manifest last: a run that says it is finished has its page.
             self._write_report()
             rundir.write_manifest(self.directory, self._manifest)
         self.say(RunFinished(command=self._command, output=str(self.directory), seconds=seconds, result=result))
 
+    def _told(self) -> dict[str, Any]:
+        """Collect what the data held, what proofs found and what the model answered."""
+        ledgers = [event.ledger for event in self.events if isinstance(event, DataRead)]
+        return {
+            "data": dict(ledgers[0]) if ledgers else {},
+            "proofs": [asdict(event) for event in self.events if isinstance(event, Proved)],
+            "samples": [asdict(event) for event in self.events if isinstance(event, Sampled)],
+        }
+
     def fail(self, status: str, *, code: int, message: str, hint: str | None) -> None:
         """Write down how the run ended early. The caller's sink hears of it from the caller."""
         if self._log is None:
             return
-        self._manifest |= {"status": status, "error": {"code": code, "message": message}}
+        self._manifest |= {"status": status, "error": {"code": code, "message": message}, **self._told()}
         rundir.write_manifest(self.directory, self._manifest)
         self._write_report()
         self._log(Failed(code=code, message=message, hint=hint or ""))
@@ -131,6 +140,8 @@ def running(
             session.say(RunStarted(command=command, output=str(config.output), version=backprop.__version__))
             yield session
         except BackpropError as error:
+            if error.details and session.claimed:
+                rundir.write_text(session.directory / "crash.txt", error.details)
             session.fail("failed", code=error.code, message=error.message, hint=error.hint)
             raise
         except KeyboardInterrupt as interrupt:

@@ -74,3 +74,36 @@ def test_doctor_finds_the_gpu_and_multiplies_on_it(tmp_path: Path) -> None:
     found = {event["name"]: event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "check"}
     assert found["gpu 0"]["ok"]
     assert "cuda" in found["torch product"]["found"]
+
+
+def steps_of(*options: str | Path, cwd: Path, **environment: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Train, and give the steps and the proofs."""
+    done = backprop_process("train", *options, "--json", cwd=cwd, **environment)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    return [event for event in told if event["event"] == "step"], [event for event in told if event["event"] == "proof"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_packed_rows_train_as_padded_ones_through_the_kernel_for_several_lengths(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    data = write([chat(f"question {n}", "word " * (3 * n + 1)) for n in range(16)])
+    options = ["--data", data, "--model", tiny_model, "--method", method, "--steps", "5", "--batch-size", "8"]
+    packed, proved = steps_of(*options, "--packing", "--output", tmp_path / "packed", cwd=tmp_path)
+    padded, _ = steps_of(*options, "--no-packing", "--output", tmp_path / "padded", cwd=tmp_path)
+    assert all(proof["ok"] for proof in proved)
+    losses = [[step["loss"] for step in steps] for steps in (packed, padded)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_a_4_bit_layer_is_held_against_its_own_weights(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backprop.engine import load, proofs
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    model: Any = load.load_base(str(tiny_model), dtype="bfloat16", device="cuda", four_bit=True)
+    assert proofs.prove_quantized_layer(model).ok
+    layer = next(module for module in model.modules() if type(module).__name__ == "Linear4bit")
+    forward = type(layer).forward
+    monkeypatch.setattr(type(layer), "forward", lambda self, x: forward(self, x) * 1.05)
+    assert not proofs.prove_quantized_layer(model).ok

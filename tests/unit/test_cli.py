@@ -35,9 +35,9 @@ def left_behind(folder: Path) -> set[str]:
 
 # The list of options is part of the product: to change it, change docs and CHANGELOG too.
 OPTIONS = {
-    TrainConfig: "data eval_data eval_fraction loss_on max_length model trust_remote_code steps epochs batch_size micro_batch "
+    TrainConfig: "data eval_data eval_fraction column loss_on max_length allow_truncation packing model trust_remote_code steps epochs batch_size micro_batch "
     "learning_rate scheduler warmup weight_decay eval_steps seed method lora_r lora_alpha lora_dropout target_modules output "
-    "overwrite dry_run offline report_to",
+    "overwrite dry_run skip_proofs offline report_to",
     MultiRunConfig: "runs samples merge_mode init",
     ExportConfig: "format quantization question output overwrite offline trust_remote_code",
     DoctorConfig: "model data min_vram",

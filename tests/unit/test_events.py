@@ -41,6 +41,8 @@ ONE_OF_EACH: list[events.Event] = [
     ),
     events.Eval(step=1, loss=1.0),
     events.RunMerged(run=1, num_runs=2, mode="slao"),
+    events.Proved(name="n", ok=True, found="f", seconds=0.5),
+    events.Sampled(prompt="p", before="b", after="a"),
     events.Warned(message="careful"),
     events.Phase(name="loading"),
     events.Exported(path="p", format="gguf", quantization="f16", size_bytes=3, question="q", answer="a"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from backprop.edges.files import MAX_LINE_BYTES, is_local, read_rows
 from backprop.errors import DataError
 
 ROW = {"question": "a", "answer": "b"}
+SEED_TASK = {"instruction": "a", "instances": [{"input": "", "output": "b"}]}
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def values(source: Path) -> list[object]:
@@ -25,7 +28,24 @@ def values(source: Path) -> list[object]:
         ("a.jsonl", '\ufeff{"text": "a"}', [{"text": "a"}]),
         ("a.json", '[{"text": "a"}, {"text": "b"}]', [{"text": "a"}, {"text": "b"}]),
         ("a.json", '{"text": "a"}\n{"text": "b"}\n', [{"text": "a"}, {"text": "b"}]),
+        ("a.json", '{"text": "a"}', [{"text": "a"}]),
+        ("a.json", '\n{\n "text": "a"\n}\n{\n "text": "b"\n}\n', [{"text": "a"}, {"text": "b"}]),
+        ("a.json", '[\n {"text": "a"},\n {"text": "b"}\n]\n', [{"text": "a"}, {"text": "b"}]),
+        ("a.json", '{"data": [{"text": "a"}, {"text": "b"}], "version": 1}', [{"text": "a"}, {"text": "b"}]),
+        ("a.json", '{"data": [{"input": "a", "output": "b"}]}', [{"input": "a", "output": "b"}]),
+        ("a.json", '{\n "train": [\n  {"text": "a"}\n ]\n}', [{"text": "a"}]),
+        ("a.json", json.dumps({"messages": TURNS}, indent=1), [{"messages": TURNS}]),
+        ("a.json", json.dumps({"log": TURNS}), [{"log": TURNS}]),
+        ("a.json", json.dumps(SEED_TASK), [SEED_TASK]),
+        ("a.json", json.dumps(TURNS), [TURNS]),
+        ("a.json", json.dumps([TURNS, TURNS]), [TURNS, TURNS]),
+        ("a.json", '[{"input": "a", "output": "b"}]', [{"input": "a", "output": "b"}]),
+        ("a.jsonl", '[{"text": "a"}, {"text": "b"}]', [{"text": "a"}, {"text": "b"}]),
+        ("a.jsonl", '[\n{"text": "a"},\n{"text": "b"}\n]', [{"text": "a"}, {"text": "b"}]),
+        ("a.jsonl", '{\n "text": "a"\n}\n', [{"text": "a"}]),
+        ("a.jsonl", json.dumps(TURNS) + "\n" + json.dumps(TURNS) + "\n", [TURNS, TURNS]),
         ("a.csv", 'prompt,completion\n"a, b","c\nd"\n', [{"prompt": "a, b", "completion": "c\nd"}]),
+        ("a.csv", "prompt;completion\n1,5;b\n", [{"prompt": "1,5", "completion": "b"}]),
         ("a.txt", "one\ntwo\n\n\nthree\n", [{"text": "one\ntwo"}, {"text": "three"}]),
     ],
 )
@@ -35,13 +55,30 @@ def test_every_kind_of_file_gives_its_rows(
     assert values(write(content, name)) == expected
 
 
+def test_a_list_is_read_row_by_row(write: Callable[..., Path]) -> None:
+    rows = read_rows(str(write('[{"text": "a"}, {"text" "b"}]', "a.json")))
+    assert next(rows).value == {"text": "a"}
+    with pytest.raises(DataError):
+        next(rows)
+
+
 def test_gzip_is_read_as_what_it_holds(write: Callable[..., Path]) -> None:
     assert values(write(gzip.compress(json.dumps(ROW).encode()), "a.jsonl.gz")) == [ROW]
 
 
 def test_a_folder_gives_the_rows_of_its_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "data" / "more").mkdir(parents=True)
-    for name, text in (("b.jsonl", "2"), ("a.jsonl", "1"), ("more/c.jsonl", "3"), ("notes.md", "no")):
+    (tmp_path / "data" / ".ipynb_checkpoints").mkdir()
+    for name, text in (
+        ("b.jsonl", "2"),
+        ("a.jsonl", "1"),
+        ("more/c.jsonl", "3"),
+        ("notes.md", "no"),
+        ("dataset_info.json", "no"),
+        ("more/state.json", "no"),
+        (".hidden.jsonl", "no"),
+        (".ipynb_checkpoints/a.jsonl", "no"),
+    ):
         (tmp_path / "data" / name).write_text(json.dumps({"text": text}) + "\n")
     assert values(tmp_path / "data") == [{"text": "1"}, {"text": "2"}, {"text": "3"}]
 
@@ -50,6 +87,15 @@ def test_a_folder_gives_the_rows_of_its_files_in_order(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("a.jsonl", "", "is empty"),
+        ("a.jsonl", " \n\n", "the data holds no rows"),
+        ("a.json", "[]", "the data holds no rows"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is UTF-16 text"),
+        ("a.csv", "text\na\n".encode("utf-32"), "is UTF-32 text"),
+        ("a.json", '{\n"text": "a"\n}\n{\n"text" "b"}', "a.json, line 5 is not JSON"),
+        ("a.json", '[{"text": "a"} {"text": "b"}]', "line 1 is not JSON: Expecting ',' delimiter at column 16"),
+        ("a.json", '[{"text": "a"},\n', "line 2 is not JSON: Expecting value"),
+        ("a.json", '[\n{"text": "a"}]\n\n]', "line 4 is not JSON: Extra data"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n\x00\x01\x02\n', "line 2 is binary"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8 text"),
@@ -75,6 +121,19 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(
     assert name in raised.value.message
     assert said in raised.value.message
     assert raised.value.hint
+
+
+def test_the_hint_for_utf_16_is_a_command_that_mends_it(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = write(json.dumps(ROW).encode("utf-16"), "my rows.jsonl")
+    with pytest.raises(DataError) as raised:
+        values(path)
+    monkeypatch.chdir(tmp_path)
+    command = str(raised.value.hint).split("`")[1]
+    assert "iconv -f UTF-16 -t UTF-8" in command
+    subprocess.run(command, shell=True, check=True)
+    assert values(tmp_path / "utf8-my rows.jsonl") == [ROW]
 
 
 def test_half_a_gzip_file_is_refused(write: Callable[..., Path]) -> None:

@@ -61,7 +61,7 @@ def test_a_template_that_rewrites_old_answers_gives_each_answer_its_own_renderin
 
 def test_a_template_that_puts_something_else_before_an_answer_is_refused() -> None:
     class Thinking(LetterTokenizer):
-        def render(self, messages: object, *, add_generation_prompt: bool) -> str:
+        def render(self, messages: object, *, tools: object = (), add_generation_prompt: bool) -> str:
             text = super().render(messages, add_generation_prompt=add_generation_prompt)  # type: ignore[arg-type]
             return text + "?" if add_generation_prompt else text
 
@@ -80,7 +80,7 @@ def test_a_token_that_begins_before_the_answer_is_context() -> None:
     """BPE merges the template's line break with one that opens the answer; such rows were once refused."""
 
     class Merging(LetterTokenizer):
-        def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        def render(self, messages: Sequence[Message], *, tools: object = (), add_generation_prompt: bool) -> str:
             text = super().render(messages, add_generation_prompt=add_generation_prompt)
             return text.replace(self.mark("<a>"), self.mark("<a>") + "|")
 

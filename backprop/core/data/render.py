@@ -4,7 +4,7 @@ A mask says which tokens are trained on. It is derived by rendering the conversa
 chat template and seeing what each turn adds to the text; never from marker strings, never from a template of our own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -22,8 +22,14 @@ class Token(NamedTuple):
 class ChatTokenizer(Protocol):
     """What rendering needs of a tokenizer."""
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """Apply the model's chat template."""
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, object]] = (), add_generation_prompt: bool
+    ) -> str:
+        """Apply the model's chat template.
+
+        Raises:
+            DataError: If the template refuses these turns.
+        """
         ...
 
     def tokenize(self, text: str) -> list[Token]:
@@ -45,6 +51,12 @@ class Example:
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
+    answers: int = 0
+    """Answers of a conversation that are trained on."""
+    ended: int = 0
+    """Those of them whose last trained token is the special token that ends a turn."""
+    question: str = ""
+    """What the last answer answers."""
 
     @property
     def num_trained(self) -> int:
@@ -77,19 +89,20 @@ def encode(
         ids = tokenizer.encode_text(conversation.text)
         return [Example(tuple(ids), (True,) * len(ids))]
     messages = conversation.messages
-    text = tokenizer.render(messages, add_generation_prompt=False)
+    tools = conversation.tools
+    text = tokenizer.render(messages, tools=tools, add_generation_prompt=False)
     if loss_on == "all":
         ids = [token.id for token in tokenizer.tokenize(text)]
         return [Example(tuple(ids), (True,) * len(ids))]
 
     spans: list[Span] = []
-    alone: list[Example] = []
+    alone: list[tuple[str, Span, str]] = []
     rewritten = False
     for number, message in enumerate(messages):
         if number == 0 or message["role"] != "assistant":
             continue
-        prompt = tokenizer.render(messages[:number], add_generation_prompt=True)
-        upto = tokenizer.render(messages[: number + 1], add_generation_prompt=False)
+        prompt = tokenizer.render(messages[:number], tools=tools, add_generation_prompt=True)
+        upto = tokenizer.render(messages[: number + 1], tools=tools, add_generation_prompt=False)
         if not upto.startswith(prompt):
             raise DataError(
                 f"{conversation.place}: turn {number + 1} is an answer, but this model's chat template puts something "
@@ -99,11 +112,14 @@ def encode(
         span = Span(len(prompt), len(upto))
         rewritten = rewritten or not text.startswith(upto)
         spans.append(span)
-        alone.append(_example(upto, [span], tokenizer))
-    return alone if rewritten else [_example(text, spans, tokenizer)]
+        question = messages[number - 1]["content"]
+        alone.append((upto, span, question))
+    if rewritten:
+        return [_example(upto, [span], tokenizer, question) for upto, span, question in alone]
+    return [_example(text, spans, tokenizer, alone[-1][2] if alone else "")]
 
 
-def _example(text: str, spans: Sequence[Span], tokenizer: ChatTokenizer) -> Example:
+def _example(text: str, spans: Sequence[Span], tokenizer: ChatTokenizer, question: str) -> Example:
     """Mask the tokens that begin inside a span, up to the special token that ends its turn.
 
     A token that begins before the answer (a line break of the template merged with one of the answer) is context: when
@@ -111,14 +127,16 @@ def _example(text: str, spans: Sequence[Span], tokenizer: ChatTokenizer) -> Exam
     """
     tokens = tokenizer.tokenize(text)
     mask = [False] * len(tokens)
+    ended = 0
     for span in spans:
         inside = [index for index, token in enumerate(tokens) if span.start <= token.start < span.end]
         ends = [index for index in inside if tokenizer.is_special(tokens[index].id)]
         # After the end token, templates add a line break that the model never has to write.
         last = ends[-1] if ends else max(inside, default=-1)
+        ended += bool(ends)
         for index in inside:
             mask[index] = index <= last
-    return Example(tuple(token.id for token in tokens), tuple(mask))
+    return Example(tuple(token.id for token in tokens), tuple(mask), answers=len(spans), ended=ended, question=question)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +146,7 @@ class Encoded:
     examples: tuple[Example, ...]
     dropped: int = 0
     tokens_cut: int = 0
+    trained_tokens_cut: int = 0
     rewritten: int = 0
     """Conversations whose answers became examples of their own."""
 
@@ -140,6 +159,11 @@ class Encoded:
     def trained_tokens(self) -> int:
         """Count the trained tokens."""
         return sum(example.num_trained for example in self.examples)
+
+    @property
+    def unended(self) -> int:
+        """Count the answers whose end is not trained, so that the model would not learn to stop."""
+        return sum(example.answers - example.ended for example in self.examples)
 
     @property
     def longest(self) -> int:
@@ -164,7 +188,7 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
     Raises:
         DataError: If no example has a trained token left.
     """
-    short = [Example(example.ids[:max_length], example.mask[:max_length]) for example in encoded.examples]
+    short = [_shortened(example, max_length) for example in encoded.examples]
     kept = tuple(example for example in short if example.num_trained)
     if not kept:
         raise DataError(
@@ -175,5 +199,12 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
         examples=kept,
         dropped=len(short) - len(kept),
         tokens_cut=encoded.tokens - sum(len(example.ids) for example in short),
+        trained_tokens_cut=encoded.trained_tokens - sum(example.num_trained for example in short),
         rewritten=encoded.rewritten,
     )
+
+
+def _shortened(example: Example, max_length: int) -> Example:
+    if len(example.ids) <= max_length:
+        return example
+    return Example(example.ids[:max_length], example.mask[:max_length])

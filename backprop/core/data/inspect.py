@@ -1,0 +1,446 @@
+"""The data ledger: what a data set holds, before anything is trained on it.
+
+Pure, and one pass over each part. It counts rows that say the same twice, rows that are also in the evaluation data, and
+languages; it never changes or drops a row.
+
+Near-duplicates are found by MinHash over shingles of five words: one permutation hashing with densification
+(arXiv:1703.04664), banded (Leskovec et al., Mining of Massive Datasets, sec. 3.4). Languages are guessed by counting: the
+script is the Unicode block of most letters; within Latin script, the language whose most frequent function words occur
+most. Neither needs a model.
+"""
+
+import json
+import random
+import re
+from array import array
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from operator import eq
+from typing import NamedTuple
+
+from backprop.core.data.formats import Conversation, Message
+from backprop.events import JSON
+
+# Near-duplicates are looked for among at most this many rows, which take about 120 MiB.
+NEAR_MOST = 100_000
+# Shorter texts have too few shingles to be like each other.
+NEAR_FEWEST_WORDS = 8
+SHINGLE = 5
+# 16 bands of 4 and this threshold find 92 % of pairs with Jaccard 0.8, and of 1000 with 0.42 not one.
+BINS, BAND = 64, 4
+ALIKE = 0.72
+# Of the smallest shingles of two answers this share must be the same: answers may differ more than the whole, but must
+# not be other answers, which a long shared context would hide. Answers under eight words must be equal.
+ANSWER_SHINGLES, ANSWERS_ALIKE = 16, 0.25
+# Rows of one bucket that are compared: a template shared by all rows must not make the work quadratic.
+BUCKET_MOST = 16
+# Characters of a row that its language is guessed from.
+LANGUAGE_CHARS = 1000
+
+Pair = tuple[str, str]
+"""The places of two rows: the later one, and the one that it repeats."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ledger:
+    """What the training part holds, and what of it is also held out."""
+
+    rows: int
+    held_out: int
+    duplicates: int
+    """Rows that repeat an earlier row, but for white space."""
+    duplicates_first: Pair | None
+    near_duplicates: int
+    """Rows that are nearly an earlier row, and answered alike; exact duplicates are not among them."""
+    near_duplicates_first: Pair | None
+    near_checked: int
+    """Rows that were compared for near-duplicates: those of eight words or more, without exact duplicates; in a large set
+    a sample of these by content hash."""
+    overlap: int
+    """Held-out rows that are also trained on."""
+    overlap_first: Pair | None
+    near_overlap: int
+    """Held-out rows that are nearly a row that is trained on."""
+    near_overlap_first: Pair | None
+    same_question: int
+    """Rows that ask what an earlier row asks, with the same turns before, and answer otherwise."""
+    same_question_first: Pair | None
+    languages: Mapping[str, int]
+    """Rows by guessed language, the most frequent first."""
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give the ledger as plain JSON values."""
+        plain: dict[str, JSON] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def warnings(self) -> tuple[str, ...]:
+        """Say what the user should look at; nothing if all is fine."""
+        trained = f"of {self.rows} rows"
+        compared = f"of {self.near_checked} compared rows"
+        held_out = f"of {self.held_out} evaluation rows"
+        flatter = "the evaluation would flatter"
+        findings = (
+            (self.duplicates, f"{trained} are exact duplicates", self.duplicates_first),
+            (self.near_duplicates, f"{compared} are near-duplicates", self.near_duplicates_first),
+            (self.overlap, f"{held_out} are also in the training data: {flatter}", self.overlap_first),
+            (self.near_overlap, f"{held_out} are nearly in the training data: {flatter}", self.near_overlap_first),
+            (self.same_question, f"{trained} answer a question otherwise than a row before", self.same_question_first),
+        )
+        return tuple(f"{count} {what}, first: {pair[0]} = {pair[1]}" for count, what, pair in findings if pair)
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """How many lengths are at least ``low`` and below ``high``."""
+
+    low: int
+    high: int
+    count: int
+
+
+def inspect(train: Iterable[Conversation], held_out: Iterable[Conversation], *, near_most: int = NEAR_MOST) -> Ledger:
+    """Read both parts once and give their ledger."""
+    trained, held = _read(train, near_most), _read(held_out, near_most)
+    sketches = list(trained.sketches.values())
+    new = [sketch for digest, sketch in held.sketches.items() if digest not in trained.places]
+    near, near_overlap = _alike(sketches, sketches), _alike(sketches, new)
+    overlap = [digest for digest in held.digests if digest in trained.places]
+    return Ledger(
+        rows=len(trained.digests),
+        held_out=len(held.digests),
+        duplicates=len(trained.digests) - len(trained.places),
+        duplicates_first=trained.duplicates_first,
+        near_duplicates=len(near),
+        near_duplicates_first=_first(sketches, sketches, near),
+        near_checked=len(sketches),
+        overlap=len(overlap),
+        overlap_first=(held.places[overlap[0]], trained.places[overlap[0]]) if overlap else None,
+        near_overlap=len(near_overlap),
+        near_overlap_first=_first(sketches, new, near_overlap),
+        same_question=trained.same_question,
+        same_question_first=trained.same_question_first,
+        languages=dict(trained.languages.most_common()),
+    )
+
+
+class _Sketch(NamedTuple):
+    """A row to compare; ``answer`` holds the smallest shingles of the answer, few or none if it is short."""
+
+    place: str
+    whole: "array[int]"
+    answer: "array[int]"
+    answer_digest: int
+
+
+class _Parts(NamedTuple):
+    """A conversation by what its turns are for: identities to compare exactly, and the words that were said."""
+
+    order: str
+    asked: str
+    answered: str
+    question: str
+    answer: str
+
+
+@dataclass(kw_only=True, slots=True)
+class _Part:
+    """What is remembered of the rows of a part."""
+
+    digests: "array[int]" = field(default_factory=lambda: array("Q"))
+    places: dict[int, str] = field(default_factory=dict[int, str])
+    duplicates_first: Pair | None = None
+    questions: dict[int, tuple[int, str]] = field(default_factory=dict[int, tuple[int, str]])
+    same_question: int = 0
+    same_question_first: Pair | None = None
+    sketches: dict[int, _Sketch] = field(default_factory=dict[int, _Sketch])
+    languages: Counter[str] = field(default_factory=Counter[str])
+
+
+def _read(conversations: Iterable[Conversation], near_most: int) -> _Part:
+    part = _Part()
+    # Rows with a digest below this are compared; it halves whenever they become too many.
+    below = 2**64
+    for conversation in conversations:
+        parts = _parts_of(conversation)
+        part.languages[language_of(f"{parts.question}\n{parts.answer}")] += 1
+        digest = _digest(f"{parts.order}\0{parts.asked}\0{parts.answered}")
+        part.digests.append(digest)
+        if digest in part.places:
+            part.duplicates_first = part.duplicates_first or (conversation.place, part.places[digest])
+            continue
+        part.places[digest] = conversation.place
+        _note_question(part, parts, conversation.place)
+        sketch = _sketch_of(parts, conversation.place) if digest < below else None
+        if sketch:
+            part.sketches[digest] = sketch
+        while len(part.sketches) > near_most:
+            below //= 2
+            part.sketches = {digest: sketch for digest, sketch in part.sketches.items() if digest < below}
+    return part
+
+
+def _note_question(part: _Part, parts: _Parts, place: str) -> None:
+    if not parts.asked:
+        return
+    answer = _digest(parts.answered)
+    first_answer, first_place = part.questions.setdefault(_digest(parts.asked), (answer, place))
+    if answer != first_answer:
+        part.same_question += 1
+        part.same_question_first = part.same_question_first or (place, first_place)
+
+
+def _parts_of(conversation: Conversation) -> _Parts:
+    text = conversation.text
+    if not conversation.messages:
+        return _Parts(order="", asked="", answered=_one_space(text), question="", answer=text)
+    asked: list[str] = []
+    answered: list[str] = []
+    question: list[str] = []
+    answer: list[str] = []
+    for message in conversation.messages:
+        is_answer = message["role"] == "assistant"
+        (answered if is_answer else asked).append(_identity(message))
+        # A system turn is often that of all rows, and would make them alike.
+        if message["role"] != "system":
+            (answer if is_answer else question).append(message["content"])
+    return _Parts(
+        order=" ".join(message["role"] for message in conversation.messages),
+        asked="\0".join(asked),
+        answered="\0".join(answered),
+        question="\n".join(question),
+        answer="\n".join(answer),
+    )
+
+
+def _identity(message: Message) -> str:
+    """Give all that a turn says, with what it holds beside its text, such as calls of tools."""
+    more = {key: value for key, value in message.items() if key not in ("role", "content") and value}
+    shown = json.dumps(more, sort_keys=True, default=str) if more else ""
+    return f"{message['role']} {_one_space(message['content'])}\0{shown}"
+
+
+def _one_space(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+# In scripts without spaces between words, each character counts as one.
+_UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_word_hash = lru_cache(maxsize=1 << 16)(_digest)
+# For each bin, the order of bins to borrow from if it is empty.
+_PROBES = [random.Random(own).sample(range(BINS), BINS) for own in range(BINS)]
+
+
+def _sketch_of(parts: _Parts, place: str) -> _Sketch | None:
+    question = _WORD.findall(parts.question.lower())
+    answer = _WORD.findall(parts.answer.lower())
+    if len(question) + len(answer) < NEAR_FEWEST_WORDS:
+        return None
+    words = [_word_hash(word) for word in (*question, *answer)]
+    # The hash of a tuple of integers is not salted: it is the same in each run.
+    shingles = [hash(shingle) >> 32 & 0xFFFFFFFF for shingle in zip(*(words[i:] for i in range(SHINGLE)), strict=False)]
+    return _Sketch(
+        place=place,
+        whole=_signature(shingles),
+        answer=array("I", sorted(shingles[len(question) :])[:ANSWER_SHINGLES]),
+        answer_digest=_digest(parts.answered),
+    )
+
+
+def _signature(shingles: Iterable[int]) -> "array[int]":
+    """Give the smallest shingle of each bin. The share of equal ones estimates the Jaccard similarity of two texts."""
+    # Of the shingles of a bin, the last one written, which is the smallest, stays.
+    smallest = {shingle * BINS >> 32: shingle for shingle in sorted(shingles, reverse=True)}
+    return array(
+        "I",
+        [
+            smallest[own] if own in smallest else next(smallest[one] for one in _PROBES[own] if one in smallest)
+            for own in range(BINS)
+        ],
+    )
+
+
+def _alike(known: Sequence[_Sketch], asked: Sequence[_Sketch]) -> dict[int, int]:
+    """Map the index of each row of ``asked`` that is nearly a row of ``known`` to that row's index.
+
+    If both are the same rows, each is compared with those before it.
+    """
+    found: dict[int, int] = {}
+    for start in range(0, BINS, BAND):
+        buckets: defaultdict[bytes, list[int]] = defaultdict(list)
+        for index, sketch in enumerate(known):
+            bucket = buckets[sketch.whole[start : start + BAND].tobytes()]
+            if len(bucket) < BUCKET_MOST:
+                bucket.append(index)
+        for index, sketch in enumerate(asked):
+            if index in found:
+                continue
+            for other in buckets.get(sketch.whole[start : start + BAND].tobytes(), ()):
+                if known is asked and other >= index:
+                    break
+                if _is_near(known[other], sketch):
+                    found[index] = other
+                    break
+    return found
+
+
+def _is_near(one: _Sketch, other: _Sketch) -> bool:
+    if sum(map(eq, one.whole, other.whole)) < ALIKE * BINS:
+        return False
+    if one.answer_digest == other.answer_digest:
+        return True
+    fewer = min(len(one.answer), len(other.answer))
+    return fewer > NEAR_FEWEST_WORDS - SHINGLE and len({*one.answer} & {*other.answer}) >= ANSWERS_ALIKE * fewer
+
+
+def _first(known: Sequence[_Sketch], asked: Sequence[_Sketch], found: Mapping[int, int]) -> Pair | None:
+    if not found:
+        return None
+    index = min(found)
+    return asked[index].place, known[found[index]].place
+
+
+# Where each Unicode block of letters begins, and its script; "-" where there is none of these.
+_BLOCKS = re.findall(
+    r"(\w+) ([^,]+)",
+    "0 Latin, 370 Greek, 400 Cyrillic script, 530 -, 590 Hebrew, 600 Arabic script, 780 -, 900 Devanagari script, 980 -, "
+    "E00 Thai, E80 -, 1100 Korean, 1200 -, 1E00 Latin, 1F00 Greek, 2000 -, 3040 Kana, 3100 -, 3400 Han, A000 -, "
+    "AC00 Korean, D7B0 -",
+)
+_STARTS = [int(start, 16) for start, _ in _BLOCKS]
+
+# The most frequent words that carry grammar, not meaning.
+_FUNCTION_WORDS: dict[str, frozenset[str]] = {
+    name: frozenset(words.split())
+    for name, words in {
+        "English": "the of and to a in is that it for was on are as with be by at this have from or not you what how who "
+        "which where when do does i he she they we can your my an if there has me some about",
+        "German": "der die das und in zu den ist nicht von mit dem des ein eine auf für im sich auch es an wie ich sie er wir "
+        "was wer wo wird sind hat einen als bei oder aus nach man heißt",
+        "French": "le la les de des et un une du en est que qui dans pour pas sur au avec ce il elle je nous vous se plus "
+        "par sont aux cette ne à où quel quelle l d qu",
+        "Spanish": "el la los las de que en un una es del por con no se para al lo como su más qué cuál está son pero "
+        "yo me dónde cómo muy hay este esta",
+        "Italian": "il la lo gli le di e che un una è in per non del della con si da al dei sono come più nel alla cosa chi "
+        "dove ha questo i l delle ma anche o",
+        "Portuguese": "o a os as de e que um uma do da em não é no na por com para se dos das mais como ao foi são qual onde "
+        "você eu seu sua ou muito está",
+        "Dutch": "de het een en van in is dat op te niet met voor zijn aan er wat die ik je hij naar ook om als bij hoe wie "
+        "waar wordt of uit maar dit deze was heeft",
+        "Polish": "i w na z nie się do to jest że jak o co po od za dla czy ten przez są ale tak gdzie kto który jego był "
+        "można oraz być ma a",
+    }.items()
+}
+# Below this share of function words it is another language: in running text of these eight they are a third or more.
+_FUNCTION_WORDS_LEAST = 0.1
+
+_CODE_LINE = re.compile(
+    r"""\s*(?:
+    (?:async\ )?(?:def|class|fn|func|function|struct|interface)\ \w+\ *[({:<]
+    | import\ [\w.]+(?:\ as\ \w+|(?:,\ ?\w+)+)?;?$ | from\ [\w.]+\ import\b
+    | \#(?:include|define|ifdef|endif)\b
+    | (?:if|elif|else|for|while|with|try|except|switch)\b.*[:{]$
+    | (?:SELECT|INSERT\ INTO|UPDATE\ \w+\ SET|DELETE\ FROM|CREATE\ TABLE)\b
+    | [A-Za-z_][\w.\[\]"']+\ *[-+*/|]?=\ *\S
+    | [\w.]+\(.*\)\ *;?$
+    | [}\])]+[;,]?$
+    | </?\w+[^>]*>
+    | .*[()=\[\]<>].*;$ | .*{$
+    ) | \s+return\b""",
+    re.VERBOSE,
+)
+
+
+def language_of(text: str) -> str:
+    """Guess the language of ``text``: "code" if most of it looks like that, else by script and function words.
+
+    Scripts that serve many languages are named as such ("Cyrillic script"); "other Latin" is Latin script with too few
+    function words of English, German, French, Spanish, Italian, Portuguese, Dutch or Polish; "no words" holds no letter.
+    """
+    text = text[:LANGUAGE_CHARS]
+    if _is_code(text):
+        return "code"
+    scripts: Counter[str] = Counter()
+    for char, count in Counter(text).items():
+        if char.isalpha():
+            scripts[_BLOCKS[bisect_right(_STARTS, ord(char)) - 1][1]] += count
+    if not scripts:
+        return "no words"
+    # Japanese is written in Kana and Han; Chinese in Han alone.
+    if scripts["Kana"] * 10 > scripts["Han"]:
+        scripts["Kana"] += scripts.pop("Han", 0)
+    script = scripts.most_common(1)[0][0]
+    if script == "Latin":
+        return _latin_language(text)
+    return {"Kana": "Japanese", "Han": "Chinese", "-": "another script"}.get(script, script)
+
+
+def _latin_language(text: str) -> str:
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    hits = {name: sum(map(common.__contains__, words)) for name, common in _FUNCTION_WORDS.items()}
+    first, second = sorted(hits, key=lambda name: hits[name], reverse=True)[:2]
+    if hits[first] == hits[second] or hits[first] < _FUNCTION_WORDS_LEAST * len(words):
+        return "other Latin"
+    return first
+
+
+def _is_code(text: str) -> bool:
+    code = total = 0
+    fenced = False
+    for line in text.splitlines():
+        total += len(line)
+        if line.startswith("```"):
+            fenced = not fenced
+            code += len(line)
+        elif fenced or _CODE_LINE.match(line):
+            code += len(line)
+    return 2 * code > total
+
+
+def histogram(lengths: Sequence[int], *, buckets: int = 12) -> tuple[Bucket, ...]:
+    """Count ``lengths`` (none below 0) in at most ``buckets`` buckets with round edges.
+
+    The buckets have one width of 1, 2 or 5 times a power of ten; or, if the longest is over 50 times the shortest, each
+    is as many times the one before, a power of two.
+    """
+    if not lengths:
+        return ()
+    low, high = min(lengths), max(lengths)
+    edges = _doubling_edges(low, high, buckets) if high > 50 * max(low, 1) else _even_edges(low, high, buckets)
+    counts = Counter(bisect_right(edges, length) - 1 for length in lengths)
+    return tuple(Bucket(edges[i], edges[i + 1], counts[i]) for i in range(len(edges) - 1))
+
+
+def _even_edges(low: int, high: int, buckets: int) -> list[int]:
+    exponent = 0
+    while True:
+        for digit in (1, 2, 5):
+            width = digit * 10**exponent
+            first = low // width * width
+            if high < first + buckets * width:
+                return list(range(first, high + width + 1, width))
+        exponent += 1
+
+
+def _doubling_edges(low: int, high: int, buckets: int) -> list[int]:
+    factor = 2
+    while True:
+        first = 1
+        while first * factor <= low:
+            first *= factor
+        edges = [first if low else 0]
+        edge = first
+        while edge <= high:
+            edge *= factor
+            edges.append(edge)
+        if len(edges) - 1 <= buckets:
+            return edges
+        factor *= 2

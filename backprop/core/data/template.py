@@ -1,0 +1,133 @@
+"""What a chat template can render, and conversations adapted to it: never a turn that silently becomes nothing.
+
+Some templates refuse system turns, and many leave out what they do not know: tool calls, tool results, reasoning. Each is
+tried with words of its own, and looked for in what the template makes of them.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from backprop.core.data.formats import Conversation
+from backprop.core.data.render import ChatTokenizer
+from backprop.core.data.shapes import Message
+from backprop.errors import DataError
+
+TOOL: Mapping[str, object] = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "probe_description",
+        "parameters": {"type": "object", "properties": {"where": {"type": "string", "description": "a place"}}},
+    },
+}
+ASKED: Message = {"role": "user", "content": "probe_question"}
+CALLED: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "probe_tool", "arguments": {"where": "probe_place"}}}],
+}
+# What each thing looks like, and the words of it that a template that knows it writes.
+PROBES: Mapping[str, tuple[Sequence[Message], Sequence[Mapping[str, object]], Sequence[str]]] = {
+    "system turns": ([{"role": "system", "content": "probe_system"}, ASKED], (), ["probe_system"]),
+    "tools": ([ASKED], (TOOL,), ["probe_tool", "probe_description"]),
+    "tool calls": ([ASKED, CALLED], (TOOL,), ["probe_tool", "probe_place"]),
+    "tool results": (
+        [ASKED, CALLED, {"role": "tool", "content": "probe_result", "name": "probe_tool"}],
+        (TOOL,),
+        ["probe_result"],
+    ),
+    "reasoning": (
+        [ASKED, {"role": "assistant", "content": "probe_answer", "reasoning_content": "probe_reasoning"}],
+        (),
+        ["probe_reasoning", "probe_answer"],
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapted:
+    """Conversations that the template renders whole, and what was done to make them so."""
+
+    conversations: tuple[Conversation, ...]
+    notes: tuple[str, ...]
+
+
+def adapt(conversations: Iterable[Conversation], tokenizer: ChatTokenizer) -> Adapted:
+    """Put what a template has no place for where it has one: system turns into the question, reasoning into the answer.
+
+    Raises:
+        DataError: If there are tools, calls of them or their results, and the template would leave them out.
+    """
+    known: dict[str, bool] = {}
+    moved: Counter[str] = Counter()
+    adapted: list[Conversation] = []
+    for conversation in conversations:
+        for thing in _things(conversation):
+            if thing not in known:
+                known[thing] = _knows(tokenizer, thing)
+            if known[thing]:
+                continue
+            if thing not in MOVES:
+                raise DataError(
+                    f"{conversation.place} has {thing}, which this model's chat template leaves out or refuses",
+                    hint="choose a model that knows tools, such as Qwen 3; or remove these rows",
+                )
+            moved[thing] += 1
+            conversation = replace(conversation, messages=MOVES[thing](conversation.messages))
+        adapted.append(conversation)
+    notes = tuple(
+        f"this model's template has no place for {thing}: {SAID[thing].format(moved[thing])}" for thing in moved
+    )
+    return Adapted(conversations=tuple(adapted), notes=notes)
+
+
+def _things(conversation: Conversation) -> list[str]:
+    messages = conversation.messages
+    found = {
+        "system turns": any(message["role"] == "system" for message in messages),
+        "tools": bool(conversation.tools),
+        "tool calls": any(message.get("tool_calls") for message in messages),
+        "tool results": any(message["role"] == "tool" for message in messages),
+        "reasoning": any(message.get("reasoning_content") for message in messages),
+    }
+    return [thing for thing in found if found[thing]]
+
+
+def _knows(tokenizer: ChatTokenizer, thing: str) -> bool:
+    messages, tools, words = PROBES[thing]
+    try:
+        text = tokenizer.render(messages, tools=tools, add_generation_prompt=False)
+    except DataError:
+        return False
+    return all(word in text for word in words)
+
+
+def _system_into_question(messages: Sequence[Message]) -> tuple[Message, ...]:
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    others = [message for message in messages if message["role"] != "system"]
+    asking = next((number for number, message in enumerate(others) if message["role"] == "user"), None)
+    if asking is None:
+        return ({"role": "user", "content": system}, *others)
+    asked: Message = {**others[asking], "content": f"{system}\n\n{others[asking]['content']}"}
+    return (*others[:asking], asked, *others[asking + 1 :])
+
+
+def _reasoning_into_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
+    return tuple(_with_thought(message) for message in messages)
+
+
+def _with_thought(message: Message) -> Message:
+    thought = message.get("reasoning_content")
+    if not thought:
+        return message
+    kept: Message = {**message, "content": f"<think>\n{thought.strip()}\n</think>\n\n{message['content']}"}
+    kept.pop("reasoning_content", None)
+    return kept
+
+
+MOVES = {"system turns": _system_into_question, "reasoning": _reasoning_into_answer}
+SAID = {
+    "system turns": "in {} conversations they stand at the head of the first question",
+    "reasoning": "in {} conversations it is written as <think>…</think> before the answer",
+}

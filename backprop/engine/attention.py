@@ -1,0 +1,136 @@
+"""Attention for packed rows: each document attends to itself alone, on any device, without the flash-attn package."""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+DOCUMENTS = "backprop_documents"
+"""The name under which transformers knows `attend_within_documents`."""
+
+# What some architectures add to attention scores, and this attention does not know.
+UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+def attend_within_documents(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    *,
+    document_lengths: Sequence[int],
+    document_ends: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **rest: Any,
+) -> tuple[Any, None]:
+    """Causal attention within each of the documents that stand one after the other in a row.
+
+    Args:
+        query: Of shape (1, heads, T, head size); ``key`` and ``value`` may have fewer heads.
+        document_lengths: Tokens of each document; they add up to T.
+        document_ends: The same as 0 and running sums, on the device: int32, one more than documents.
+
+    Returns:
+        The output, of shape (1, T, H, D), and None for the weights.
+
+    Raises:
+        NotImplementedError: If this architecture adds something to its scores that is not known here.
+    """
+    unknown = [name for name in UNKNOWN if rest.get(name) is not None]
+    if unknown or attention_mask is not None:
+        raise NotImplementedError(f"attention within documents does not know {', '.join(unknown) or 'a mask'}")
+    if _varlen_fits(query, value, dropout):
+        return _varlen(query, key, value, document_lengths, document_ends, scaling, sliding_window), None
+    return _one_by_one(query, key, value, document_lengths, scaling, dropout, sliding_window), None
+
+
+def _varlen_fits(query: Any, value: Any, dropout: float) -> bool:
+    """Say whether torch's own kernel for documents of several lengths can take these (torch.nn.attention.varlen)."""
+    import torch
+
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and dropout == 0.0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _varlen(
+    query: Any, key: Any, value: Any, lengths: Sequence[int], ends: Any, scaling: float | None, window: int | None
+) -> Any:
+    from torch.nn.attention.varlen import varlen_attn
+
+    fewer: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    if fewer and "enable_gqa" not in signature(varlen_attn).parameters:  # torch 2.11
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+        fewer = {}
+    query_THD, key_TGD, value_TGD = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    longest = max(lengths)
+    output_THD: Any = varlen_attn(
+        query_THD,
+        key_TGD,
+        value_TGD,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        **fewer,
+    )
+    return output_THD[None]
+
+
+def _one_by_one(
+    query: Any, key: Any, value: Any, lengths: Sequence[int], scaling: float | None, dropout: float, window: int | None
+) -> Any:
+    import torch
+
+    outputs: list[Any] = []
+    parts = (tensor.split(tuple(lengths), dim=2) for tensor in (query, key, value))
+    for query_1HtD, key_1GtD, value_1GtD in zip(*parts, strict=True):
+        length = query_1HtD.shape[2]
+        mask = None if window is None or window >= length else _window_mask(length, window, query.device)
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                query_1HtD,
+                key_1GtD,
+                value_1GtD,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                dropout_p=dropout,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _window_mask(length: int, window: int, device: Any) -> Any:
+    import torch
+
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril() & ones.triu(1 - window)
+
+
+@contextmanager
+def within_documents(model: Any) -> Generator[None]:
+    """Let every layer of ``model`` attend within documents, for the length of the block."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(DOCUMENTS, attend_within_documents)
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs = {key: config for key, config in configs.items() if hasattr(config, "_attn_implementation")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = DOCUMENTS
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]

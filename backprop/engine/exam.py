@@ -1,0 +1,88 @@
+"""What a model knows before training and after it: losses and answers, compared."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from backprop.core.data.render import Example
+from backprop.engine import proofs
+from backprop.engine.attention import within_documents
+from backprop.engine.batches import PassSize, num_trained, passes, sum_of_losses, to_device
+from backprop.engine.load import HfTokenizer
+from backprop.events import Proved, Sampled, Sink
+
+Prove = Callable[[Callable[[], Proved]], Proved]
+"""Time a proof, tell its result, and give it."""
+
+# Examples of the training data that stand in where nothing is held out.
+MOST_EXAMINED = 16
+
+
+class Exam:
+    """Losses and answers before training, to compare with those after it.
+
+    On held-out examples; without any, on some of those that are trained.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: HfTokenizer,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        *,
+        size: PassSize,
+        proofs_too: bool,
+    ) -> None:
+        self._model, self._tokenizer, self._held_out, self._size = model, tokenizer, held_out, size
+        self._proofs_too = proofs_too
+        self._seen = examples[:MOST_EXAMINED] if proofs_too and not held_out else ()
+        self._asked = proofs.askable(held_out or self._seen) if proofs_too else []
+        self.loss_before = self.held_out_loss()
+        self._seen_before = mean_loss(model, self._seen, size) if self._seen else None
+        self._answers_before = self._answers()
+
+    def held_out_loss(self) -> float | None:
+        """Give the loss on the held-out examples; None without any."""
+        return mean_loss(self._model, self._held_out, self._size) if self._held_out else None
+
+    def _answers(self) -> proofs.Asked | None:
+        return proofs.ask(self._model, self._tokenizer, self._asked) if self._asked else None
+
+    def judge(self, prove: Prove, say: Sink, run: int) -> tuple[Proved, ...]:
+        """Prove what was learnt; give what does not hold."""
+        if not self._proofs_too:
+            return ()
+        made: list[Proved] = []
+        before = self.loss_before if self._held_out else self._seen_before
+        if before is not None:
+            rows = self._held_out or self._seen
+            made.append(
+                prove(
+                    lambda: proofs.prove_learnt(
+                        before, mean_loss(self._model, rows, self._size), held_out=bool(self._held_out)
+                    )
+                )
+            )
+        asked_before, asked_after = self._answers_before, self._answers()
+        if asked_before and asked_after:
+            for prompt, old, new in zip(asked_after.questions, asked_before.answers, asked_after.answers, strict=True):
+                say(Sampled(prompt=prompt, before=old, after=new, run=run))
+            made.append(prove(lambda: proofs.prove_stopping(asked_before, asked_after)))
+        return tuple(proof for proof in made if not proof.ok)
+
+
+def mean_loss(model: Any, examples: Sequence[Example], size: PassSize) -> float:
+    """Mean of the negative log-likelihood over all trained tokens of ``examples``, in nats."""
+    import torch
+
+    total, count = 0.0, 0
+    was_training = bool(model.training)
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad(), within_documents(model) if size.packing else nullcontext():
+        for one in passes(examples, size):
+            total += float(sum_of_losses(model, to_device(one, device)))
+            count += num_trained(one)
+    model.train(was_training)
+    return total / count

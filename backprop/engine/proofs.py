@@ -1,0 +1,281 @@
+"""What a run must prove of itself, on the loaded model: packing, 4-bit weights, what moved, what was learnt, that it stops.
+
+Each proof measures and says what it found; the caller decides what a failed one means.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from backprop.core.data.render import Example
+from backprop.engine.attention import within_documents
+from backprop.engine.batches import IGNORED, packed, padded, to_device
+from backprop.engine.load import HfTokenizer
+from backprop.events import Proved
+
+# Tokens of each of the two documents of the packing proof: enough for attention to mix, few enough to cost nothing.
+PROOF_TOKENS = 12
+
+
+def timed(prove: Callable[[], Proved]) -> Proved:
+    """Add the time that a proof took, in seconds."""
+    started = time.monotonic()
+    proof = prove()
+    return replace(proof, seconds=round(time.monotonic() - started, 3))
+
+
+def prove_isolation(model: Any, *, dtype: str = "float32") -> Proved:
+    """Two documents in a row: changing the first must not move the logits of the second, nor may being packed.
+
+    Logits of a packed document may differ from those of the document alone by the rounding of the dtype only.
+
+    Args:
+        dtype: What training computes in: kernels differ with it.
+    """
+    import torch
+
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randint(0, vocabulary, (3, PROOF_TOKENS), generator=generator).tolist()
+    first, other, second = (Example(tuple(ids), (True,) * PROOF_TOKENS) for ids in draw)
+    name = "packed documents are isolated"
+    device = model.get_input_embeddings().weight.device
+    computing = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    try:
+        with within_documents(model), computing:
+            kept, moved = (_logits(model, packed([one, second]))[0, PROOF_TOKENS:] for one in (first, other))
+    except (NotImplementedError, TypeError) as error:
+        return Proved(name=name, ok=False, found=f"this architecture cannot attend within documents: {error}")
+    with computing:
+        alone = _logits(model, padded([second]))[0]
+    scale = float(alone.std())
+    leak = float((kept - moved).abs().max()) / scale
+    packing = float((kept - alone).abs().max()) / scale
+    rounding = 1e-3 if dtype == "float32" else 0.25
+    return Proved(
+        name=name,
+        ok=leak <= 1e-6 and packing <= rounding,
+        found=f"changing the first document moves the second's logits by {leak:.1g} of their spread; "
+        f"packed and alone differ by {packing:.1g}",
+    )
+
+
+def _logits(model: Any, one: Mapping[str, Any]) -> Any:
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    inputs = {name: value for name, value in to_device(one, device).items() if name != "labels"}
+    was_training = bool(model.training)
+    model.eval()
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits.float()
+    model.train(was_training)
+    return logits
+
+
+# Largest relative error that rounding in bfloat16 may make in a sum over a layer's width.
+LAYER_TOLERANCE = 2e-2
+
+
+def prove_quantized_layer(model: Any) -> Proved:
+    """Hold one 4-bit layer's output and gradient against the same layer dequantized."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
+
+    name = "a 4-bit layer computes what its weights say"
+    layer: Any = next((module for module in model.modules() if type(module).__name__ == "Linear4bit"), None)
+    if layer is None:
+        return Proved(name=name, ok=False, found="no layer is held in 4 bits")
+
+    weight: Any = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    generator = torch.Generator(device=weight.device).manual_seed(0)
+    x_TI = torch.randn(16, weight.shape[1], generator=generator, device=weight.device)
+    dtype = layer.weight.quant_state.dtype
+    mine: Any = x_TI.to(dtype).requires_grad_()
+    theirs: Any = x_TI.to(dtype).float().requires_grad_()
+    output, expected = layer(mine).float(), torch.nn.functional.linear(theirs, weight, _float(layer.bias))
+    upstream = torch.randn(output.shape, generator=generator, device=weight.device)
+    (output * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    errors = [
+        float((one.detach().float() - other.detach()).norm() / other.detach().norm())
+        for one, other in ((output, expected), (mine.grad, theirs.grad))
+    ]
+    return Proved(
+        name=name,
+        ok=all(error <= LAYER_TOLERANCE for error in errors),
+        found=f"output off by {errors[0]:.1g}, gradient by {errors[1]:.1g}, at most {LAYER_TOLERANCE:g} allowed",
+    )
+
+
+def _float(bias: Any) -> Any:
+    return None if bias is None else bias.float()
+
+
+class Movement:
+    """The first step must move every adapter matrix that has a gradient, each B among them, and nothing else."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._trained = {name: value.detach().clone() for name, value in self._parameters(trained=True)}
+        self._frozen = {name: _checksum(value) for name, value in self._parameters(trained=False)}
+        self._without_gradient: set[str] = set()
+
+    def _parameters(self, *, trained: bool) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value in self._model.named_parameters() if value.requires_grad == trained]
+
+    def see_gradients(self) -> None:
+        """Note which matrices this step gives a gradient; before the optimizer uses it up."""
+        self._without_gradient = {
+            name for name, value in self._parameters(trained=True) if value.grad is None or not bool(value.grad.any())
+        }
+
+    def prove(self) -> Proved:
+        """Compare with the state before the step."""
+        parameters = self._parameters(trained=True)
+        still = {name for name, value in parameters if self._trained[name].equal(value)}
+        # A starts with no gradient: it is multiplied by B, which starts at zero.
+        stuck = sorted(name for name in still if name not in self._without_gradient or "lora_A" not in name)
+        changed = sorted(
+            name for name, value in self._parameters(trained=False) if _checksum(value) != self._frozen[name]
+        )
+        found = f"{len(parameters) - len(still)} of {len(parameters)} adapter matrices moved"
+        if stuck:
+            found += f"; {len(stuck)} that should have did not, first: {stuck[0]}"
+        if changed:
+            found += f"; {len(changed)} frozen weights changed, first: {changed[0]}"
+        else:
+            found += f", and none of {len(self._frozen)} frozen weights"
+        return Proved(name="the adapter moves, and nothing else", ok=not stuck and not changed, found=found)
+
+
+def _checksum(weight: Any) -> int:
+    """Sum the bits: no copy is made, and a change of any one weight shows."""
+    import torch
+
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return int(weight.detach().reshape(-1).view(bits).sum(dtype=torch.int64))
+
+
+# A held-out loss may rise by this much, in nats per token, without the run having made the model worse.
+ROOM_FOR_NOISE = 0.01
+# Below this, tokens are nine parts in ten certain: a second run on known rows has nothing left to get better at.
+KNOWN = 0.1
+
+
+def prove_learnt(before: float, after: float, *, held_out: bool) -> Proved:
+    """Compare the loss before and after."""
+    rows = "held-out rows" if held_out else "rows of the training data"
+    return Proved(
+        name="the model got better",
+        ok=math.isfinite(after) and (after <= before + ROOM_FOR_NOISE or after < KNOWN),
+        found=f"loss {before:.3f} before and {after:.3f} after, on {rows}",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What the model wrote when asked."""
+
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    stopped: int
+    """How many answers ended by themselves."""
+    end_loss: float
+    """Mean negative log-likelihood of the token that ends the wanted answers, in nats."""
+
+
+MOST_ASKED = 3
+MOST_NEW_TOKENS = 256
+
+
+def askable(examples: Sequence[Example]) -> list[Example]:
+    """Choose the examples with a prompt whose answers are shortest; none if all is text to be continued."""
+    asked = [example for example in examples if example.answers and example.answers == example.ended]
+    return sorted(asked, key=lambda example: example.num_trained)[:MOST_ASKED]
+
+
+def ask(model: Any, tokenizer: HfTokenizer, examples: Sequence[Example]) -> Asked:
+    """Let the model answer the last question of each example, greedily, and see whether it stops."""
+    import torch
+
+    splits = [_last_answer(example) for example in examples]
+    prompts = [example.ids[:start] for example, (start, _) in zip(examples, splits, strict=True)]
+    longest = max(end - start for start, end in splits)
+    width = max(len(prompt) for prompt in prompts)
+    device = model.get_input_embeddings().weight.device
+    gaps = [width - len(prompt) for prompt in prompts]
+    rows = torch.tensor([[0] * gap + list(prompt) for gap, prompt in zip(gaps, prompts, strict=True)], device=device)
+    mask = torch.tensor([[0] * gap + [1] * len(p) for gap, p in zip(gaps, prompts, strict=True)], device=device)
+    ends = _end_tokens(model, tokenizer, examples, splits)
+    was_training = bool(model.training)
+    model.eval()
+    with torch.no_grad():
+        written = model.generate(
+            input_ids=rows,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=min(MOST_NEW_TOKENS, 2 * longest + 8),
+            eos_token_id=sorted(ends),
+            pad_token_id=tokenizer.inner.pad_token_id,
+        )[:, width:].tolist()
+    end_loss = _end_loss(model, examples, splits)
+    model.train(was_training)
+    whole: Any = tokenizer.inner
+    return Asked(
+        questions=tuple(example.question for example in examples),
+        answers=tuple(whole.decode(_until(row, ends), skip_special_tokens=True).strip() for row in written),
+        stopped=sum(any(token in ends for token in row) for row in written),
+        end_loss=end_loss,
+    )
+
+
+def _last_answer(example: Example) -> tuple[int, int]:
+    """Give the first and one past the last trained token of the last answer."""
+    end = max(index for index, on in enumerate(example.mask) if on) + 1
+    start = end
+    while example.mask[start - 1]:
+        start -= 1
+    return start, end
+
+
+def _end_tokens(
+    model: Any, tokenizer: HfTokenizer, examples: Sequence[Example], splits: Sequence[tuple[int, int]]
+) -> set[int]:
+    """Collect what ends an answer: for the model, for its tokenizer, and in these examples."""
+    configured: Any = model.generation_config.eos_token_id
+    whole: Any = tokenizer.inner
+    known = [*configured] if isinstance(configured, list) else [configured]
+    written = [example.ids[end - 1] for example, (_, end) in zip(examples, splits, strict=True)]
+    return {end for end in (*known, whole.eos_token_id, *written) if end is not None}
+
+
+def _until(row: Sequence[int], ends: set[int]) -> list[int]:
+    return list(row[: next((index for index, token in enumerate(row) if token in ends), len(row))])
+
+
+def _end_loss(model: Any, examples: Sequence[Example], splits: Sequence[tuple[int, int]]) -> float:
+    import torch
+
+    only_ends = [
+        Example(example.ids[:end], (False,) * (end - 1) + (True,))
+        for example, (_, end) in zip(examples, splits, strict=True)
+    ]
+    one = padded(only_ends)
+    logits = _logits(model, one)[:, :-1]
+    targets = one["labels"][:, 1:].to(logits.device)
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED))
+
+
+def prove_stopping(before: Asked, after: Asked) -> Proved:
+    """An answer must end by itself; or at least have become likelier to, where training was too short for more."""
+    asked = len(after.answers)
+    likelier = after.end_loss < before.end_loss or after.end_loss < math.log(2)
+    return Proved(
+        name="answers stop by themselves",
+        ok=after.stopped > 0 or likelier,
+        found=f"{after.stopped} of {asked} answers ended; their end token has probability "
+        f"{math.exp(-after.end_loss):.2g}, {math.exp(-before.end_loss):.2g} before",
+    )
