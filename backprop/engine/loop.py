@@ -69,26 +69,12 @@ def fit(
     exam = Exam(model, tokenizer, examples, held_out, size=size, proofs_too=not config.skip_proofs)
     if exam.loss_before is not None:
         say(Eval(step=0, loss=exam.loss_before, run=run))
-    watch = Watch(
-        config,
-        plan,
-        prove=prove,
-        say=say,
-        evaluate_now=exam.held_out_loss,
-        describe=_describe(tokenizer, examples),
-        run=run,
-    )
+    describe = _describe(tokenizer, examples)
+    watch = Watch(config, plan, prove=prove, say=say, evaluate_now=exam.held_out_loss, describe=describe, run=run)
+    steps = StepPasses(examples, config, plan, size)
     trainer = StepTrainer(
-        model,
-        tokenizer,
-        StepPasses(examples, config, plan, size),
-        config=config,
-        plan=plan,
-        watch=watch,
-        scratch=scratch,
+        model, tokenizer, steps, config=config, plan=plan, watch=watch, scratch=scratch, curves=curves
     )
-    if curves is not None:
-        trainer.add_callback(_tensorboard(curves))
     started = time.monotonic()
     with within_documents(model) if size.packing else nullcontext(), _memory_told(plan):
         trainer.train()
@@ -166,13 +152,6 @@ def _describe(tokenizer: HfTokenizer, examples: Sequence[Example]) -> Callable[[
         return "\n".join(f"example {number}: {whole.decode(list(examples[number].ids))}" for number in numbers)
 
     return describe
-
-
-def _tensorboard(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations.integration_utils import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 
 def release() -> None:

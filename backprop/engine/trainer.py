@@ -146,6 +146,7 @@ class StepTrainer(SFTTrainer):
         plan: Plan,
         watch: Watch,
         scratch: Path,
+        curves: Path | None,
     ) -> None:
         super().__init__(
             model=model,
@@ -157,6 +158,8 @@ class StepTrainer(SFTTrainer):
         )
         self._steps, self._watch, self._config = steps, watch, config
         self.remove_callback(PrinterCallback)
+        if curves is not None:
+            self.add_callback(_tensorboard(curves))
 
     def get_train_dataloader(self) -> Any:
         """Give the steps in order, each as it is."""
@@ -222,3 +225,10 @@ def memory_bytes() -> int:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
