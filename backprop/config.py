@@ -65,11 +65,11 @@ class TrainConfig:
 
     data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", name=["--data", "-d"])]
     """A .jsonl, .json, .csv, .parquet or .txt file (also .gz), a folder of these, or a hub data set `owner/name[:split]`. Repeatable."""
-    eval_data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="")] = ()
+    eval_data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
     """Held-out data, in the same forms. Default: a part of `--data`."""
     eval_fraction: Annotated[float | None, Bounds(least=0, most=0.5), Parameter(group=DATA)] = None
     """Share of `--data` held out, chosen by content. Default: 0.05 from 200 rows on, else none."""
-    column: Annotated[tuple[str, ...], Parameter(group=DATA, negative="")] = ()
+    column: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
     """`role=NAME`: which column of your rows holds what, e.g. `--column user=frage --column assistant=antwort`. Repeatable."""
     loss_on: Annotated[Literal["assistant", "all"], Parameter(group=DATA)] = "assistant"
     """Which tokens are trained on."""
@@ -116,7 +116,7 @@ class TrainConfig:
     """Scale: the adapter is multiplied by alpha / rank. Default: twice the rank."""
     lora_dropout: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=LORA)] = 0.0
     """Dropout before the adapter."""
-    target_modules: Annotated[tuple[str, ...], Parameter(group=LORA, negative="")] = ()
+    target_modules: Annotated[tuple[str, ...], Parameter(group=LORA, negative="", show_default=False)] = ()
     """Names of the layers that get an adapter. Default: all linear layers but the output."""
 
     output: Annotated[Path, Parameter(group=RUN, name=["--output", "-o"])] = Path("output")
@@ -166,7 +166,7 @@ class ExportConfig:
     format: Annotated[Literal["gguf", "safetensors"], Parameter(group=EXPORT)] = "gguf"
     """`gguf` for llama.cpp and Ollama, `safetensors` for transformers and vLLM."""
     quantization: Annotated[
-        tuple[Quantization, ...], Parameter(group=EXPORT, negative="", name=["--quantization", "-q"])
+        tuple[Quantization, ...], Parameter(group=EXPORT, negative="", name=["--quantization", "-q"], show_default=False)
     ] = ()
     """How GGUF weights are held. Repeatable: several files from one conversion. Default: q4_k_m."""
     question: Annotated[str | None, Parameter(group=EXPORT)] = None
@@ -193,7 +193,7 @@ class DoctorConfig:
 
     model: Annotated[str | None, Parameter(group=MODEL, name=["--model", "-m"])] = None
     """Say whether this preset, hub id or folder fits this machine."""
-    data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", name=["--data", "-d"])] = ()
+    data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", name=["--data", "-d"], show_default=False)] = ()
     """Judge this data as `train` would, without a model."""
     min_vram: Annotated[float | None, Positive, Parameter(group=RUN)] = None
     """Fail when the largest GPU has less memory than this, in GiB."""

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from backprop import BackpropError, Trainer, events
 from backprop.core.data.formats import Message
 from backprop.core.data.render import Token
 
@@ -165,3 +167,56 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.name != "README.md":
             shutil.copy(path, folder / path.name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_model: Path) -> Any:
+    """The tiny model in memory; copy it before changing anything."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+# Rows of very different lengths, so that a mean of means would differ.
+UNEVEN = [chat(f"question {n}", "word " * (3 * n + 1)) for n in range(8)]
+
+
+@dataclass
+class Run:
+    """A training, finished or failed, and what it said."""
+
+    folder: Path
+    said: list[events.Event]
+
+    def all(self, kind: type) -> list[Any]:
+        return [event for event in self.said if isinstance(event, kind)]
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.all(events.Step)]
+
+    @property
+    def warned(self) -> str:
+        return "\n".join(event.message for event in self.all(events.Warned))
+
+    @property
+    def failed(self) -> Any:
+        (failed,) = self.all(events.Failed)
+        return failed
+
+
+@pytest.fixture
+def train(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> Callable[..., Run]:
+    """Train in this process, quietly; what goes wrong is the last that the run said."""
+
+    def train(rows: Sequence[Any] = UNEVEN, model: Path = tiny_model, **options: Any) -> Run:
+        run = Run(tmp_path / "run", [])
+        trainer = Trainer(str(model), say=run.said.append, output=run.folder)
+        defaults = {"steps": 3, "batch_size": 8, "lora_r": 4, "learning_rate": 1e-2, "overwrite": True}
+        try:
+            trainer.train(write(list(rows)), **{**defaults, **options})
+        except BackpropError as error:
+            run.said.append(events.Failed(code=error.code, message=error.message, hint=error.hint or ""))
+        return run
+
+    return train

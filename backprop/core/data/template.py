@@ -1,7 +1,8 @@
 """What a chat template can render, and conversations adapted to it: never a turn that silently becomes nothing.
 
-Some templates refuse system turns, and many leave out what they do not know: tool calls, tool results, reasoning. Each is
-tried with words of its own, and looked for in what the template makes of them.
+Some templates refuse system turns, and many leave out what they do not know: tool calls, tool results, reasoning. Those
+of models for pictures may want lists of parts, and leave out all text. Each is tried with words of its own, and looked for
+in what the template makes of them.
 """
 
 from collections import Counter
@@ -22,23 +23,37 @@ TOOL: Mapping[str, object] = {
     },
 }
 ASKED: Message = {"role": "user", "content": "probe_question"}
+ANSWERED: Message = {"role": "assistant", "content": "probe_answer"}
+# Mistral's templates refuse calls without an id of nine letters and digits.
 CALLED: Message = {
     "role": "assistant",
     "content": "",
-    "tool_calls": [{"type": "function", "function": {"name": "probe_tool", "arguments": {"where": "probe_place"}}}],
+    "tool_calls": [
+        {
+            "type": "function",
+            "id": "probe1234",
+            "function": {"name": "probe_tool", "arguments": {"where": "probe_place"}},
+        }
+    ],
 }
 # What each thing looks like, and the words of it that a template that knows it writes.
 PROBES: Mapping[str, tuple[Sequence[Message], Sequence[Mapping[str, object]], Sequence[str]]] = {
-    "system turns": ([{"role": "system", "content": "probe_system"}, ASKED], (), ["probe_system"]),
+    "turns of text": ([ASKED, ANSWERED], (), ["probe_question", "probe_answer"]),
+    # With an answer: Mistral's templates write the system turn only where the question stands last.
+    "system turns": ([{"role": "system", "content": "probe_system"}, ASKED, ANSWERED], (), ["probe_system"]),
     "tools": ([ASKED], (TOOL,), ["probe_tool", "probe_description"]),
     "tool calls": ([ASKED, CALLED], (TOOL,), ["probe_tool", "probe_place"]),
     "tool results": (
-        [ASKED, CALLED, {"role": "tool", "content": "probe_result", "name": "probe_tool"}],
+        [
+            ASKED,
+            CALLED,
+            {"role": "tool", "content": "probe_result", "name": "probe_tool", "tool_call_id": "probe1234"},
+        ],
         (TOOL,),
         ["probe_result"],
     ),
     "reasoning": (
-        [ASKED, {"role": "assistant", "content": "probe_answer", "reasoning_content": "probe_reasoning"}],
+        [ASKED, {**ANSWERED, "reasoning_content": "probe_reasoning"}],
         (),
         ["probe_reasoning", "probe_answer"],
     ),
@@ -57,7 +72,8 @@ def adapt(conversations: Iterable[Conversation], tokenizer: ChatTokenizer) -> Ad
     """Put what a template has no place for where it has one: system turns into the question, reasoning into the answer.
 
     Raises:
-        DataError: If there are tools, calls of them or their results, and the template would leave them out.
+        DataError: If there are tools, calls of them or their results, or plain turns, and the template would leave them
+            out.
     """
     known: dict[str, bool] = {}
     moved: Counter[str] = Counter()
@@ -71,7 +87,9 @@ def adapt(conversations: Iterable[Conversation], tokenizer: ChatTokenizer) -> Ad
             if thing not in MOVES:
                 raise DataError(
                     f"{conversation.place} has {thing}, which this model's chat template leaves out or refuses",
-                    hint="choose a model that knows tools, such as Qwen 3; or remove these rows",
+                    hint="choose a model whose chat template takes text"
+                    if thing == "turns of text"
+                    else "choose a model that knows tools, such as Qwen 3; or remove these rows",
                 )
             moved[thing] += 1
             conversation = replace(conversation, messages=MOVES[thing](conversation.messages))
@@ -85,6 +103,7 @@ def adapt(conversations: Iterable[Conversation], tokenizer: ChatTokenizer) -> Ad
 def _things(conversation: Conversation) -> list[str]:
     messages = conversation.messages
     found = {
+        "turns of text": bool(messages),
         "system turns": any(message["role"] == "system" for message in messages),
         "tools": bool(conversation.tools),
         "tool calls": any(message.get("tool_calls") for message in messages),
