@@ -30,11 +30,11 @@ class Voice:
 
     config: Annotated[Path | None, Parameter(group=OUTPUT)] = None
     """A YAML file of options; `BACKPROP_…` variables come before it, and flags before both."""
-    json: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False
+    json: Annotated[bool, Parameter(group=OUTPUT, negative="", show_default=False)] = False
     """One JSON object per event on stdout."""
-    quiet: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False
+    quiet: Annotated[bool, Parameter(group=OUTPUT, negative="", show_default=False)] = False
     """Errors only."""
-    verbose: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False
+    verbose: Annotated[bool, Parameter(group=OUTPUT, negative="", show_default=False)] = False
     """Every step."""
 
 

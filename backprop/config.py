@@ -75,14 +75,14 @@ class TrainConfig:
     """Which tokens are trained on."""
     max_length: Annotated[int | None, Bounds(least=8, most=10_000_000), Parameter(group=DATA)] = None
     """Tokens per example; the rest is cut, and counted. Default: the longest example, capped by the model."""
-    allow_truncation: Annotated[bool, Parameter(group=DATA, negative="")] = False
+    allow_truncation: Annotated[bool, Parameter(group=DATA, negative="", show_default=False)] = False
     """Train even if more than 5 % of the tokens are cut."""
     packing: Annotated[bool | None, Parameter(group=DATA)] = None
     """Several examples in a row, never seeing each other, instead of padding. Default: on, where the model can."""
 
     model: Annotated[str | None, Parameter(group=MODEL, name=["--model", "-m"])] = None
     """A preset, a hub id, or a folder. Default: the best preset that fits this machine."""
-    trust_remote_code: Annotated[bool, Parameter(group=MODEL, negative="")] = False
+    trust_remote_code: Annotated[bool, Parameter(group=MODEL, negative="", show_default=False)] = False
     """Run Python code that the model's repository brings. Never on by itself."""
 
     steps: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
@@ -104,7 +104,9 @@ class TrainConfig:
     weight_decay: Annotated[float, Bounds(least=0, most=1), Parameter(group=TRAINING)] = 0.0
     """AdamW's weight decay."""
     eval_steps: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
-    """Steps between evaluations. Default: only after the last."""
+    """Steps between evaluations. Default: only after the last; a twentieth of the steps with `--early-stopping`."""
+    early_stopping: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
+    """Stop after this many evaluations without a better held-out loss, and deliver the best adapter."""
     seed: Annotated[int, Bounds(least=0, most=2**32 - 1), Parameter(group=TRAINING)] = 42
     """Seed of the adapter's start and of the order of rows."""
 
@@ -121,13 +123,13 @@ class TrainConfig:
 
     output: Annotated[Path, Parameter(group=RUN, name=["--output", "-o"])] = Path("output")
     """The run directory."""
-    overwrite: Annotated[bool, Parameter(group=RUN, negative="")] = False
+    overwrite: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Replace what an earlier run left in `--output`."""
-    dry_run: Annotated[bool, Parameter(group=RUN, negative="")] = False
+    dry_run: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Print the plan, the data report and three examples with their trained tokens marked; train nothing."""
-    skip_proofs: Annotated[bool, Parameter(group=RUN, negative="")] = False
+    skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Leave out what a run proves of itself; the manifest says so."""
-    offline: Annotated[bool, Parameter(group=RUN, negative="")] = False
+    offline: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """No network at all."""
     report_to: Annotated[Literal["none", "tensorboard"], Parameter(group=RUN)] = "none"
     """Also write the curves for a tracker."""
@@ -166,18 +168,19 @@ class ExportConfig:
     format: Annotated[Literal["gguf", "safetensors"], Parameter(group=EXPORT)] = "gguf"
     """`gguf` for llama.cpp and Ollama, `safetensors` for transformers and vLLM."""
     quantization: Annotated[
-        tuple[Quantization, ...], Parameter(group=EXPORT, negative="", name=["--quantization", "-q"], show_default=False)
+        tuple[Quantization, ...],
+        Parameter(group=EXPORT, negative="", name=["--quantization", "-q"], show_default=False),
     ] = ()
     """How GGUF weights are held. Repeatable: several files from one conversion. Default: q4_k_m."""
     question: Annotated[str | None, Parameter(group=EXPORT)] = None
     """What the exported model is asked before success is claimed. Default: the first question of the training data."""
     output: Annotated[Path | None, Parameter(group=EXPORT, name=["--output", "-o"])] = None
     """Where the files go. Default: `export/` in the run directory."""
-    overwrite: Annotated[bool, Parameter(group=EXPORT, negative="")] = False
+    overwrite: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False
     """Replace files of the same name."""
-    offline: Annotated[bool, Parameter(group=EXPORT, negative="")] = False
+    offline: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False
     """No network at all."""
-    trust_remote_code: Annotated[bool, Parameter(group=EXPORT, negative="")] = False
+    trust_remote_code: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False
     """Run Python code that the model's repository brings. Never on by itself."""
 
     def __post_init__(self) -> None:

@@ -140,7 +140,7 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return ledger_text({"rows": event.rows, "held_out": event.eval_rows, **told_data, **sizes})
         case Eval():
             return (
-                f"held-out loss {event.loss:.3f} after step {event.step}"
+                f"held-out loss {event.loss:.3f} (perplexity {event.perplexity:.3g}) after step {event.step}"
                 if event.part == "eval"
                 else (f"loss {event.loss:.3f} on {event.part} after run {event.run}")
             )

@@ -4,6 +4,7 @@ Kinds and keys are only ever added; `schema()` is the contract with those who re
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -77,12 +78,17 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Eval:
-    """Mean loss over the trained tokens of a held-out set, in nats."""
+    """Mean loss over the trained tokens of a held-out set, in nats; perplexity is its exponential."""
 
     step: int
     loss: float
     part: str = "eval"
     run: int = 1
+    perplexity: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        # JSON knows no infinity.
+        object.__setattr__(self, "perplexity", math.exp(min(self.loss, 700.0)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

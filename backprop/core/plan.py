@@ -49,6 +49,7 @@ class Plan:
     micro_batch: Choice[int]
     packing: Choice[bool]
     steps: Choice[int]
+    eval_steps: Choice[int]
     learning_rate: Choice[float]
     lora_alpha: Choice[float]
     checkpointing: Choice[bool]
@@ -115,6 +116,7 @@ def make_plan(
     on_gpu = bool(hardware.gpus)
     batch = _choose_batch(config, data)
     micro = _choose_micro_batch(config, batch.value, max_length.value, shape, hardware)
+    steps = _choose_steps(config, data, batch.value)
     return Plan(
         model=model,
         device=Choice("cuda", hardware.gpus[0].name) if on_gpu else Choice("cpu", "no GPU was found"),
@@ -125,7 +127,8 @@ def make_plan(
         packing=Choice(True, "no padding; proved at the start: no example sees another")
         if config.packing is None
         else Choice(config.packing, "set by `--packing`" if config.packing else "set by `--no-packing`"),
-        steps=_choose_steps(config, data, batch.value),
+        steps=steps,
+        eval_steps=_choose_eval_steps(config, steps.value),
         learning_rate=_choose_rate(config, shape),
         lora_alpha=Choice(config.lora_alpha, "set by `--lora-alpha`")
         if config.lora_alpha is not None
@@ -200,6 +203,18 @@ def _choose_steps(config: TrainConfig, data: DataShape, batch: int) -> Choice[in
         return Choice(config.steps, "set by `--steps`")
     epochs = config.epochs or max(1, min(MOST_EPOCHS, round(WANTED_STEPS * batch / data.num_examples)))
     return Choice(math.ceil(epochs * data.num_examples / batch), f"{epochs:g} passes over {data.num_examples} examples")
+
+
+# Evaluations of a run that may stop early: often enough to stop in time, rare enough to cost little.
+EVALUATIONS = 20
+
+
+def _choose_eval_steps(config: TrainConfig, steps: int) -> Choice[int]:
+    if config.eval_steps is not None:
+        return Choice(config.eval_steps, "set by `--eval-steps`")
+    if config.early_stopping is not None:
+        return Choice(max(1, steps // EVALUATIONS), f"{EVALUATIONS} evaluations, for `--early-stopping`")
+    return Choice(steps, "only after the last step")
 
 
 # Schulman et al., "LoRA Without Regret" (Thinking Machines Lab, 2025), and its cookbook: ten times the rate of full

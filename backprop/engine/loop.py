@@ -15,6 +15,7 @@ from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize
 from backprop.engine.exam import Exam, Prove
 from backprop.engine.load import HfTokenizer
+from backprop.engine.validation import Validation
 from backprop.errors import HardwareError, TrainingError
 from backprop.events import Eval, Proved, Sink, Warned
 
@@ -69,8 +70,9 @@ def fit(
     exam = Exam(model, tokenizer, examples, held_out, size=size, proofs_too=not config.skip_proofs)
     if exam.loss_before is not None:
         say(Eval(step=0, loss=exam.loss_before, run=run))
+    validation = Validation(model, exam.held_out_loss, patience=config.early_stopping, say=say, run=run)
     describe = _describe(tokenizer, examples)
-    watch = Watch(config, plan, prove=prove, say=say, evaluate_now=exam.held_out_loss, describe=describe, run=run)
+    watch = Watch(config, plan, prove=prove, say=say, validation=validation, describe=describe, run=run)
     steps = StepPasses(examples, config, plan, size)
     trainer = StepTrainer(
         model, tokenizer, steps, config=config, plan=plan, watch=watch, scratch=scratch, curves=curves
@@ -79,9 +81,7 @@ def fit(
     with within_documents(model) if size.packing else nullcontext(), _memory_told(plan):
         trainer.train()
     seconds = time.monotonic() - started
-    after = exam.held_out_loss()
-    if after is not None:
-        say(Eval(step=plan.steps.value, loss=after, run=run))
+    after = validation.finish(len(watch.losses))
     return Fit(
         losses=tuple(watch.losses),
         seconds=seconds,

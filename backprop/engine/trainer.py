@@ -26,8 +26,9 @@ from backprop.engine.batches import PassSize, num_tokens, num_trained, passes, s
 from backprop.engine.exam import Prove
 from backprop.engine.load import HfTokenizer
 from backprop.engine.proofs import Movement
+from backprop.engine.validation import Validation
 from backprop.errors import TrainingError
-from backprop.events import Eval, Sink, Step
+from backprop.events import Sink, Step
 
 
 class StepPasses(torch.utils.data.Dataset[Any]):
@@ -55,7 +56,7 @@ class Watch(TrainerCallback):
         *,
         prove: Prove,
         say: Sink,
-        evaluate_now: Callable[[], float | None],
+        validation: Validation,
         describe: Callable[[Sequence[int]], str],
         run: int,
     ) -> None:
@@ -64,7 +65,7 @@ class Watch(TrainerCallback):
         self.numbers: Sequence[int] = ()
         """Examples of the step under way."""
         self._config, self._plan, self._prove, self._say, self._run = config, plan, prove, say, run
-        self._evaluate_now, self._describe = evaluate_now, describe
+        self._validation, self._describe = validation, describe
         self._tokens_before = 0
         self._started = time.monotonic()
         self._movement: Movement | None = None
@@ -117,10 +118,12 @@ class Watch(TrainerCallback):
             proof, self._movement = self._prove(self._movement.prove), None
             if not proof.ok:
                 raise TrainingError(f"not proved: {proof.name}: {proof.found}", hint="raise `--learning-rate`")
-        if self._config.eval_steps and step % self._config.eval_steps == 0 and step < self._plan.steps.value:
-            loss = self._evaluate_now()
-            if loss is not None:
-                self._say(Eval(step=step, loss=loss, run=self._run))
+        if (
+            step % self._plan.eval_steps.value == 0
+            and step < self._plan.steps.value
+            and self._validation.evaluate(step)
+        ):
+            control.should_training_stop = True
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(

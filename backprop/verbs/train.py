@@ -19,7 +19,7 @@ from backprop.core.data.split import hold_out
 from backprop.core.data.template import adapt
 from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, make_plan
 from backprop.edges import device, files, hub, rundir
-from backprop.errors import DataError, ModelError, PackageError, TrainingError
+from backprop.errors import DataError, ModelError, PackageError, TrainingError, UsageError
 from backprop.events import JSON, DataRead, Examples, Phase, PlanMade, Proved, Sink, Warned
 from backprop.verbs.session import running
 
@@ -50,6 +50,11 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
     """
     check_packages(config)
     judged, held_out = read_data(config)
+    if config.early_stopping and not held_out:
+        raise UsageError(
+            "`--early-stopping` needs held-out rows, and there are none",
+            hint="add `--eval-fraction 0.1`, or `--eval-data held-out.jsonl`",
+        )
     fingerprint = fingerprint_of([*judged.conversations, *held_out])
     with running(config, command="train", fingerprint=fingerprint, say=say) as session:
         prepared = prepare(config, judged, held_out, say=session.say)

@@ -6,7 +6,6 @@ The templates have the shape of the models' own, cut to what matters here. All b
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -285,6 +285,25 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train: Callable[..., 
     assert events(tmp_path / "run")[-1]["event"] == "error"
 
 
+def test_training_stops_early_and_the_best_adapter_is_delivered(
+    train: Callable[..., Path], tiny_model: Path, write: Callable[..., Path]
+) -> None:
+    """Answers that are learnt by heart make another answer unlikelier, once the first steps have taught the ending."""
+    held = write([chat("a", "seven eight nine")], "held.jsonl")
+    rows = [chat("a", "one two three four five six")] * 8
+    options = {"eval_data": (str(held),), "eval_steps": 2, "skip_proofs": True, "learning_rate": 3e-2}
+    # The same rate at each step, whatever the number of steps.
+    options |= {"scheduler": "constant", "warmup": 0.0}
+    run = train(rows=rows, steps=200, early_stopping=2, **options)
+    measured = {event["step"]: event["loss"] for event in events(run) if event["event"] == "eval"}
+    best = min((step for step in measured if step), key=lambda step: measured[step])
+    assert max(measured) == best + 4 < 200
+    assert manifest(run)["result"]["eval_loss"] == measured[best]
+    stopped_there = train("short", rows=rows, steps=best, **options)
+    delivered, wanted = adapter(run), adapter(stopped_there)
+    assert all(delivered[name].equal(wanted[name]) for name in wanted)
+
+
 def test_text_rows_train(train: Callable[..., Path]) -> None:
     run = train(rows=[{"text": "once upon a time"}] * 4)
     assert losses(run)[-1] < losses(run)[0]

@@ -1,0 +1,55 @@
+"""Validation while training: the held-out loss at intervals, the best adapter so far, and when to stop."""
+
+from collections.abc import Callable
+from typing import Any
+
+from backprop.engine.load import adapter_state, set_adapter_state
+from backprop.events import Eval, Phase, Sink
+
+
+class Validation:
+    """The held-out losses of a run. Without held-out examples it does nothing.
+
+    Args:
+        patience: Evaluations without a better loss after which training should stop; None to go on, and to deliver the
+            last adapter rather than the best.
+    """
+
+    def __init__(
+        self, model: Any, measure: Callable[[], float | None], *, patience: int | None, say: Sink, run: int
+    ) -> None:
+        self._model, self._measure, self._patience, self._say, self._run = model, measure, patience, say, run
+        self._best: tuple[float, int, dict[str, Any]] | None = None
+        self._waited = 0
+        self.last: tuple[int, float] | None = None
+        """Step and loss of the last evaluation."""
+
+    def evaluate(self, step: int) -> bool:
+        """Measure and tell the loss after ``step``, and say whether training should stop."""
+        loss = self._measure()
+        if loss is None:
+            return False
+        self.last = (step, loss)
+        self._say(Eval(step=step, loss=loss, run=self._run))
+        if self._patience is None:
+            return False
+        if self._best is None or loss < self._best[0]:
+            self._best, self._waited = (loss, step, adapter_state(self._model)), 0
+        else:
+            self._waited += 1
+        return self._waited >= self._patience
+
+    def finish(self, step: int) -> float | None:
+        """Evaluate after the last step, put the best adapter back if another was better, and give its loss."""
+        if self.last is None or self.last[0] != step:
+            self.evaluate(step)
+        if self.last is None:
+            return None
+        if self._best is not None and self._best[1] != step:
+            loss, best_step, state = self._best
+            set_adapter_state(self._model, state)
+            self._say(
+                Phase(name=f"delivering the adapter after step {best_step}: its held-out loss {loss:.3f} is the best")
+            )
+            return loss
+        return self.last[1]
