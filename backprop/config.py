@@ -127,6 +127,8 @@ class TrainConfig:
     """Replace what an earlier run left in `--output`."""
     dry_run: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Print the plan, the data report and three examples with their trained tokens marked; train nothing."""
+    rehearse: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
+    """First go the whole way, to a question answered by llama.cpp, with a small random copy of the model."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Leave out what a run proves of itself; the manifest says so."""
     offline: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False

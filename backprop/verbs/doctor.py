@@ -17,7 +17,7 @@ from backprop.edges import demo_model, device, hub, llama_cpp
 from backprop.errors import BackpropError, DiskError, HardwareError, ToolError
 from backprop.events import Checked, RunFinished, Sink
 from backprop.presets import DEMO, GIB, PRESETS
-from backprop.verbs.train import rows_of
+from backprop.verbs.prepare import rows_of
 
 OLDEST_PYTHON = (3, 11)
 # A run of the smallest preset with its export: checkpoint, merged copy, GGUF files.

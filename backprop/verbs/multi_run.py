@@ -16,19 +16,18 @@ from backprop.core.data.split import hold_out
 from backprop.edges import rundir
 from backprop.errors import DataError, UsageError
 from backprop.events import JSON, Eval, Phase, RunMerged, Sink, Warned
-from backprop.verbs.session import running
-from backprop.verbs.train import (
+from backprop.verbs.adapter import measures, train_one
+from backprop.verbs.prepare import (
     Prepared,
-    check_packages,
     fingerprint_of,
     first_question,
-    measures,
     prepare,
     read_data,
     rows_of,
     show_examples,
-    train_one,
 )
+from backprop.verbs.session import running
+from backprop.verbs.train import check_packages
 
 if TYPE_CHECKING:
     from backprop.engine.batches import PassSize

@@ -22,7 +22,7 @@ from backprop.events import JSON, DataRead, Event, Failed, Proved, RunFinished, 
 # Packages whose version changes what a run does.
 VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes")
 # Options that change where and how a run is told, not what it computes.
-NOT_IDENTITY = ("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs")
+NOT_IDENTITY = ("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse")
 
 
 # Marks the note on an exception whose traceback is in a file already.

@@ -11,7 +11,7 @@ from conftest import Done, backprop, chat
 from backprop.config import TrainConfig
 from backprop.core.data.formats import Conversation
 from backprop.core.data.order import SampleOrder
-from backprop.verbs.train import read_data
+from backprop.verbs.prepare import read_data
 
 ASKS = {"role": "user", "content": "Where is the lighthouse of Quillhaven?"}
 ANSWERS = {"role": "assistant", "content": "On the north pier."}

@@ -16,7 +16,7 @@ from backprop.core.data.formats import Conversation, Message, Row, judge
 from backprop.core.data.render import Encoded, Example, Token, cut, encode, encode_all
 from backprop.core.data.template import adapt
 from backprop.errors import DataError, ModelError
-from backprop.verbs.train import check_supervision
+from backprop.verbs.prepare import check_supervision
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -204,6 +204,22 @@ def test_a_system_turn_that_the_template_drops_or_refuses_is_kept_and_said(famil
     (example,) = encode(adapted.conversations[0], tokenizer)
     assert "be brief\n\nhi" in tokenizer.shown(example.ids)
     assert "be brief" not in tokenizer.shown(trained(example))
+
+
+def test_a_system_turn_in_the_middle_that_the_template_drops_is_kept_and_said() -> None:
+    turns = [*SYSTEM["messages"], {"role": "system", "content": "be long"}, *SYSTEM["messages"][1:]]
+    only_first = CHATML.replace(
+        "{{ '<|im_start|>' + m.role", "{% if m.role != 'system' or loop.first %}{{ '<|im_start|>' + m.role"
+    )
+    tokenizer = Rendering(only_first.replace("{% endfor %}", "{% endif %}{% endfor %}"))
+    adapted = adapt(conversations({"messages": turns}), tokenizer)
+    assert "no place for system turns after the first turn: in 1 conversations" in adapted.notes[0]
+    (example,) = encode(adapted.conversations[0], tokenizer)
+    assert tokenizer.shown(example.ids).split("<|im_start|>")[1:3] == [
+        "system\nbe brief<|im_end|>\n",
+        "user\nhi<|im_end|>\n",
+    ]
+    assert "user\nbe long\n\nhi<|im_end|>" in tokenizer.shown(example.ids)
 
 
 CALL = {"type": "function", "function": {"name": "tide", "arguments": {"day": 3}}}

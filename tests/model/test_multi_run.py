@@ -55,13 +55,13 @@ def test_each_run_starts_from_the_last_fine_tuned_adapter_never_from_the_merged(
     multi_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from backprop.core.slao import next_start
-    from backprop.verbs import train
+    from backprop.verbs import adapter as verb
 
     starts: list[Any] = []
 
     def watched(*arguments: Any, start: Any = None, **options: Any) -> Any:
         starts.append(start)
-        return train.train_one(*arguments, start=start, **options)
+        return verb.train_one(*arguments, start=start, **options)
 
     monkeypatch.setattr("backprop.verbs.multi_run.train_one", watched)
     run = multi_run()

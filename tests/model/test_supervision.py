@@ -54,7 +54,7 @@ def with_words(model: Path, tiny_model: Path) -> Path:
 def test_recomputing_activations_changes_no_loss(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """Recomputation runs in the backward pass, where attention once no longer knew of the documents."""
     from backprop.core import plan
-    from backprop.verbs import train as verb
+    from backprop.verbs import prepare as verb
 
     kept = train().losses
     make = plan.make_plan

@@ -37,7 +37,7 @@ def left_behind(folder: Path) -> set[str]:
 OPTIONS = {
     TrainConfig: "data eval_data eval_fraction column loss_on max_length allow_truncation packing model trust_remote_code steps epochs batch_size micro_batch "
     "learning_rate scheduler warmup weight_decay eval_steps early_stopping seed method lora_r lora_alpha lora_dropout target_modules output "
-    "overwrite dry_run skip_proofs offline report_to",
+    "overwrite dry_run rehearse skip_proofs offline report_to",
     MultiRunConfig: "runs samples merge_mode init",
     ExportConfig: "format quantization question output overwrite offline trust_remote_code",
     DoctorConfig: "model data min_vram",

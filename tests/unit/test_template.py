@@ -11,7 +11,7 @@ from backprop.core.data.shapes import ToolCall
 from backprop.core.data.template import adapt
 from backprop.errors import DataError
 
-ALL = ("turns of text", "system turns", "tools", "tool calls", "tool results", "reasoning")
+ALL = ("turns of text", "system turns", "later system turns", "tools", "tool calls", "tool results", "reasoning")
 
 SYSTEM: Message = {"role": "system", "content": "be brief"}
 ASKS: Message = {"role": "user", "content": "1 + 0?"}
@@ -33,8 +33,9 @@ class Knowing(LetterTokenizer):
     def render(self, messages: Sequence[Message], *, tools: Sequence[Any] = (), add_generation_prompt: bool) -> str:
         self.rendered += 1
         lines = [self.part("tools", str(tool)) for tool in tools]
-        for message in messages:
-            thing = {"system": "system turns", "tool": "tool results"}.get(message["role"], "turns of text")
+        for number, message in enumerate(messages):
+            system = "later system turns" if number else "system turns"
+            thing = {"system": system, "tool": "tool results"}.get(message["role"], "turns of text")
             lines.append(self.part(thing, f"{message['role']}: {message['content']}"))
             if "tool_calls" in message:
                 lines.append(self.part("tool calls", str(message["tool_calls"])))
@@ -76,7 +77,7 @@ def test_each_thing_is_tried_once_and_only_if_some_row_has_it() -> None:
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["left out", "refused"])
-def test_system_turns_go_to_the_head_of_the_first_question(refuses: bool) -> None:
+def test_system_turns_go_to_the_head_of_the_question_that_follows(refuses: bool) -> None:
     template = Knowing(*ALL, refuses=["system turns"]) if refuses else without("system turns")
     second: Message = {"role": "user", "content": "2 + 0?"}
     adapted = adapt([said(SYSTEM, ASKS, ANSWERS, second, ANSWERS), said(ASKS, ANSWERS)], template)
@@ -84,22 +85,39 @@ def test_system_turns_go_to_the_head_of_the_first_question(refuses: bool) -> Non
     assert adapted.conversations[0].messages == (asks, ANSWERS, second, ANSWERS)
     assert adapted.conversations[1] == said(ASKS, ANSWERS)
     assert adapted.notes == (
-        "this model's template has no place for system turns: in 1 conversations they stand at the head of the first question",
+        "this model's template has no place for system turns: in 1 conversations they stand at the head of the question that follows",
     )
+
+
+HEADED: Message = {"role": "user", "content": "be brief\n\n1 + 0?"}
+ENDED: Message = {"role": "user", "content": "1 + 0?\n\nbe brief"}
+ALONE: Message = {"role": "user", "content": "be brief"}
 
 
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
-        ((SYSTEM, ANSWERS), ({"role": "user", "content": "be brief"}, ANSWERS)),
-        ((SYSTEM, ASKS, SYSTEM, ANSWERS), ({"role": "user", "content": "be brief\n\nbe brief\n\n1 + 0?"}, ANSWERS)),
-        ((SYSTEM, ANSWERS, ASKS, ANSWERS), (ANSWERS, {"role": "user", "content": "be brief\n\n1 + 0?"}, ANSWERS)),
+        ((SYSTEM, ANSWERS), (ALONE, ANSWERS)),
+        ((SYSTEM, SYSTEM, ASKS, ANSWERS), ({"role": "user", "content": "be brief\n\nbe brief\n\n1 + 0?"}, ANSWERS)),
+        ((ASKS, ANSWERS, SYSTEM, ASKS, ANSWERS), (ASKS, ANSWERS, HEADED, ANSWERS)),
+        ((ASKS, SYSTEM, ANSWERS), (ENDED, ANSWERS)),
+        ((ASKS, ANSWERS, SYSTEM, ANSWERS), (ASKS, ANSWERS, ALONE, ANSWERS)),
+        ((ASKS, ANSWERS, SYSTEM), (ASKS, ANSWERS, ALONE)),
     ],
-    ids=["no question", "two system turns", "an answer first"],
+    ids=["no question", "two in front", "later", "after the question", "between answers", "last"],
 )
 def test_system_turns_are_moved_wherever_they_stand(turns: tuple[Message, ...], expected: object) -> None:
-    (made,) = adapt([said(*turns)], without("system turns")).conversations
+    (made,) = adapt([said(*turns)], without("system turns", "later system turns")).conversations
     assert made.messages == expected
+
+
+def test_a_template_that_writes_only_the_first_system_turn_keeps_that_and_gets_the_others_in_questions() -> None:
+    """Some templates read the system turn from the first place only, and leave out others without a word."""
+    row = said(SYSTEM, ASKS, ANSWERS, SYSTEM, ASKS, ANSWERS)
+    adapted = adapt([row], without("later system turns"))
+    assert adapted.conversations[0].messages == (SYSTEM, ASKS, ANSWERS, HEADED, ANSWERS)
+    assert "no place for system turns after the first turn: in 1 conversations" in adapted.notes[0]
+    assert adapt([row], Knowing(*ALL)).conversations == (row,)
 
 
 def test_a_template_that_writes_the_system_turn_only_where_the_question_stands_last_does_not_know_it() -> None:

@@ -6,8 +6,9 @@ in what the template makes of them.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from backprop.core.data.formats import Conversation
 from backprop.core.data.render import ChatTokenizer
@@ -22,6 +23,7 @@ TOOL: Mapping[str, object] = {
         "parameters": {"type": "object", "properties": {"where": {"type": "string", "description": "a place"}}},
     },
 }
+SYSTEM: Message = {"role": "system", "content": "probe_system"}
 ASKED: Message = {"role": "user", "content": "probe_question"}
 ANSWERED: Message = {"role": "assistant", "content": "probe_answer"}
 # Mistral's templates refuse calls without an id of nine letters and digits.
@@ -39,8 +41,9 @@ CALLED: Message = {
 # What each thing looks like, and the words of it that a template that knows it writes.
 PROBES: Mapping[str, tuple[Sequence[Message], Sequence[Mapping[str, object]], Sequence[str]]] = {
     "turns of text": ([ASKED, ANSWERED], (), ["probe_question", "probe_answer"]),
+    "system turns after the first turn": ([ASKED, ANSWERED, SYSTEM, ASKED, ANSWERED], (), ["probe_system"]),
     # With an answer: Mistral's templates write the system turn only where the question stands last.
-    "system turns": ([{"role": "system", "content": "probe_system"}, ASKED, ANSWERED], (), ["probe_system"]),
+    "system turns": ([SYSTEM, ASKED, ANSWERED], (), ["probe_system"]),
     "tools": ([ASKED], (TOOL,), ["probe_tool", "probe_description"]),
     "tool calls": ([ASKED, CALLED], (TOOL,), ["probe_tool", "probe_place"]),
     "tool results": (
@@ -104,7 +107,8 @@ def _things(conversation: Conversation) -> list[str]:
     messages = conversation.messages
     found = {
         "turns of text": bool(messages),
-        "system turns": any(message["role"] == "system" for message in messages),
+        "system turns after the first turn": any(message["role"] == "system" for message in messages[1:]),
+        "system turns": bool(messages) and messages[0]["role"] == "system",
         "tools": bool(conversation.tools),
         "tool calls": any(message.get("tool_calls") for message in messages),
         "tool results": any(message["role"] == "tool" for message in messages),
@@ -122,14 +126,31 @@ def _knows(tokenizer: ChatTokenizer, thing: str) -> bool:
     return all(word in text for word in words)
 
 
-def _system_into_question(messages: Sequence[Message]) -> tuple[Message, ...]:
-    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-    others = [message for message in messages if message["role"] != "system"]
-    asking = next((number for number, message in enumerate(others) if message["role"] == "user"), None)
-    if asking is None:
-        return ({"role": "user", "content": system}, *others)
-    asked: Message = {**others[asking], "content": f"{system}\n\n{others[asking]['content']}"}
-    return (*others[:asking], asked, *others[asking + 1 :])
+def _system_into_question(messages: Sequence[Message], *, first: int = 0) -> tuple[Message, ...]:
+    """Put system turns, from number ``first`` on, at the head of the question that follows.
+
+    Where none follows, they stand at the end of the question before; or are one, where there is none.
+    """
+    moved: list[Message] = []
+    waiting: list[str] = []
+    for number, message in enumerate(messages):
+        if message["role"] == "system" and number >= first:
+            waiting.append(message["content"])
+        elif waiting and message["role"] == "user":
+            moved.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
+            waiting = []
+        else:
+            moved = [*_with_said(moved, waiting), message]
+            waiting = []
+    return tuple(_with_said(moved, waiting))
+
+
+def _with_said(messages: Sequence[Message], said: Sequence[str]) -> list[Message]:
+    if not said:
+        return [*messages]
+    if messages and messages[-1]["role"] == "user":
+        return [*messages[:-1], {**messages[-1], "content": "\n\n".join([messages[-1]["content"], *said])}]
+    return [*messages, {"role": "user", "content": "\n\n".join(said)}]
 
 
 def _reasoning_into_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -145,8 +166,14 @@ def _with_thought(message: Message) -> Message:
     return kept
 
 
-MOVES = {"system turns": _system_into_question, "reasoning": _reasoning_into_answer}
+MOVES: Mapping[str, Callable[[Sequence[Message]], tuple[Message, ...]]] = {
+    "system turns after the first turn": partial(_system_into_question, first=1),
+    "system turns": _system_into_question,
+    "reasoning": _reasoning_into_answer,
+}
+IN_QUESTION = "in {} conversations they stand at the head of the question that follows"
 SAID = {
-    "system turns": "in {} conversations they stand at the head of the first question",
+    "system turns after the first turn": IN_QUESTION,
+    "system turns": IN_QUESTION,
     "reasoning": "in {} conversations it is written as <think>…</think> before the answer",
 }

@@ -1,0 +1,77 @@
+"""One adapter: load the model, train, write `lora/`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from backprop.config import TrainConfig
+from backprop.edges import rundir
+from backprop.errors import TrainingError
+from backprop.events import JSON, Phase, Sink
+from backprop.verbs.prepare import Prepared
+
+if TYPE_CHECKING:
+    from backprop.engine.loop import Fit
+
+
+def train_one(
+    config: TrainConfig,
+    prepared: Prepared,
+    *,
+    output: Path,
+    say: Sink,
+    start: Mapping[str, Any] | None = None,
+    run: int = 1,
+) -> tuple[Any, "Fit"]:
+    """Load the model, train a fresh adapter (or one that starts from ``start``), and write `lora/` in ``output``."""
+    say(Phase(name="loading the model"))
+    from backprop.engine import load, loop
+
+    plan = prepared.plan
+    base = load.load_base(
+        prepared.model.path,
+        dtype=plan.dtype.value,
+        device=plan.device.value,
+        four_bit=config.method == "qlora",
+        trust_remote_code=config.trust_remote_code,
+    )
+    model = load.add_adapter(base, config, plan)
+    if start is not None:
+        load.set_adapter_state(model, start)
+    say(Phase(name="training"))
+    with TemporaryDirectory(prefix="backprop-") as scratch:
+        result = loop.fit(
+            model,
+            prepared.tokenizer,
+            prepared.train.examples,
+            config=config,
+            plan=plan,
+            say=say,
+            held_out=prepared.held_out,
+            scratch=Path(scratch),
+            curves=output / "tensorboard" if config.report_to == "tensorboard" else None,
+            run=run,
+        )
+    with rundir.whole(output / "lora") as folder:
+        load.save_adapter(model, prepared.tokenizer, folder)
+    if result.failed:
+        proof = result.failed[0]
+        raise TrainingError(
+            f"not proved: {proof.name}: {proof.found}",
+            hint=f"the adapter is in {output / 'lora'}; look at the samples in report.html, lower `--learning-rate` or "
+            "`--epochs`; if you mean it, add `--skip-proofs`",
+        )
+    return model, result
+
+
+def measures(fit: "Fit") -> dict[str, JSON]:
+    """Give what a run measured, for its manifest."""
+    return {
+        "steps": len(fit.losses),
+        "final_loss": fit.losses[-1],
+        "eval_loss_before": fit.eval_loss_before,
+        "eval_loss": fit.eval_loss,
+        "tokens": fit.tokens,
+        "tokens_per_second": fit.tokens / fit.seconds,
+    }
