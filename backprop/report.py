@@ -46,10 +46,10 @@ def page(manifest: Mapping[str, object], events: Sequence[Event]) -> str:
     parts += _error(manifest)
     if steps:
         parts += _curves(steps, [event for event in events if isinstance(event, Eval)])
+    parts += _samples(_mappings(manifest.get("samples")))
+    parts += _proofs(_mappings(manifest.get("proofs")))
     parts += ["<h2>Plan</h2>", _plan_table(manifest)]
     parts += _data(manifest, [event for event in events if isinstance(event, DataRead)])
-    parts += _proofs(_mappings(manifest.get("proofs")))
-    parts += _samples(_mappings(manifest.get("samples")))
     parts += ["<h2>Result</h2>", _table(_mapping(manifest.get("result")).items())]
     parts += ["<h2>Versions</h2>", _table(_mapping(manifest.get("versions")).items())]
     body = "\n".join(parts)
@@ -109,7 +109,7 @@ def _chart(series: Sequence[Series]) -> str:
     for share in (0, 0.5, 1):
         _, y = place(left, share * top)
         marks.append(f'<line class="axis" x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y}" y2="{y}"/>')
-        marks.append(f'<text x="{MARGIN - 6}" y="{y + 4}" text-anchor="end">{share * top:.3g}</text>')
+        marks.append(f'<text x="{MARGIN - 6}" y="{y + 4}" text-anchor="end">{_axis(share * top)}</text>')
     marks.append(f'<text x="{MARGIN}" y="{HEIGHT - 4}">step {left:.0f}</text>')
     marks.append(f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 4}" text-anchor="end">{right:.0f}</text>')
     for number, one in enumerate(drawn):
@@ -261,3 +261,8 @@ def _mappings(value: object) -> list[Mapping[str, object]]:
 
 def _buckets(value: object) -> list[tuple[int, int, int]]:
     return [(low, high, count) for low, high, count in value] if isinstance(value, list | tuple) else []
+
+
+def _axis(value: float) -> str:
+    """Write a number at an axis, where there is room for six characters."""
+    return f"{value:,.0f}" if 1000 <= value < 100_000 else f"{value:.3g}"
