@@ -115,20 +115,24 @@ class TrainConfig:
     lora_r: Annotated[int, Bounds(least=1, most=1024), Parameter(group=LORA)] = 16
     """Rank."""
     lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
-    """Scale: the adapter is multiplied by alpha / rank. Default: twice the rank."""
+    """The adapter is multiplied by alpha / rank. Default: twice the rank."""
+    rslora: Annotated[bool, Parameter(group=LORA, negative="", show_default=False)] = False
+    """Divide alpha by the root of the rank: for 64 and more."""
+    lora_plus: Annotated[float | None, Bounds(least=1, most=1000), Parameter(group=LORA)] = None
+    """LoRA+: how many times faster B learns than A, e.g. 16."""
     lora_dropout: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=LORA)] = 0.0
     """Dropout before the adapter."""
     target_modules: Annotated[tuple[str, ...], Parameter(group=LORA, negative="", show_default=False)] = ()
-    """Names of the layers that get an adapter. Default: all linear layers but the output."""
+    """Layers that get an adapter. Default: all linear ones but the output."""
 
     output: Annotated[Path, Parameter(group=RUN, name=["--output", "-o"])] = Path("output")
     """The run directory."""
     overwrite: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Replace what an earlier run left in `--output`."""
     dry_run: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
-    """Print the plan, the data report and three examples with their trained tokens marked; train nothing."""
+    """Print the plan, the data ledger and three examples; train nothing."""
     rehearse: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
-    """First go the whole way, to a question answered by llama.cpp, with a small random copy of the model."""
+    """First go the whole way to an answering GGUF with a small random copy of the model."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Leave out what a run proves of itself; the manifest says so."""
     offline: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False

@@ -212,6 +212,7 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
         lora_alpha=cast(int, plan.lora_alpha.value),
         lora_dropout=config.lora_dropout,
         use_dora=config.method == "dora",
+        use_rslora=config.rslora,
         target_modules=list(config.target_modules) or "all-linear",
         task_type="CAUSAL_LM",
     )

@@ -266,6 +266,28 @@ def test_only_the_adapter_is_trained_and_all_of_it_moves(train: Callable[..., Pa
     assert not [name for name in trained if "embed" in name or "lm_head" in name]
 
 
+def test_with_lora_plus_b_learns_faster_by_the_ratio(train: Callable[..., Path]) -> None:
+    """Adam's first step has the length of the rate."""
+    options = {"steps": 1, "learning_rate": 1e-3, "scheduler": "constant", "warmup": 0.0}
+    plain, plus = adapter(train("plain", **options)), adapter(train("plus", lora_plus=16.0, **options))
+    for name in (name for name in plain if "lora_B" in name):
+        assert float(plus[name].abs().max() / plain[name].abs().max()) == pytest.approx(16, rel=1e-3)
+    assert all(plain[name].equal(plus[name]) for name in plain if "lora_A" in name)
+
+
+def test_rslora_is_saved_as_such_and_scales_by_the_root_of_the_rank(
+    train: Callable[..., Path], tiny_model: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = train(rslora=True, lora_alpha=6.0)
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), run / "lora")
+    layers = [module for module in model.modules() if hasattr(module, "lora_B")]
+    scales = {scale for layer in layers for scale in layer.scaling.values()}
+    assert scales == {3.0}  # 6 / sqrt(4)
+
+
 def test_target_modules_that_do_not_exist_are_answered_with_those_that_do(
     train: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What a chat template has a place for, and what happens to the rest."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,10 +145,9 @@ def test_reasoning_goes_before_the_answer_it_led_to() -> None:
 
 def test_the_rows_given_are_not_changed() -> None:
     row = said(SYSTEM, ASKS, THINKS)
+    before = copy.deepcopy(row)
     adapt([row], without("system turns", "reasoning"))
-    assert row == said(SYSTEM, ASKS, THINKS)
-    assert SYSTEM == {"role": "system", "content": "be brief"}
-    assert THINKS["reasoning_content"] == " hm\n"
+    assert row == before
 
 
 def test_several_things_are_moved_at_once_and_each_is_counted() -> None:
