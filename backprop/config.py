@@ -70,15 +70,15 @@ class TrainConfig:
     eval_fraction: Annotated[float | None, Bounds(least=0, most=0.5), Parameter(group=DATA)] = None
     """Share of `--data` held out, chosen by content. Default: 0.05 from 200 rows on, else none."""
     column: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
-    """`role=NAME`: which column of your rows holds what, e.g. `--column user=frage --column assistant=antwort`. Repeatable."""
+    """Which column holds what, e.g. `--column user=frage --column assistant=antwort`."""
     loss_on: Annotated[Literal["assistant", "all"], Parameter(group=DATA)] = "assistant"
     """Which tokens are trained on."""
     max_length: Annotated[int | None, Bounds(least=8, most=10_000_000), Parameter(group=DATA)] = None
     """Tokens per example; the rest is cut, and counted. Default: the longest example, capped by the model."""
     allow_truncation: Annotated[bool, Parameter(group=DATA, negative="", show_default=False)] = False
-    """Train even if more than 5 % of the tokens are cut."""
+    """Train even if over 5 % of the tokens are cut."""
     packing: Annotated[bool | None, Parameter(group=DATA)] = None
-    """Several examples in a row, never seeing each other, instead of padding. Default: on, where the model can."""
+    """Several examples in a row instead of padding. Default: on, where the model can."""
 
     model: Annotated[str | None, Parameter(group=MODEL, name=["--model", "-m"])] = None
     """A preset, a hub id, or a folder. Default: the best preset that fits this machine."""
@@ -104,9 +104,9 @@ class TrainConfig:
     weight_decay: Annotated[float, Bounds(least=0, most=1), Parameter(group=TRAINING)] = 0.0
     """AdamW's weight decay."""
     eval_steps: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
-    """Steps between evaluations. Default: only after the last; a twentieth of the steps with `--early-stopping`."""
+    """Steps between evaluations. Default: all, or a twentieth with `--early-stopping`."""
     early_stopping: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
-    """Stop after this many evaluations without a better held-out loss, and deliver the best adapter."""
+    """Stop after this many evaluations without a better loss; deliver the best adapter."""
     seed: Annotated[int, Bounds(least=0, most=2**32 - 1), Parameter(group=TRAINING)] = 42
     """Seed of the adapter's start and of the order of rows."""
 
@@ -117,9 +117,9 @@ class TrainConfig:
     lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
     """The adapter is multiplied by alpha / rank. Default: twice the rank."""
     rslora: Annotated[bool, Parameter(group=LORA, negative="", show_default=False)] = False
-    """Divide alpha by the root of the rank: for 64 and more."""
+    """Divide alpha by the root of the rank."""
     lora_plus: Annotated[float | None, Bounds(least=1, most=1000), Parameter(group=LORA)] = None
-    """LoRA+: how many times faster B learns than A, e.g. 16."""
+    """LoRA+: how much faster B learns than A, e.g. 16."""
     lora_dropout: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=LORA)] = 0.0
     """Dropout before the adapter."""
     target_modules: Annotated[tuple[str, ...], Parameter(group=LORA, negative="", show_default=False)] = ()
@@ -134,7 +134,7 @@ class TrainConfig:
     rehearse: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """First go the whole way to an answering GGUF with a small random copy of the model."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
-    """Leave out what a run proves of itself; the manifest says so."""
+    """Leave out proofs that take time; the manifest says so."""
     offline: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """No network at all."""
     report_to: Annotated[Literal["none", "tensorboard"], Parameter(group=RUN)] = "none"
@@ -144,6 +144,8 @@ class TrainConfig:
         check_fields(self)
         if self.steps is not None and self.epochs is not None:
             raise UsageError("both `--steps` and `--epochs` are given", hint="give one of them")
+        if self.eval_data and self.eval_fraction is not None:
+            raise UsageError("both `--eval-data` and `--eval-fraction` are given", hint="give one of them")
         if not self.data:
             raise UsageError("no data is given", hint="add `--data my.jsonl`")
 

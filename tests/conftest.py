@@ -53,6 +53,9 @@ class LetterTokenizer:
     def is_special(self, token: int) -> bool:
         return token >= self.FIRST
 
+    def special_texts(self) -> set[str]:
+        return {self.mark(name) for name in self.SPECIAL}
+
     def mark(self, name: str) -> str:
         return chr(self.FIRST + self.SPECIAL.index(name))
 

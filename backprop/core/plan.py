@@ -124,7 +124,7 @@ def make_plan(
         max_length=max_length,
         batch_size=batch,
         micro_batch=micro,
-        packing=Choice(True, "no padding; proved at the start: no example sees another")
+        packing=Choice(True, "no padding, if the model proves at the start that no example sees another")
         if config.packing is None
         else Choice(config.packing, "set by `--packing`" if config.packing else "set by `--no-packing`"),
         steps=steps,

@@ -21,6 +21,8 @@ class PassSize:
     tokens: int
     """Most tokens of a packed pass."""
     packing: bool
+    dtype: str = "float32"
+    """What the model computes in: training, evaluation and proofs alike."""
 
 
 def labels_of(example: Example) -> list[int]:
@@ -86,6 +88,14 @@ def num_trained(one: Mapping[str, Any]) -> int:
 def to_device(one: Mapping[str, Any], device: Any) -> dict[str, Any]:
     """Move the tensors of a pass."""
     return {name: value.to(device) if hasattr(value, "to") else value for name, value in one.items()}
+
+
+def computing(model: Any, dtype: str) -> Any:
+    """Give the context in which ``model`` computes in ``dtype``, whatever its weights and adapters are held in."""
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def sum_of_losses(model: Any, one: Mapping[str, Any]) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 from backprop.core.data.render import Example
 from backprop.engine import proofs
 from backprop.engine.attention import within_documents
-from backprop.engine.batches import PassSize, num_trained, passes, sum_of_losses, to_device
+from backprop.engine.batches import PassSize, computing, num_trained, passes, sum_of_losses, to_device
 from backprop.engine.load import HfTokenizer
-from backprop.events import Proved, Sampled, Sink
+from backprop.events import Proved, Sampled, Sink, Warned
 
 Prove = Callable[[Callable[[], Proved]], Proved]
 """Time a proof, tell its result, and give it."""
@@ -47,28 +47,33 @@ class Exam:
         return mean_loss(self._model, self._held_out, self._size) if self._held_out else None
 
     def _answers(self) -> proofs.Asked | None:
-        return proofs.ask(self._model, self._tokenizer, self._asked) if self._asked else None
+        if not self._asked:
+            return None
+        with computing(self._model, self._size.dtype):
+            return proofs.ask(self._model, self._tokenizer, self._asked)
 
-    def judge(self, prove: Prove, say: Sink, run: int) -> tuple[Proved, ...]:
-        """Prove what was learnt; give what does not hold."""
+    def judge(self, loss_after: float | None, *, prove: Prove, say: Sink, run: int) -> tuple[Proved, ...]:
+        """Prove what was learnt; give what does not hold.
+
+        Args:
+            loss_after: On the held-out examples; None without any.
+        """
         if not self._proofs_too:
             return ()
         made: list[Proved] = []
         before = self.loss_before if self._held_out else self._seen_before
-        if before is not None:
-            rows = self._held_out or self._seen
-            made.append(
-                prove(
-                    lambda: proofs.prove_learnt(
-                        before, mean_loss(self._model, rows, self._size), held_out=bool(self._held_out)
-                    )
-                )
-            )
+        after = mean_loss(self._model, self._seen, self._size) if self._seen else loss_after
+        if before is not None and after is not None:
+            made.append(prove(lambda: proofs.prove_learnt(before, after, held_out=bool(self._held_out))))
         asked_before, asked_after = self._answers_before, self._answers()
-        if asked_before and asked_after:
+        if asked_before and asked_after and after is not None:
             for prompt, old, new in zip(asked_after.questions, asked_before.answers, asked_after.answers, strict=True):
                 say(Sampled(prompt=prompt, before=old, after=new, run=run))
-            made.append(prove(lambda: proofs.prove_stopping(asked_before, asked_after)))
+            stopping = proofs.prove_stopping(asked_before, asked_after, loss=after)
+            if stopping is None:
+                say(Warned(message="too little is learnt to tell whether answers will stop by themselves: none did"))
+            else:
+                made.append(prove(lambda: stopping))
         return tuple(proof for proof in made if not proof.ok)
 
 
@@ -80,7 +85,8 @@ def mean_loss(model: Any, examples: Sequence[Example], size: PassSize) -> float:
     was_training = bool(model.training)
     model.eval()
     device = next(model.parameters()).device
-    with torch.no_grad(), within_documents(model) if size.packing else nullcontext():
+    documents = within_documents(model) if size.packing else nullcontext()
+    with torch.no_grad(), documents, computing(model, size.dtype):
         for one in passes(examples, size):
             total += float(sum_of_losses(model, to_device(one, device)))
             count += num_trained(one)

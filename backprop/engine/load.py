@@ -44,7 +44,7 @@ class HfTokenizer:
                     tokenize=False,
                 )
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
             raise DataError(
                 f"this model's chat template refuses a conversation: {error}; turns: "
                 f"{', '.join(message['role'] for message in messages)}",
@@ -67,12 +67,19 @@ class HfTokenizer:
         """Tokenise plain text and end it with the end-of-text token."""
         whole: Any = self.inner
         ids = cast(list[int], whole(text)["input_ids"])
-        end = whole.eos_token_id
+        begin, end = whole.bos_token_id, whole.eos_token_id
+        if begin is not None and begin != end and ids[:2] == [begin, begin]:
+            ids = ids[1:]  # the text brings its own
         return ids if ids and ids[-1] == end else [*ids, end]
 
     def is_special(self, token: int) -> bool:
         """Say whether ``token`` is a control token."""
         return token in self._special
+
+    def special_texts(self) -> set[str]:
+        """Give the texts that become control tokens."""
+        added = cast(Mapping[int, Any], self.inner.added_tokens_decoder)
+        return {str(token.content) for token in added.values() if token.special}
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
@@ -147,12 +154,18 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
         config = loader.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"`{path}` is of an unsupported architecture: {error}", hint=_code_hint(error)) from error
-    return ModelShape(
-        hidden_size=int(config.hidden_size),
-        num_layers=int(config.num_hidden_layers),
-        max_positions=int(config.max_position_embeddings),
-        vocabulary=int(config.vocab_size),
-    )
+    try:
+        return ModelShape(
+            hidden_size=int(config.hidden_size),
+            num_layers=int(config.num_hidden_layers),
+            max_positions=int(config.max_position_embeddings),
+            vocabulary=int(config.vocab_size),
+        )
+    except AttributeError as error:
+        raise ModelError(
+            f"`{path}` is of an unsupported architecture: its configuration has no {error.name}",
+            hint="choose a model with attention and positions, such as a preset",
+        ) from error
 
 
 def _code_hint(error: Exception) -> str:
@@ -203,6 +216,7 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
+    _check_targets(base, config.target_modules)
     set_seed(config.seed)
     model: Any = base
     if config.method == "qlora":
@@ -216,16 +230,22 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
         target_modules=list(config.target_modules) or "all-linear",
         task_type="CAUSAL_LM",
     )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        names = sorted(
-            {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if not list(module.children())}
-        )
-        raise ModelError(
-            f"`--target-modules` {' '.join(config.target_modules)} fits no layer of this model: {error}",
-            hint=f"its layers are named: {', '.join(names)}",
-        ) from error
+    return get_peft_model(model, lora)
+
+
+def _check_targets(base: "PreTrainedModel", targets: Sequence[str]) -> None:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+    output: Any = base.get_output_embeddings()
+    names = {name.rsplit(".", 1)[-1] for name, module in layers.items() if module is not output}
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers if layers[name] is not output):
+            raise ModelError(
+                f"`--target-modules {target}` fits no linear layer of this model but its output",
+                hint=f"they are named: {', '.join(sorted(names))}",
+            )
 
 
 def adapter_state(model: Any) -> dict[str, "torch.Tensor"]:

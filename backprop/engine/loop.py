@@ -1,10 +1,10 @@
 """The training loop: trl's SFTTrainer on examples that are already tokens, with what a run must say and check."""
 
-import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from backprop.config import TrainConfig
@@ -20,13 +20,14 @@ from backprop.errors import HardwareError, TrainingError
 from backprop.events import Eval, Proved, Sink, Warned
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Fit:
     """What training measured."""
 
     losses: tuple[float, ...]
     """Mean loss of each step over its trained tokens."""
     seconds: float
+    """Of the steps; evaluations and proofs are not counted."""
     tokens: int
     """Tokens that went through the model, without padding."""
     eval_loss_before: float | None
@@ -46,15 +47,15 @@ def fit(
     config: TrainConfig,
     plan: Plan,
     say: Sink,
+    save: Callable[[], None],
     held_out: Sequence[Example] = (),
-    scratch: Path,
     curves: Path | None = None,
     run: int = 1,
 ) -> Fit:
     """Train ``model``'s adapter on ``examples`` in place.
 
     Args:
-        scratch: A folder that trl may write to; it holds nothing worth keeping.
+        save: Writes the adapter as it is; called as soon as it is trained, before anything else can go wrong.
         curves: A folder for TensorBoard's files; None for none.
         run: The number of this run in a multi-run.
 
@@ -66,31 +67,25 @@ def fit(
     from backprop.engine.trainer import StepPasses, StepTrainer, Watch
 
     prove = _prover(say, run)
-    size = _pass_size(model, config, plan, prove, say)
-    exam = Exam(model, tokenizer, examples, held_out, size=size, proofs_too=not config.skip_proofs)
-    if exam.loss_before is not None:
-        say(Eval(step=0, loss=exam.loss_before, run=run))
-    validation = Validation(model, exam.held_out_loss, patience=config.early_stopping, say=say, run=run)
-    describe = _describe(tokenizer, examples)
-    watch = Watch(config, plan, prove=prove, say=say, validation=validation, describe=describe, run=run)
-    steps = StepPasses(examples, config, plan, size)
-    trainer = StepTrainer(
-        model, tokenizer, steps, config=config, plan=plan, watch=watch, scratch=scratch, curves=curves
-    )
-    started = time.monotonic()
-    with within_documents(model) if size.packing else nullcontext(), _memory_told(plan):
-        trainer.train()
-    seconds = time.monotonic() - started
-    after = validation.finish(len(watch.losses))
-    return Fit(
-        losses=tuple(watch.losses),
-        seconds=seconds,
-        tokens=watch.tokens,
-        eval_loss_before=exam.loss_before,
-        eval_loss=after,
-        size=size,
-        failed=exam.judge(prove, say, run),
-    )
+    with _memory_told(plan), TemporaryDirectory(prefix="backprop-") as scratch:
+        size = _pass_size(model, config, plan, prove, say)
+        exam = Exam(model, tokenizer, examples, held_out, size=size, proofs_too=not config.skip_proofs)
+        if exam.loss_before is not None:
+            say(Eval(step=0, loss=exam.loss_before, run=run))
+        validation = Validation(model, exam.held_out_loss, patience=config.early_stopping, say=say, run=run)
+        describe = _describe(tokenizer, examples)
+        watch = Watch(config, plan, prove=prove, say=say, validation=validation, describe=describe, run=run)
+        steps = StepPasses(examples, config, plan, size)
+        trainer = StepTrainer(model, tokenizer, steps, config, plan, watch=watch, scratch=Path(scratch), curves=curves)
+        with within_documents(model) if size.packing else nullcontext():
+            trainer.train()
+        save()
+        after = validation.finish(len(watch.losses))
+        if validation.restored:
+            save()
+        failed = exam.judge(after, prove=prove, say=say, run=run)
+    losses = (exam.loss_before, after)
+    return Fit(tuple(watch.losses), watch.seconds, watch.tokens, *losses, size=size, failed=failed)
 
 
 @contextmanager
@@ -124,15 +119,17 @@ def _pass_size(model: Any, config: TrainConfig, plan: Plan, prove: Prove, say: S
         TrainingError: If 4-bit weights are computed wrongly; or if packing was asked for and cannot be.
     """
     micro = plan.micro_batch.value
-    size = PassSize(examples=micro, tokens=micro * plan.max_length.value, packing=plan.packing.value)
-    if config.skip_proofs:
-        return size
-    if config.method == "qlora":
+    size = PassSize(
+        examples=micro, tokens=micro * plan.max_length.value, packing=plan.packing.value, dtype=plan.dtype.value
+    )
+    if config.method == "qlora" and not config.skip_proofs:
         proof = prove(lambda: proofs.prove_quantized_layer(model))
         if not proof.ok:
             raise TrainingError(
                 f"not proved: {proof.name}: {proof.found}", hint="`backprop doctor`, or train with `--method lora`"
             )
+    if config.packing and config.skip_proofs:
+        return size
     if not size.packing:
         return size
     proof = prove(lambda: proofs.prove_isolation(model, dtype=plan.dtype.value))

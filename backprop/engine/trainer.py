@@ -67,8 +67,10 @@ class Watch(TrainerCallback):
         """Examples of the step under way."""
         self._config, self._plan, self._prove, self._say, self._run = config, plan, prove, say, run
         self._validation, self._describe = validation, describe
+        self.seconds = 0.0
+        """Of all steps so far."""
         self._tokens_before = 0
-        self._started = time.monotonic()
+        self._started, self._step_seconds = time.monotonic(), 1e-9
         self._movement: Movement | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -90,10 +92,9 @@ class Watch(TrainerCallback):
             self._movement.see_gradients()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Tell of a step."""
+        """Tell of a step; at intervals, evaluate."""
         if not logs or "loss" not in logs:
             return
-        seconds = max(time.monotonic() - self._started, 1e-9)
         loss = float(logs["loss"])
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss} at step {state.global_step}")
@@ -105,26 +106,31 @@ class Watch(TrainerCallback):
                 loss=loss,
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=float(logs["grad_norm"]),
-                seconds=seconds,
-                tokens_per_second=(self.tokens - self._tokens_before) / seconds,
+                seconds=self._step_seconds,
+                tokens_per_second=(self.tokens - self._tokens_before) / self._step_seconds,
                 memory_bytes=memory_bytes(),
                 run=self._run,
             )
         )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After the first step, prove what moved; at intervals, evaluate."""
         step = state.global_step
-        if self._movement is not None:
-            proof, self._movement = self._prove(self._movement.prove), None
-            if not proof.ok:
-                raise TrainingError(f"not proved: {proof.name}: {proof.found}", hint="raise `--learning-rate`")
         if (
             step % self._plan.eval_steps.value == 0
             and step < self._plan.steps.value
             and self._validation.evaluate(step)
         ):
             control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop the clock; after the first step, prove what moved."""
+        self._step_seconds = max(time.monotonic() - self._started, 1e-9)
+        self.seconds += self._step_seconds
+        if self._movement is not None:
+            proof, self._movement = self._prove(self._movement.prove), None
+            if not proof.ok:
+                raise TrainingError(
+                    f"not proved: {proof.name}: {proof.found}",
+                    hint="look at `--target-modules`; if you mean it, add `--skip-proofs`",
+                )
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(
@@ -145,9 +151,9 @@ class StepTrainer(SFTTrainer):
         model: Any,
         tokenizer: HfTokenizer,
         steps: StepPasses,
-        *,
         config: TrainConfig,
         plan: Plan,
+        *,
         watch: Watch,
         scratch: Path,
         curves: Path | None,

@@ -23,6 +23,8 @@ class Validation:
         self._waited = 0
         self.last: tuple[int, float] | None = None
         """Step and loss of the last evaluation."""
+        self.restored = False
+        """Whether `finish` put an earlier adapter back."""
 
     def evaluate(self, step: int) -> bool:
         """Measure and tell the loss after ``step``, and say whether training should stop."""
@@ -48,6 +50,7 @@ class Validation:
         if self._best is not None and self._best[1] != step:
             loss, best_step, state = self._best
             set_adapter_state(self._model, state)
+            self.restored = True
             self._say(
                 Phase(name=f"delivering the adapter after step {best_step}: its held-out loss {loss:.3f} is the best")
             )

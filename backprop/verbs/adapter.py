@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from backprop.config import TrainConfig
@@ -40,21 +39,23 @@ def train_one(
     if start is not None:
         load.set_adapter_state(model, start)
     say(Phase(name="training"))
-    with TemporaryDirectory(prefix="backprop-") as scratch:
-        result = loop.fit(
-            model,
-            prepared.tokenizer,
-            prepared.train.examples,
-            config=config,
-            plan=plan,
-            say=say,
-            held_out=prepared.held_out,
-            scratch=Path(scratch),
-            curves=output / "tensorboard" if config.report_to == "tensorboard" else None,
-            run=run,
-        )
-    with rundir.whole(output / "lora") as folder:
-        load.save_adapter(model, prepared.tokenizer, folder)
+
+    def save() -> None:
+        with rundir.whole(output / "lora") as folder:
+            load.save_adapter(model, prepared.tokenizer, folder)
+
+    result = loop.fit(
+        model,
+        prepared.tokenizer,
+        prepared.train.examples,
+        config=config,
+        plan=plan,
+        say=say,
+        save=save,
+        held_out=prepared.held_out,
+        curves=output / "tensorboard" if config.report_to == "tensorboard" else None,
+        run=run,
+    )
     if result.failed:
         proof = result.failed[0]
         raise TrainingError(
@@ -74,4 +75,5 @@ def measures(fit: "Fit") -> dict[str, JSON]:
         "eval_loss": fit.eval_loss,
         "tokens": fit.tokens,
         "tokens_per_second": fit.tokens / fit.seconds,
+        "packing": fit.size.packing,
     }

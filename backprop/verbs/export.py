@@ -82,8 +82,12 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         )
     manifest = rundir.read_manifest(run) or {}
     if manifest and manifest.get("status") != "finished":
+        why = (manifest.get("error") or {}).get("message", "")
         raise UsageError(
-            f"the run in `{run}` is not finished: {manifest.get('status')}", hint="run its command again, to the end"
+            f"the run in `{run}` is not finished: {manifest.get('status')}{': ' if why else ''}{why}",
+            hint="mend that and run its command again; what only a proof stopped finishes with `--skip-proofs`"
+            if manifest.get("status") == "failed"
+            else "run its command again, to the end",
         )
     base = _base_of_run(manifest) if "model" in manifest else _base_of(folder)
     model = hub.find_model(base, offline=config.offline)
@@ -196,7 +200,8 @@ def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCo
                 answer = llama_cpp.ask(beside, [[{"role": "user", "content": adapter.question}]])[0]
                 if not answer.text:
                     raise ExportError(
-                        f"the {kind} file gave no answer to {adapter.question!r}", hint="try `--quantization q8_0`"
+                        f"the {kind} file gave no answer to {adapter.question!r}",
+                        hint="ask another `--question`, or train longer",
                     )
             say(
                 Exported(

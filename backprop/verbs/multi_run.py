@@ -19,6 +19,7 @@ from backprop.events import JSON, Eval, Phase, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
 from backprop.verbs.prepare import (
     Prepared,
+    check_held_out,
     fingerprint_of,
     first_question,
     prepare,
@@ -26,6 +27,7 @@ from backprop.verbs.prepare import (
     rows_of,
     show_examples,
 )
+from backprop.verbs.rehearsal import rehearse
 from backprop.verbs.session import running
 from backprop.verbs.train import check_packages
 
@@ -67,17 +69,29 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
             session.say(
                 Warned(message="on chunks of one data set SLAO neither helps nor hurts; `sequential` is simpler")
             )
-        first = prepare(config, parts[0].judged, parts[0].held_out, say=session.say)
+        prepared = [
+            prepare(seeded(config, number), part.judged, part.held_out, say=session.say)
+            for number, part in enumerate(parts)
+        ]
+        first = prepared[0]
         if config.dry_run:
             rows = [len(part.judged.conversations) for part in parts]
             session.say(Phase(name=f"{len(parts)} runs on {rows} rows, merged by {mode}"))
             session.say(show_examples(first))
+        if config.rehearse:
+            rehearse(config, first, say=session.say)
+        if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
         question = first_question(parts[0].judged.conversations)
         session.claim(model=first.model, plan=first.plan, question=question)
-        session.finish(_fold(config, options, parts, mode, first, say=session.say))
+        session.finish(_fold(config, options, prepared, mode, say=session.say))
     return config.output
+
+
+def seeded(config: TrainConfig, number: int) -> TrainConfig:
+    """Give each run a seed of its own, counted on from the first."""
+    return dataclasses.replace(config, seed=(config.seed + number) % 2**32)
 
 
 def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
@@ -101,6 +115,7 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
     parts: list[Part] = []
     for number in range(runs):
         kept, held_out = hold_out(rows[number::runs], fraction=config.eval_fraction)
+        check_held_out(config, held_out)
         parts.append(Part(judged=dataclasses.replace(judged, conversations=kept), held_out=held_out))
     return parts
 
@@ -114,32 +129,31 @@ def _part(config: TrainConfig, samples: int | None) -> Part:
 def _fold(
     config: TrainConfig,
     options: MultiRunConfig,
-    parts: Sequence[Part],
+    parts: Sequence[Prepared],
     mode: MergeMode,
-    first: Prepared,
     *,
     say: Sink,
 ) -> Mapping[str, JSON]:
     from backprop.engine import load, loop
 
     state: slao.MergeState | None = None
-    prepared: list[Prepared] = []
     scores: list[list[float]] = []
     for number, part in enumerate(parts, start=1):
-        seeded = dataclasses.replace(config, seed=(config.seed + number - 1) % 2**32)
-        prepared.append(prepare(seeded, part.judged, part.held_out, say=say) if number > 1 else first)
         start = slao.next_start(state.fine_tuned, init=options.init) if state else None
         folder = config.output / "runs" / f"{number:03d}"
-        model, fit = train_one(seeded, prepared[-1], output=folder, say=say, start=start, run=number)
+        model, fit = train_one(seeded(config, number - 1), part, output=folder, say=say, start=start, run=number)
         rundir.write_text(folder / "metrics.json", json.dumps({**measures(fit), "losses": fit.losses}, indent=2) + "\n")
         state = slao.step(state, load.adapter_state(model), mode=mode)
         say(RunMerged(run=number, num_runs=len(parts), mode=mode))
         load.set_adapter_state(model, state.merged)
         with rundir.whole(config.output / "lora") as merged:
-            load.save_adapter(model, first.tokenizer, merged)
+            load.save_adapter(model, part.tokenizer, merged)
         say(Phase(name="evaluating the merged adapter on every part so far"))
         scores.append(
-            [_score(model, seen, index, number, fit.size, say=say) for index, seen in enumerate(prepared, start=1)]
+            [
+                _score(model, seen, index, number, fit.size, say=say)
+                for index, seen in enumerate(parts[:number], start=1)
+            ]
         )
         del model
         loop.release()

@@ -13,10 +13,10 @@ from backprop.core.data.formats import Conversation, Judged, Row, judge, parse_c
 from backprop.core.data.inspect import histogram, inspect
 from backprop.core.data.render import Encoded, Example, cut, encode_all
 from backprop.core.data.split import hold_out
-from backprop.core.data.template import adapt
+from backprop.core.data.template import adapt, with_control_tokens
 from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, make_plan
 from backprop.edges import device, files, hub
-from backprop.errors import DataError, ModelError
+from backprop.errors import DataError, ModelError, UsageError
 from backprop.events import DataRead, Examples, Phase, PlanMade, Proved, Sink, Warned
 
 if TYPE_CHECKING:
@@ -39,9 +39,30 @@ def read_data(config: TrainConfig) -> tuple[Judged, tuple[Conversation, ...]]:
     columns = parse_columns(config.column)
     judged = judge(_rows(config.data, config), columns)
     if config.eval_data:
-        return judged, judge(_rows(config.eval_data, config), columns).conversations
+        evaluation = judge(_rows(config.eval_data, config), columns)
+        notes = tuple(f"evaluation data: {warning}" for warning in evaluation.warnings)
+        return replace(judged, warnings=(*judged.warnings, *notes)), evaluation.conversations
     kept, held_out = hold_out(judged.conversations, fraction=config.eval_fraction)
+    check_held_out(config, held_out)
     return replace(judged, conversations=kept), held_out
+
+
+def check_held_out(config: TrainConfig, held_out: Sequence[Conversation]) -> None:
+    """Refuse options that need held-out rows where there are none.
+
+    Raises:
+        UsageError: Naming the option.
+    """
+    asked = {
+        "--early-stopping": config.early_stopping,
+        "--eval-steps": config.eval_steps,
+        "--eval-fraction": config.eval_fraction,
+    }
+    wanted = next((flag for flag, value in asked.items() if value), None)
+    if wanted and not held_out:
+        raise UsageError(
+            f"`{wanted}` needs held-out rows, and there are none", hint="add `--eval-data held-out.jsonl`, or more rows"
+        )
 
 
 def _rows(sources: Sequence[str], config: TrainConfig) -> Iterator[Row]:
@@ -74,14 +95,17 @@ def prepare(config: TrainConfig, judged: Judged, held_out: Sequence[Conversation
     _say_template(tokenizer, chosen.value, say)
     shape = load.load_shape(source.path, trust_remote_code=config.trust_remote_code)
     suited, suited_held_out = (adapt(part, tokenizer) for part in (judged.conversations, held_out))
-    for note in suited.notes:
+    for note in (*suited.notes, *(f"evaluation data: {note}" for note in suited_held_out.notes)):
         say(Warned(message=note))
+    forged = with_control_tokens((*suited.conversations, *suited_held_out.conversations), tokenizer)
+    if forged:
+        say(Warned(message=f"{len(forged)} rows hold control tokens of the model in their text, first: {forged[0]}"))
     whole = encode_all(suited.conversations, tokenizer, loss_on=config.loss_on)
-    max_length = choose_max_length(config, whole.longest, shape)
-    train = cut(whole, max_length.value)
-    check_supervision(config, whole, train, say=say)
     held = encode_all(suited_held_out.conversations, tokenizer, loss_on=config.loss_on)
-    held_examples = cut(held, max_length.value).examples if held.examples else ()
+    max_length = choose_max_length(config, max(whole.longest, held.longest), shape)
+    train = cut(whole, max_length.value)
+    check_supervision(config, whole, train, most=shape.max_positions, say=say)
+    held_examples = _cut_held_out(held, max_length.value, say)
     sizes = DataShape(num_examples=len(train.examples))
     plan = make_plan(config, hardware, shape, sizes, model=chosen, max_length=max_length)
     data = DataRead(
@@ -94,7 +118,12 @@ def prepare(config: TrainConfig, judged: Judged, held_out: Sequence[Conversation
         examples_dropped=train.dropped,
         shapes=judged.shapes,
         longest=train.longest,
-        ledger={**ledger.to_json(), "lengths": lengths_of(train)},
+        ledger={
+            **ledger.to_json(),
+            "lengths": lengths_of(train),
+            "examples_dropped": train.dropped,
+            "tokens_cut": train.tokens_cut,
+        },
     )
     say(data)
     choices = plan.choices()
@@ -129,22 +158,23 @@ def lengths_of(train: Encoded) -> list[list[int]]:
 MOST_CUT = 0.05
 
 
-def check_supervision(config: TrainConfig, whole: Encoded, train: Encoded, *, say: Sink) -> None:
+def check_supervision(config: TrainConfig, whole: Encoded, train: Encoded, *, most: int, say: Sink) -> None:
     """Prove from the masks that what should be trained is.
 
+    Args:
+        most: Positions of the model: no length beyond them can be chosen.
+
     Raises:
-        DataError: If more than 5 % of the tokens are cut and this was not allowed.
+        DataError: If more than 5 % of the tokens or examples are lost to the length, and this was not allowed.
         ModelError: If the template ends answers without a token that stops them.
     """
     per_example = sorted(example.num_trained for example in train.examples)
-    middle = per_example[len(per_example) // 2]
-    say(
-        Proved(
-            name="every example is trained on",
-            ok=True,
-            found=f"{per_example[0]} to {per_example[-1]} trained tokens in each of {len(per_example)} examples, "
-            f"half of them {middle} or more; {train.dropped} dropped, which had none left",
-        )
+    lost = train.dropped / len(whole.examples)
+    trained = Proved(
+        name="every example is trained on",
+        ok=lost <= MOST_CUT or config.allow_truncation,
+        found=f"{per_example[0]} to {per_example[-1]} trained tokens in each of {len(per_example)} examples, half of "
+        f"them {per_example[len(per_example) // 2]} or more; {train.dropped} dropped, which had none",
     )
     share = train.tokens_cut / whole.tokens
     cut_off = Proved(
@@ -153,14 +183,15 @@ def check_supervision(config: TrainConfig, whole: Encoded, train: Encoded, *, sa
         found=f"{train.tokens_cut} tokens ({share:.1%}) are beyond --max-length and cut, "
         f"{train.trained_tokens_cut} of them would be trained; {train.dropped} examples dropped",
     )
-    say(cut_off)
-    if not cut_off.ok:
-        raise DataError(
-            f"too much is cut: {cut_off.found}",
-            hint=f"give `--max-length {whole.longest}`, or leave it out; if you mean it, add `--allow-truncation`",
-        )
-    if train.tokens_cut:
-        say(Warned(message=f"{cut_off.found}: raise `--max-length`"))
+    longer = f"give `--max-length {whole.longest}`" if whole.longest <= most else "split the longest rows"
+    for proof in (trained, cut_off):
+        say(proof)
+        if not proof.ok:
+            raise DataError(
+                f"too much is cut: {proof.found}", hint=f"{longer}; if you mean it, add `--allow-truncation`"
+            )
+    if train.tokens_cut or train.dropped:
+        say(Warned(message=f"{cut_off.found}: {longer}"))
     if train.rewritten:
         say(
             Warned(
@@ -168,19 +199,47 @@ def check_supervision(config: TrainConfig, whole: Encoded, train: Encoded, *, sa
                 "each answer there is an example of its own"
             )
         )
+    _prove_ends(config, whole, train, say)
+
+
+def _prove_ends(config: TrainConfig, whole: Encoded, train: Encoded, say: Sink) -> None:
     answers = sum(example.answers for example in whole.examples)
+    if not answers:
+        return
     ends = Proved(
         name="the end of each answer is trained",
-        ok=not whole.unended or config.skip_proofs,
-        found=f"{answers - whole.unended} of {answers} answers end with a trained token that stops them",
+        ok=not whole.unended,
+        found=f"{answers - whole.unended} of {answers} answers end with a trained token that stops them; "
+        f"{train.unended - whole.unended if train.unended > whole.unended else 0} of these ends are cut",
     )
-    if answers:
-        say(ends)
-    if not ends.ok:
+    say(ends)
+    if not ends.ok and not config.skip_proofs:
         raise ModelError(
             f"this model's chat template does not end answers with a special token: {ends.found}",
             hint="choose a chat model, or put a `chat_template.jinja` that ends turns into a copy of the folder",
         )
+
+
+def _cut_held_out(held: Encoded, max_length: int, say: Sink) -> tuple[Example, ...]:
+    """Cut the held-out examples, and say what that takes from them.
+
+    Raises:
+        DataError: If none has a trained token left.
+    """
+    if not held.examples:
+        return ()
+    try:
+        short = cut(held, max_length)
+    except DataError as error:
+        raise DataError(f"evaluation data: {error.message}", hint=error.hint) from error
+    if short.tokens_cut or short.dropped:
+        say(
+            Warned(
+                message=f"evaluation data: {short.tokens_cut} tokens are beyond {max_length} and cut, and "
+                f"{short.dropped} examples dropped: its loss is that of what is left"
+            )
+        )
+    return short.examples
 
 
 def first_question(conversations: Sequence[Conversation]) -> str:

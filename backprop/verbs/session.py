@@ -83,6 +83,7 @@ class Session:
         ledgers = [event.ledger for event in self.events if isinstance(event, DataRead)]
         return {
             "data": dict(ledgers[0]) if ledgers else {},
+            **({"data_of_runs": [dict(ledger) for ledger in ledgers]} if len(ledgers) > 1 else {}),
             "proofs": [asdict(event) for event in self.events if isinstance(event, Proved)],
             "samples": [asdict(event) for event in self.events if isinstance(event, Sampled)],
         }

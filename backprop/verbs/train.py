@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 from backprop.config import TrainConfig
-from backprop.errors import PackageError, UsageError
+from backprop.errors import PackageError
 from backprop.events import Sink
 from backprop.verbs.adapter import measures, train_one
 from backprop.verbs.prepare import fingerprint_of, first_question, prepare, read_data, show_examples
@@ -23,11 +23,6 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
     """
     check_packages(config)
     judged, held_out = read_data(config)
-    if config.early_stopping and not held_out:
-        raise UsageError(
-            "`--early-stopping` needs held-out rows, and there are none",
-            hint="add `--eval-fraction 0.1`, or `--eval-data held-out.jsonl`",
-        )
     fingerprint = fingerprint_of([*judged.conversations, *held_out])
     with running(config, command="train", fingerprint=fingerprint, say=say) as session:
         prepared = prepare(config, judged, held_out, say=session.say)

@@ -175,7 +175,7 @@ def test_an_end_of_turn_that_would_not_be_trained_is_exit_4(fault: str) -> None:
     """axolotl#3754 #1806, torchtune#949: the loss looked perfectly healthy, and answers never stopped."""
     _, made = encoded(ENDLESS[fault], ROW)
     with pytest.raises(ModelError) as raised:
-        check_supervision(TrainConfig(data=("x",)), made, made, say=lambda event: None)
+        check_supervision(TrainConfig(data=("x",)), made, made, most=512, say=lambda event: None)
     assert raised.value.code == 4
     assert "does not end answers with a special token: 0 of 2 answers end" in raised.value.message
 

@@ -104,7 +104,7 @@ def test_a_folder_gives_the_rows_of_its_files_in_order(tmp_path: Path) -> None:
         ("a.json", '[{"text": "a"},\n{"text" "b"}]', "a.json, line 2 is not JSON"),
         ("a.json", b'[{"text": "\xff"}]', "is not text"),
         ("a.json", '[{"text": ' + "9" * 5000 + "}]", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 100)[:15] + b"\xff" * 40, "is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 100, mtime=0)[:15] + b"\xff" * 40, "is not a whole gzip file"),
         ("a.csv", "prompt,completion\na,b\nc\n", "row 2 has not as many cells"),
         ("a.csv", "prompt,completion\na,b,c\n", "row 1 has not as many cells"),
         ("a.csv", 'prompt,completion\n"a', "is not CSV"),
@@ -137,7 +137,7 @@ def test_the_hint_for_utf_16_is_a_command_that_mends_it(
 
 
 def test_half_a_gzip_file_is_refused(write: Callable[..., Path]) -> None:
-    whole = gzip.compress(b'{"text": "a"}\n' * 10_000)
+    whole = gzip.compress(b'{"text": "a"}\n' * 10_000, mtime=0)
     with pytest.raises(DataError, match="not a whole gzip file"):
         values(write(whole[: len(whole) // 2], "a.jsonl.gz"))
 

@@ -5,7 +5,8 @@ chat template and seeing what each turn adds to the text; never from marker stri
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 from backprop.core.data.formats import Conversation, Message
@@ -42,6 +43,10 @@ class ChatTokenizer(Protocol):
 
     def is_special(self, token: int) -> bool:
         """Say whether ``token`` is a control token, such as the end of a turn."""
+        ...
+
+    def special_texts(self) -> set[str]:
+        """Give the texts that become control tokens."""
         ...
 
 
@@ -130,10 +135,12 @@ def _example(text: str, spans: Sequence[Span], tokenizer: ChatTokenizer, questio
     ended = 0
     for span in spans:
         inside = [index for index, token in enumerate(tokens) if span.start <= token.start < span.end]
-        ends = [index for index in inside if tokenizer.is_special(tokens[index].id)]
+        end = next((index for index in reversed(inside) if tokenizer.is_special(tokens[index].id)), None)
         # After the end token, templates add a line break that the model never has to write.
-        last = ends[-1] if ends else max(inside, default=-1)
-        ended += bool(ends)
+        if end is not None and end < inside[-1] and text[tokens[end + 1].start : span.end].strip():
+            end = None  # a special token amid the answer
+        last = inside[-1] if end is None and inside else end if end is not None else -1
+        ended += end is not None
         for index in inside:
             mask[index] = index <= last
     return Example(tuple(token.id for token in tokens), tuple(mask), answers=len(spans), ended=ended, question=question)
@@ -168,18 +175,30 @@ class Encoded:
     @property
     def longest(self) -> int:
         """Give the number of tokens of the longest example."""
-        return max(len(example.ids) for example in self.examples)
+        return max((len(example.ids) for example in self.examples), default=0)
 
 
 def encode_all(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, loss_on: Literal["assistant", "all"]
 ) -> Encoded:
     """Encode every conversation, whole."""
-    encoded = [encode(conversation, tokenizer, loss_on=loss_on) for conversation in conversations]
+    encoded = [_encode_named(conversation, tokenizer, loss_on) for conversation in conversations]
     return Encoded(
         examples=tuple(example for examples in encoded for example in examples),
         rewritten=sum(len(examples) > 1 for examples in encoded),
     )
+
+
+def _encode_named(
+    conversation: Conversation, tokenizer: ChatTokenizer, loss_on: Literal["assistant", "all"]
+) -> list[Example]:
+    """Name the row in what goes wrong with it."""
+    try:
+        return encode(conversation, tokenizer, loss_on=loss_on)
+    except DataError as error:
+        if conversation.place in error.message:
+            raise
+        raise DataError(f"{conversation.place}: {error.message}", hint=error.hint) from error
 
 
 def cut(encoded: Encoded, max_length: int) -> Encoded:
@@ -207,4 +226,7 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
 def _shortened(example: Example, max_length: int) -> Example:
     if len(example.ids) <= max_length:
         return example
-    return Example(example.ids[:max_length], example.mask[:max_length])
+    mask = example.mask[:max_length]
+    # An answer is whole if something that is not trained follows it.
+    whole = sum(before and not after for before, after in pairwise(mask))
+    return replace(example, ids=example.ids[:max_length], mask=mask, ended=min(example.ended, whole))

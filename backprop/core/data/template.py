@@ -5,6 +5,7 @@ of models for pictures may want lists of parts, and leave out all text. Each is 
 in what the template makes of them.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,6 +102,16 @@ def adapt(conversations: Iterable[Conversation], tokenizer: ChatTokenizer) -> Ad
         f"this model's template has no place for {thing}: {SAID[thing].format(moved[thing])}" for thing in moved
     )
     return Adapted(conversations=tuple(adapted), notes=notes)
+
+
+def with_control_tokens(conversations: Iterable[Conversation], tokenizer: ChatTokenizer) -> list[str]:
+    """Give the places of conversations whose own texts hold control tokens of the model, which end or forge turns."""
+    found = re.compile("|".join(map(re.escape, sorted(tokenizer.special_texts()))) or "(?!)")
+    return [
+        conversation.place
+        for conversation in conversations
+        if any(found.search(message["content"]) for message in conversation.messages)
+    ]
 
 
 def _things(conversation: Conversation) -> list[str]:
