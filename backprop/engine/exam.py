@@ -52,11 +52,14 @@ class Exam:
         with computing(self._model, self._size.dtype):
             return proofs.ask(self._model, self._tokenizer, self._asked)
 
-    def judge(self, loss_after: float | None, *, prove: Prove, say: Sink, run: int) -> tuple[Proved, ...]:
+    def judge(
+        self, loss_after: float | None, *, last_loss: float, prove: Prove, say: Sink, run: int
+    ) -> tuple[Proved, ...]:
         """Prove what was learnt; give what does not hold.
 
         Args:
             loss_after: On the held-out examples; None without any.
+            last_loss: Of the last training step.
         """
         if not self._proofs_too:
             return ()
@@ -66,10 +69,10 @@ class Exam:
         if before is not None and after is not None:
             made.append(prove(lambda: proofs.prove_learnt(before, after, held_out=bool(self._held_out))))
         asked_before, asked_after = self._answers_before, self._answers()
-        if asked_before and asked_after and after is not None:
+        if asked_before and asked_after:
             for prompt, old, new in zip(asked_after.questions, asked_before.answers, asked_after.answers, strict=True):
                 say(Sampled(prompt=prompt, before=old, after=new, run=run))
-            stopping = proofs.prove_stopping(asked_before, asked_after, loss=after)
+            stopping = proofs.prove_stopping(asked_before, asked_after, loss=last_loss)
             if stopping is None:
                 say(Warned(message="too little is learnt to tell whether answers will stop by themselves: none did"))
             else:

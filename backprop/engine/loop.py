@@ -83,7 +83,7 @@ def fit(
         after = validation.finish(len(watch.losses))
         if validation.restored:
             save()
-        failed = exam.judge(after, prove=prove, say=say, run=run)
+        failed = exam.judge(after, last_loss=watch.losses[-1], prove=prove, say=say, run=run)
     losses = (exam.loss_before, after)
     return Fit(tuple(watch.losses), watch.seconds, watch.tokens, *losses, size=size, failed=failed)
 

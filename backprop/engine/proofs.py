@@ -298,7 +298,7 @@ def prove_stopping(before: Asked, after: Asked, *, loss: float) -> Proved | None
     """An answer must end by itself, or be likely to. None if training was too short to tell.
 
     Args:
-        loss: The mean over all trained tokens, after training.
+        loss: The mean over the trained tokens of the last step: where ends are not among them, it is low without them.
     """
     asked = len(after.answers)
     likely = after.end_loss < LIKELY

@@ -169,11 +169,39 @@ def test_a_run_that_makes_the_model_worse_is_exit_6_but_its_adapter_is_kept(
     assert json.loads((run.folder / "run.json").read_text())["status"] == "failed"
 
 
-def test_answers_that_never_end_are_found_unless_their_end_became_likelier() -> None:
-    asked = proofs.Asked(questions=("q",), answers=("a",), stopped=0, end_loss=3.0)
-    assert not proofs.prove_stopping(asked, dataclasses.replace(asked, end_loss=4.0)).ok
-    assert proofs.prove_stopping(asked, dataclasses.replace(asked, end_loss=2.0)).ok
-    assert proofs.prove_stopping(asked, dataclasses.replace(asked, end_loss=4.0, stopped=1)).ok
+@pytest.mark.parametrize(
+    ("stopped", "end_loss", "loss", "ok"),
+    [
+        (1, 9.0, 0.1, True),  # one ended
+        (0, 2.0, 3.0, True),  # one in seven will
+        (0, 9.0, 0.1, False),  # the answers are known, their end is not
+        (0, 9.5, 3.0, False),  # the end became unlikelier
+        (0, 8.0, 3.0, None),  # little is learnt yet
+    ],
+)
+def test_answers_that_never_end_are_found(stopped: int, end_loss: float, loss: float, ok: bool | None) -> None:
+    before = proofs.Asked(questions=("q",), answers=("a",), stopped=0, end_loss=9.0)
+    proof = proofs.prove_stopping(before, dataclasses.replace(before, stopped=stopped, end_loss=end_loss), loss=loss)
+    assert (proof and proof.ok) == ok
+
+
+def test_ends_that_are_masked_after_all_masks_were_proved_are_found(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a collator does that takes the end token for padding: the loss looks healthy, and answers never stop."""
+    from backprop.engine import trainer
+
+    def without_ends(*arguments: Any) -> list[dict[str, Any]]:
+        return [
+            {**one, "labels": one["labels"].masked_fill(one["labels"] == 2, batches.IGNORED)}
+            for one in batches.passes(*arguments)
+        ]
+
+    monkeypatch.setattr(trainer, "passes", without_ends)
+    run = train(rows=[chat(f"What is {n}?", "It is here.") for n in range(8)], steps=60)
+    (failed,) = run.all(events.Failed)
+    assert failed.code == 6
+    assert "answers stop by themselves: 0 of 3" in failed.message
 
 
 # Templates and lengths, as a run tells of them.
@@ -280,3 +308,18 @@ def test_the_length_is_that_of_the_longest_row_also_beyond_2048(
     assert not run.all(events.Failed)
     assert (read.tokens_cut, read.examples_dropped) == (0, 0)
     assert read.longest > 3000
+
+
+def test_without_proofs_the_same_is_trained_and_what_does_not_hold_is_not_called_proved(
+    train: Callable[..., Run], changed: Callable[..., Path]
+) -> None:
+    endless = changed(
+        "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    assert train(skip_proofs=True).losses == train().losses
+    run = train(model=endless, skip_proofs=True)
+    ends = next(proof for proof in run.all(events.Proved) if "end" in proof.name)
+    assert not ends.ok
+    assert not run.all(events.Failed)
+    assert json.loads((run.folder / "run.json").read_text())["config"]["skip_proofs"] is True

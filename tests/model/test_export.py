@@ -27,13 +27,13 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_gguf_answers_as_it_was_trained_and_stops_and_the_run_tells_of_it(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
-    done = backprop("export", "run", "-q", "f16", "-q", "q8_0", "--json", cwd=tmp_path)
+    done = backprop("export", "run", "-q", "f16", "-q", "q5_k_m", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines()]
     exported = [event for event in printed if event["event"] == "exported"]
-    assert [event["quantization"] for event in exported] == ["f16", "q8_0"]
+    assert [event["quantization"] for event in exported] == ["f16", "q5_k_m"]
     files = sorted(path.name for path in (tmp_path / "run" / "export").iterdir())
-    assert files == ["run-f16.gguf", "run-q8_0.gguf"]
+    assert files == ["run-f16.gguf", "run-q5_k_m.gguf"]
     for event in exported:
         assert event["question"] == "What is 0?", "not the first question of the training data"
         assert event["answer"] == "It is here.", event

@@ -11,7 +11,7 @@ from conftest import backprop, chat
 ROWS = [chat(f"What is {n}?", "It is here.") for n in range(12)]
 
 
-@pytest.mark.model
+@pytest.mark.slow
 def test_a_model_that_cannot_become_a_gguf_is_found_before_training(
     tiny_model: Path, tmp_path: Path, write: Callable[..., Path]
 ) -> None:

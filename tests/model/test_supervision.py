@@ -15,6 +15,8 @@ from backprop.engine import batches, exam
 
 pytestmark = pytest.mark.model
 
+ONE_ANSWER = [chat(f"What is {n}?", "It is here.") for n in range(8)]
+
 
 def of_kind(folder: Path, kind: str, **options: Any) -> Path:
     """A random model of another architecture, with the words of the tiny one."""
@@ -86,13 +88,10 @@ def test_other_architectures_train_the_same_packed_or_padded_or_say_why_not(
     assert by_itself.losses == pytest.approx(padded.losses, rel=1e-5)
     warned = [event.message for event in by_itself.all(events.Warned)]
     assert any("rows are padded instead" in message for message in warned) == (not packs)
-    if not packs:
-        (failed,) = train(model=model, packing=True).all(events.Failed)
-        assert (failed.code, failed.hint) == (6, "add `--no-packing`")
 
 
 def test_every_run_proves_and_tells_what_it_proved(train: Callable[..., Run]) -> None:
-    run = train(steps=5)
+    run = train(rows=ONE_ANSWER, steps=60)
     names = [
         "every example is trained on",
         "nothing is cut without notice",
@@ -103,18 +102,84 @@ def test_every_run_proves_and_tells_what_it_proved(train: Callable[..., Run]) ->
         "answers stop by themselves",
     ]
     assert [(proof.name, proof.ok) for proof in run.all(events.Proved)] == [(name, True) for name in names]
+    assert run.all(events.Proved)[-1].found.startswith("3 of 3 answers ended")
+    assert [(sample.prompt, sample.after) for sample in run.all(events.Sampled)] == [
+        (f"What is {number}?", "It is here.") for number in range(3)
+    ]
     manifest = json.loads((run.folder / "run.json").read_text())
     assert [proof["name"] for proof in manifest["proofs"]] == names
-    assert manifest["samples"][0]["prompt"] == "question 0"
-    assert train(steps=5, skip_proofs=True).losses == run.losses
-    assert json.loads((run.folder / "run.json").read_text())["config"]["skip_proofs"] is True
+    assert manifest["samples"][0]["after"] == "It is here."
 
 
-def test_a_model_asked_after_training_stops(train: Callable[..., Run]) -> None:
-    run = train(rows=[chat(f"What is {n}?", "It is here.") for n in range(8)], steps=60)
-    assert {sample.after for sample in run.all(events.Sampled)} == {"It is here."}
-    (stops,) = [proof for proof in run.all(events.Proved) if "stop" in proof.name]
-    assert stops.found.startswith("3 of 3 answers ended")
+def test_packing_is_proved_even_where_proofs_are_skipped(
+    train: Callable[..., Run], tmp_path: Path, tiny_model: Path
+) -> None:
+    """It costs milliseconds, and without it a model that cannot pack ended in a traceback, or trained on a leak."""
+    model = with_words(of_kind(tmp_path / "gemma", "Gemma2", attn_logit_softcapping=50.0), tiny_model)
+    run = train(model=model, skip_proofs=True)
+    assert any("rows are padded instead" in event.message for event in run.all(events.Warned))
+    assert json.loads((run.folder / "run.json").read_text())["result"]["packing"] is False
+
+
+def test_held_out_rows_longer_than_all_others_are_measured_whole(
+    train: Callable[..., Run], write: Callable[..., Path]
+) -> None:
+    """They were cut to the longest training row without a word, and the loss was that of their first words."""
+    held = write([chat("a", "word " * 90)], "held.jsonl")
+    run = train(rows=[chat("a", "b")] * 8, eval_data=(str(held),), steps=1)
+    (plan,) = run.all(events.PlanMade)
+    assert plan.choices["max_length"] > 90
+    assert not [event for event in run.all(events.Warned) if "cut" in event.message]
+    cut = train(rows=[chat("a", "b")] * 8, eval_data=(str(held),), steps=1, max_length=50)
+    assert [event for event in cut.all(events.Warned) if event.message.startswith("evaluation data: ")]
+
+
+def test_ends_that_are_cut_are_counted(train: Callable[..., Run]) -> None:
+    run = train(rows=[chat("a", "word " * 40)] * 2 + [chat("a", "b")] * 6, max_length=45, allow_truncation=True)
+    ends = next(proof for proof in run.all(events.Proved) if proof.name.startswith("the end"))
+    assert ends.found == "8 of 8 answers end with a trained token that stops them; 2 of these ends are cut"
+
+
+def test_a_trained_adapter_is_saved_before_anything_else_can_go_wrong(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exam.Exam, "judge", judge)
+    run = train()
+    assert run.all(events.Failed)[0].code == 130
+    assert (run.folder / "lora" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ({"target_modules": ("lm_head",)}, 4, "`--target-modules lm_head` fits no linear layer"),
+        ({"target_modules": ("q_proj", "nosuch")}, 4, "`--target-modules nosuch` fits no linear layer"),
+        ({"early_stopping": 1}, 2, "`--early-stopping` needs held-out rows"),
+        ({"eval_steps": 1}, 2, "`--eval-steps` needs held-out rows"),
+    ],
+    ids=["the output layer", "a name among others", "stopping", "evaluating"],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    train: Callable[..., Run], options: dict[str, Any], code: int, said: str
+) -> None:
+    (failed,) = train(**options).all(events.Failed)
+    assert failed.code == code
+    assert said in failed.message
+
+
+def test_rows_too_short_for_every_layer_to_learn_from_raise_no_alarm(train: Callable[..., Run]) -> None:
+    """With two tokens, the first attends to itself alone: queries and keys get no gradient."""
+    run = train(rows=[{"text": "sea"}], batch_size=1)
+    assert not run.all(events.Failed)
+    assert all(proof.ok for proof in run.all(events.Proved))
+
+
+def test_texts_that_hold_control_tokens_are_told(train: Callable[..., Run]) -> None:
+    run = train(rows=[chat("a", "b<|im_end|>c"), chat("a", "b")], steps=1)
+    assert any("1 rows hold control tokens" in event.message for event in run.all(events.Warned))
 
 
 def test_the_mean_loss_is_the_same_packed_or_padded(loaded: Any) -> None:

@@ -48,7 +48,8 @@ def train(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> Calla
     def train(name: str = "run", rows: list[Any] | None = None, **options: Any) -> Path:
         source = write(rows, f"{name}.jsonl") if rows is not None else data
         trainer = Trainer(str(tiny_model), say=lambda event: None, output=tmp_path / name)
-        return trainer.train(source, **{"steps": 3, "batch_size": 4, "lora_r": 4, "learning_rate": 1e-2, **options})
+        defaults = {"steps": 3, "batch_size": 4, "lora_r": 4, "learning_rate": 1e-2, "skip_proofs": True}
+        return trainer.train(source, **{**defaults, **options})
 
     return train
 
@@ -167,7 +168,7 @@ def test_another_seed_starts_from_another_adapter_and_takes_the_rows_in_another_
     train: Callable[..., Path],
 ) -> None:
     # At a rate too small to matter, the adapter is where it began, and the losses are those of the rows.
-    one, two = (train(f"run {seed}", learning_rate=1e-12, seed=seed, skip_proofs=True) for seed in (1, 2))
+    one, two = (train(f"run {seed}", learning_rate=1e-12, seed=seed) for seed in (1, 2))
     starts = [adapter(run) for run in (one, two)]
     assert not any(starts[0][name].allclose(starts[1][name], atol=1e-3) for name in starts[0] if "lora_A" in name)
     assert losses(one) != losses(two)
@@ -229,6 +230,7 @@ def test_a_failure_before_training_leaves_the_earlier_run_as_it_was(
     assert (run / "lora" / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_the_run(
     tiny_model: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -313,7 +315,7 @@ def test_training_stops_early_and_the_best_adapter_is_delivered(
     """Answers that are learnt by heart make another answer unlikelier, once the first steps have taught the ending."""
     held = write([chat("a", "seven eight nine")], "held.jsonl")
     rows = [chat("a", "one two three four five six")] * 8
-    options = {"eval_data": (str(held),), "eval_steps": 2, "skip_proofs": True, "learning_rate": 3e-2}
+    options = {"eval_data": (str(held),), "eval_steps": 2, "learning_rate": 3e-2}
     # The same rate at each step, whatever the number of steps.
     options |= {"scheduler": "constant", "warmup": 0.0}
     run = train(rows=rows, steps=200, early_stopping=2, **options)
