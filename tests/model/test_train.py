@@ -396,6 +396,7 @@ def start(command: list[str], *, cwd: Path) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 75, "SIGTERM")])
 def test_a_signal_leaves_nothing_half_written_and_another_command_is_refused(
     tmp_path: Path, write: Callable[..., Path], tiny_model: Path, sent: signal.Signals, code: int, name: str

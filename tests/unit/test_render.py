@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 from conftest import ForgetfulTokenizer, LetterTokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backprop.core.data.formats import Conversation, Message
@@ -96,6 +96,7 @@ turn = st.tuples(st.sampled_from(["system", "user", "assistant"]), words)
 
 
 @pytest.mark.parametrize("tokenizer", [LetterTokenizer(), ForgetfulTokenizer()], ids=["appends", "rewrites"])
+@settings(max_examples=50)
 @given(turns=st.lists(turn, min_size=1, max_size=6).filter(lambda turns: any(role == "assistant" for role, _ in turns)))
 def test_what_is_trained_is_exactly_the_answers_in_order(
     tokenizer: LetterTokenizer, turns: list[tuple[str, str]]
