@@ -12,6 +12,10 @@ DOCUMENTS = "backprop_documents"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
+class UnknownAttentionError(Exception):
+    """An architecture adds something to its attention scores that is not known here; it cannot be packed."""
+
+
 def attend_within_documents(
     module: Any,
     query: Any,
@@ -37,11 +41,11 @@ def attend_within_documents(
         The output, of shape (1, T, H, D), and None for the weights.
 
     Raises:
-        NotImplementedError: If this architecture adds something to its scores that is not known here.
+        UnknownAttentionError: If this architecture adds something to its scores that is not known here.
     """
     unknown = [name for name in UNKNOWN if rest.get(name) is not None]
     if unknown or attention_mask is not None:
-        raise NotImplementedError(f"attention within documents does not know {', '.join(unknown) or 'a mask'}")
+        raise UnknownAttentionError(f"attention within documents does not know {', '.join(unknown) or 'a mask'}")
     if _varlen_fits(query, value, dropout):
         return _varlen(query, key, value, document_lengths, document_ends, scaling, sliding_window), None
     return _one_by_one(query, key, value, document_lengths, scaling, dropout, sliding_window), None

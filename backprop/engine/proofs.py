@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from backprop.core.data.render import Example
-from backprop.engine.attention import within_documents
+from backprop.engine.attention import UnknownAttentionError, within_documents
 from backprop.engine.batches import computing, packed, padded, sum_of_losses, to_device
 from backprop.engine.load import HfTokenizer
 from backprop.events import Proved
@@ -44,7 +44,7 @@ def prove_isolation(model: Any, *, dtype: str = "float32") -> Proved:
     try:
         with within_documents(model), computing(model, dtype):
             kept, moved = (_logits(model, packed([one, second]))[0, PROOF_TOKENS:] for one in (first, other))
-    except (NotImplementedError, TypeError) as error:
+    except (UnknownAttentionError, TypeError) as error:
         return Proved(name=name, ok=False, found=f"this architecture cannot attend within documents: {error}")
     with computing(model, dtype):
         alone = _logits(model, padded([second]))[0]
