@@ -210,7 +210,7 @@ def _prove_ends(config: TrainConfig, whole: Encoded, train: Encoded, say: Sink) 
         name="the end of each answer is trained",
         ok=not whole.unended,
         found=f"{answers - whole.unended} of {answers} answers end with a trained token that stops them; "
-        f"{train.unended - whole.unended if train.unended > whole.unended else 0} of these ends are cut",
+        f"{max(0, train.unended - whole.unended)} of these ends are cut",
     )
     say(ends)
     if not ends.ok and not config.skip_proofs:

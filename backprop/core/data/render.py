@@ -139,7 +139,7 @@ def _example(text: str, spans: Sequence[Span], tokenizer: ChatTokenizer, questio
         # After the end token, templates add a line break that the model never has to write.
         if end is not None and end < inside[-1] and text[tokens[end + 1].start : span.end].strip():
             end = None  # a special token amid the answer
-        last = inside[-1] if end is None and inside else end if end is not None else -1
+        last = max(inside, default=-1) if end is None else end
         ended += end is not None
         for index in inside:
             mask[index] = index <= last
