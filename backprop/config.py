@@ -115,7 +115,7 @@ class TrainConfig:
     lora_r: Annotated[int, Bounds(least=1, most=1024), Parameter(group=LORA)] = 16
     """Rank."""
     lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
-    """The adapter is multiplied by alpha / rank. Default: twice the rank."""
+    """The adapter is multiplied by alpha / rank. Default: such that this is 2."""
     rslora: Annotated[bool, Parameter(group=LORA, negative="", show_default=False)] = False
     """Divide alpha by the root of the rank."""
     lora_plus: Annotated[float | None, Bounds(least=1, most=1000), Parameter(group=LORA)] = None
@@ -144,6 +144,8 @@ class TrainConfig:
         check_fields(self)
         if self.steps is not None and self.epochs is not None:
             raise UsageError("both `--steps` and `--epochs` are given", hint="give one of them")
+        if self.lora_plus is not None and self.method == "dora":
+            raise UsageError("`--lora-plus` would also quicken DoRA's magnitudes", hint="leave out one of them")
         if self.eval_data and self.eval_fraction is not None:
             raise UsageError("both `--eval-data` and `--eval-fraction` are given", hint="give one of them")
         if not self.data:

@@ -132,6 +132,8 @@ def make_plan(
         learning_rate=_choose_rate(config, shape),
         lora_alpha=Choice(config.lora_alpha, "set by `--lora-alpha`")
         if config.lora_alpha is not None
+        else Choice(2.0 * math.sqrt(config.lora_r), "twice the root of the rank, for `--rslora`")
+        if config.rslora
         else Choice(2.0 * config.lora_r, "twice the rank"),
         checkpointing=Choice(
             on_gpu, "memory for speed; a later plan will measure" if on_gpu else "main memory is enough"
@@ -213,7 +215,7 @@ def _choose_eval_steps(config: TrainConfig, steps: int) -> Choice[int]:
     if config.eval_steps is not None:
         return Choice(config.eval_steps, "set by `--eval-steps`")
     if config.early_stopping is not None:
-        return Choice(max(1, steps // EVALUATIONS), f"{EVALUATIONS} evaluations, for `--early-stopping`")
+        return Choice(math.ceil(steps / EVALUATIONS), f"at most {EVALUATIONS} evaluations, for `--early-stopping`")
     return Choice(steps, "only after the last step")
 
 
@@ -227,4 +229,5 @@ def _choose_rate(config: TrainConfig, shape: ModelShape) -> Choice[float]:
     if config.learning_rate is not None:
         return Choice(config.learning_rate, "set by `--learning-rate`")
     rate = RATE_AT_2000 * (2000 / shape.hidden_size) ** RATE_EXPONENT
-    return Choice(float(f"{rate:.1e}"), f"for LoRA at width {shape.hidden_size}")
+    faster = f"; B learns {config.lora_plus:g} times faster" if config.lora_plus else ""
+    return Choice(float(f"{rate:.1e}"), f"for LoRA at width {shape.hidden_size}{faster}")

@@ -41,7 +41,7 @@ _MUST_EQUAL: dict[str, tuple[object, str | None]] = {
     "base_model_name_or_path": (None, "--model"),
     "r": (8, "--lora-r"),
     "lora_alpha": (8, "--lora-alpha"),
-    "use_rslora": (False, None),
+    "use_rslora": (False, "--rslora"),
     "use_dora": (False, "--method"),
     "target_modules": (None, "--target-modules"),
     "rank_pattern": ({}, None),

@@ -128,8 +128,6 @@ def _pass_size(model: Any, config: TrainConfig, plan: Plan, prove: Prove, say: S
             raise TrainingError(
                 f"not proved: {proof.name}: {proof.found}", hint="`backprop doctor`, or train with `--method lora`"
             )
-    if config.packing and config.skip_proofs:
-        return size
     if not size.packing:
         return size
     proof = prove(lambda: proofs.prove_isolation(model, dtype=plan.dtype.value))

@@ -74,10 +74,10 @@ class Watch(TrainerCallback):
         self._movement: Movement | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Start the clock; before the first step, note where every weight stands."""
-        self._started, self._tokens_before = time.monotonic(), self.tokens
+        """Before the first step, note where every weight stands; then start the clock."""
         if state.global_step == 0 and not self._config.skip_proofs:
             self._movement = Movement(model)
+        self._started, self._tokens_before = time.monotonic(), self.tokens
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Stop before an update with a gradient that is not finite."""
@@ -121,7 +121,9 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clock; after the first step, prove what moved."""
+        """Stop the clock when the GPU is done; after the first step, prove what moved."""
+        if self._plan.device.value == "cuda":
+            torch.cuda.synchronize()
         self._step_seconds = max(time.monotonic() - self._started, 1e-9)
         self.seconds += self._step_seconds
         if self._movement is not None:

@@ -1,5 +1,6 @@
 """Validation while training: the held-out loss at intervals, the best adapter so far, and when to stop."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ class Validation:
         self._say(Eval(step=step, loss=loss, run=self._run))
         if self._patience is None:
             return False
-        if self._best is None or loss < self._best[0]:
+        if self._best is None or loss < self._best[0] or math.isnan(self._best[0]):
             self._best, self._waited = (loss, step, adapter_state(self._model)), 0
         else:
             self._waited += 1

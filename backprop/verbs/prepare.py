@@ -210,7 +210,7 @@ def _prove_ends(config: TrainConfig, whole: Encoded, train: Encoded, say: Sink) 
         name="the end of each answer is trained",
         ok=not whole.unended,
         found=f"{answers - whole.unended} of {answers} answers end with a trained token that stops them; "
-        f"{max(0, train.unended - whole.unended)} of these ends are cut",
+        f"{_num_ended(whole) - _num_ended(train)} of these ends are cut",
     )
     say(ends)
     if not ends.ok and not config.skip_proofs:
@@ -218,6 +218,10 @@ def _prove_ends(config: TrainConfig, whole: Encoded, train: Encoded, say: Sink) 
             f"this model's chat template does not end answers with a special token: {ends.found}",
             hint="choose a chat model, or put a `chat_template.jinja` that ends turns into a copy of the folder",
         )
+
+
+def _num_ended(encoded: Encoded) -> int:
+    return sum(example.ended for example in encoded.examples)
 
 
 def _cut_held_out(held: Encoded, max_length: int, say: Sink) -> tuple[Example, ...]:

@@ -228,5 +228,5 @@ def _shortened(example: Example, max_length: int) -> Example:
         return example
     mask = example.mask[:max_length]
     # An answer is whole if something that is not trained follows it.
-    whole = sum(before and not after for before, after in pairwise(mask))
+    whole = sum(before and not after for before, after in pairwise(example.mask[: max_length + 1]))
     return replace(example, ids=example.ids[:max_length], mask=mask, ended=min(example.ended, whole))

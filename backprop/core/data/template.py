@@ -5,6 +5,7 @@ of models for pictures may want lists of parts, and leave out all text. Each is 
 in what the template makes of them.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -110,7 +111,7 @@ def with_control_tokens(conversations: Iterable[Conversation], tokenizer: ChatTo
     return [
         conversation.place
         for conversation in conversations
-        if any(found.search(message["content"]) for message in conversation.messages)
+        if found.search(json.dumps([conversation.messages, conversation.tools], ensure_ascii=False))
     ]
 
 
