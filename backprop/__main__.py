@@ -1,5 +1,53 @@
-"""`python -m backprop`."""
+"""The command: a plain question for help is answered from a prepared page; all else goes to the command line.
 
-from backprop.cli import main
+Drawing a page anew takes some 300 ms, nearly all of it in libraries; `scripts/readme` draws them once.
+"""
 
-main()
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PAGES = Path(__file__).with_name("help_pages")
+WIDTH = 80
+
+
+def main() -> None:
+    """Run the command line and exit with the code of the contract."""
+    page = prepared_page(sys.argv[1:])
+    if page is None:
+        from backprop.cli import main
+
+        main()
+    else:
+        _show(page)
+
+
+def prepared_page(tokens: Sequence[str]) -> Path | None:
+    """Give the page that answers ``tokens``, if they ask for nothing but help."""
+    if tokens and tokens[-1] not in ("--help", "-h"):
+        return None
+    command = tokens[:-1] or ["backprop"]
+    page = PAGES / f"{command[0]}.txt"
+    return page if len(command) == 1 and command[0] and page.is_file() else None
+
+
+def _show(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    if not sys.stdout or not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        text = uncoloured(text)
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+
+
+def uncoloured(text: str) -> str:
+    """Leave out the sequences that colour ``text`` in a terminal."""
+    import re
+
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+if __name__ == "__main__":
+    main()

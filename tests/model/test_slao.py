@@ -606,7 +606,7 @@ CONFIG: dict[str, object] = {
         ("base_model_name_or_path", "Qwen/Qwen2.5-1.5B", "`--model`"),
         ("r", 8, "`--lora-r`"),
         ("lora_alpha", 16, "`--lora-alpha`"),
-        ("use_rslora", True, "`--config`"),
+        ("use_rslora", True, "`--rslora`"),
         ("use_dora", True, "`--method`"),
         ("target_modules", ["q_proj"], "`--target-modules`"),
         ("target_modules", "q_proj|v_proj", "`--target-modules`"),

@@ -1,6 +1,8 @@
 """The command line: three faces of an option, exit codes, and every kind of bad input."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import chat
 
+from backprop.__main__ import prepared_page, uncoloured
 from backprop.cli import run
 from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
 
@@ -228,6 +231,23 @@ def test_completion_is_installed_for_the_shell(monkeypatch: pytest.MonkeyPatch, 
 def test_help_fits_two_screens(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     assert run([*command, "--help"]) == 0
     assert capsys.readouterr().out.count("\n") <= 100  # two screens of 50 lines
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["multi-run"], ["export"], ["doctor"]], ids=str)
+def test_help_is_shown_from_a_prepared_page_without_loading_the_command_line(command: list[str]) -> None:
+    program = "import sys; from backprop.__main__ import main; main(); assert 'cyclopts' not in sys.modules"
+    page = prepared_page([*command, "--help"])
+    assert page
+    shown = subprocess.run([sys.executable, "-c", program, *command, "-h"], capture_output=True, text=True, check=True)
+    assert shown.stdout == uncoloured(page.read_text())
+    assert "Usage: backprop" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "tokens", [["train"], ["trian", "--help"], ["", "-h"], ["train", "--data", "x", "--help"], ["--version"]], ids=str
+)
+def test_all_else_goes_to_the_command_line(tokens: list[str]) -> None:
+    assert prepared_page(tokens) is None
 
 
 def test_the_terminal_never_gets_the_escape_sequences_of_a_file(
