@@ -16,11 +16,24 @@ def main() -> None:
     """Run the command line and exit with the code of the contract."""
     page = prepared_page(sys.argv[1:])
     if page is None:
+        _end_at_signals()
         from backprop.cli import main
 
         main()
     else:
         _show(page)
+
+
+def _end_at_signals() -> None:
+    """End with the codes of the contract while the command line is still loading; it listens itself afterwards."""
+    import signal
+
+    def end(number: int, _: object) -> None:
+        os._exit(75 if number == signal.SIGTERM else 130)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def prepared_page(tokens: Sequence[str]) -> Path | None:

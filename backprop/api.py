@@ -7,6 +7,7 @@ from typing import Any
 
 from backprop.config import ExportConfig, MultiRunConfig, TrainConfig
 from backprop.console import Console
+from backprop.edges import stopping
 from backprop.errors import UsageError
 from backprop.events import Sink
 
@@ -32,7 +33,7 @@ class Trainer:
         from backprop.verbs.train import train
 
         config = self._config(data, options)
-        with Console() as console:
+        with stopping.armed(), Console() as console:
             return self._kept(train(config, say=self._say or console), config)
 
     def multi_run(
@@ -52,7 +53,7 @@ class Trainer:
             options["steps"] = steps_per_run
         config = self._config(dataset, options)
         runs = MultiRunConfig(runs=num_runs, samples=samples_per_run, merge_mode=merge_mode)
-        with Console() as console:
+        with stopping.armed(), Console() as console:
             return self._kept(multi_run(config, runs, say=self._say or console), config)
 
     def export(self, format: str = "gguf", *, quantization: str | Iterable[str] = (), **options: Any) -> list[Path]:
@@ -60,7 +61,7 @@ class Trainer:
         from backprop.verbs.export import export
 
         config = _build(ExportConfig, {"format": format, "quantization": quantization, **options})
-        with Console() as console:
+        with stopping.armed(), Console() as console:
             return export(self._trained(), config, say=self._say or console)
 
     def save(self, folder: str | Path) -> Path:

@@ -1,14 +1,14 @@
 """The command line: parse, call one verb, print, exit."""
 
+import contextlib
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Annotated, Any, NoReturn, TextIO
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -17,7 +17,8 @@ from cyclopts.config import Env
 import backprop
 from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
 from backprop.console import Console, without_escapes
-from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, Interrupted, Stopped, Terminated, UsageError, stopped_by
+from backprop.edges import stopping
+from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, UsageError
 from backprop.events import Event, Failed, Sink, schema
 
 OUTPUT = Group.create_ordered("Output")
@@ -118,15 +119,18 @@ def _call(work: Callable[[Sink], Sequence[Path]], voice: Voice) -> int:
             from backprop.events import tee
 
             say = tee(until_closed(json_lines(_stdout())), console)
-        try:
-            paths = work(say)
-        except BackpropError as error:
+
+        def end(error: BackpropError) -> int:
             say(Failed(code=error.code, message=error.message, hint=error.hint or ""))
             return error.code
+
+        try:
+            with stopping.ends_with(end):
+                paths = work(say)
+        except BackpropError as error:
+            return end(error)
         except KeyboardInterrupt as interrupt:
-            stopped = stopped_by(interrupt)
-            say(Failed(code=stopped.code, message=stopped.message, hint=stopped.hint or ""))
-            return stopped.code
+            return end(stopping.accept(interrupt))
     if not voice.json:
         for path in paths:
             print(path, file=_stdout())
@@ -156,7 +160,7 @@ def until_closed(sink: Sink) -> Sink:
     return say
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code of the contract."""
     tokens = list(sys.argv[1:] if argv is None else argv)
     if tokens[:1] == ["--json-schema"]:
@@ -165,21 +169,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(schema(), indent=2))
         sys.exit(0)
     sys.excepthook = _tell_of_bug
-    signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that this terminal cannot show ends no run
-    code = run(tokens)
-    if code in (Interrupted.code, Stopped.code):
-        # An interrupt that struck inside `exec` is remembered by Python as unhandled, though it was handled: it would
-        # end the process by the signal instead of by the code.
+    with stopping.armed():
+        code = run(tokens)
         for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
+            with contextlib.suppress(OSError):  # who read it has gone
+                stream.flush()
+        # At once: libraries take their time to unload, and a signal meanwhile would change the code. An interrupt that
+        # struck inside `exec` is remembered by Python as unhandled, and would end the process by the signal.
         os._exit(code)
-    sys.exit(code)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
 
 
 def _tell_of_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -207,7 +206,7 @@ def run(tokens: Sequence[str]) -> int:
     except UsageError as error:
         return _usage(error.message, error.hint or "", as_json)
     except KeyboardInterrupt as interrupt:
-        stopped = stopped_by(interrupt)
+        stopped = stopping.accept(interrupt)
         return _usage(stopped.message, stopped.hint or "", as_json, code=stopped.code)
     return code if isinstance(code, int) else 0
 

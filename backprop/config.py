@@ -133,6 +133,14 @@ class TrainConfig:
     """Print the plan, the data ledger and three examples; train nothing."""
     rehearse: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """First go the whole way to an answering GGUF with a small random copy of the model."""
+    resume: Annotated[str, Parameter(group=RUN)] = "auto"
+    """`auto` goes on with an interrupted run in `--output`; `never` begins anew; or the folder of a checkpoint."""
+    save_steps: Annotated[int | None, Count, Parameter(group=RUN)] = None
+    """Steps between checkpoints. Default: every 5 minutes, and after evaluations."""
+    keep_checkpoints: Annotated[int, Bounds(least=1, most=1000), Parameter(group=RUN)] = 2
+    """Checkpoints that stay."""
+    max_minutes: Annotated[float | None, Positive, Parameter(group=RUN)] = None
+    """Stop in time, saved, with exit code 75; the same command goes on."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Leave out proofs that take time; the manifest says so."""
     offline: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False

@@ -79,21 +79,9 @@ class Interrupted(BackpropError):  # noqa: N818 - it is not a fault
 
 
 class Stopped(BackpropError):  # noqa: N818 - it is not a fault
-    """Another program asked for the end, with SIGTERM: what `docker stop` and CI jobs send."""
+    """Another program asked for the end, or the time is over; the same command goes on."""
 
     code = 75
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program stands, as Python does for Ctrl-C."""
-
-
-def stopped_by(interrupt: KeyboardInterrupt) -> Interrupted | Stopped:
-    """Give the error that an interrupt means."""
-    hint = "run the same command again; it starts anew"
-    if isinstance(interrupt, Terminated):
-        return Stopped("stopped by SIGTERM", hint=hint)
-    return Interrupted("stopped by Ctrl-C", hint=hint)
 
 
 EXIT_CODE_OF_A_BUG = 1

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any, cast
 
 EVENT_VERSION = 1
 
@@ -112,12 +113,43 @@ class Proved:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Gated:
+    """A gate that the caller set, and whether it was met."""
+
+    gate: str
+    """As given, e.g. `eval_loss<1.2`."""
+    ok: bool
+    found: str
+    run: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
     """What the model answered before training and after it."""
 
     prompt: str
     before: str
     after: str
+    run: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpointed:
+    """A checkpoint is on the disk, complete."""
+
+    step: int
+    path: str
+    seconds: float
+    """That it took."""
+    run: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumed:
+    """An interrupted run goes on after `step` steps."""
+
+    step: int
+    path: str
     run: int = 1
 
 
@@ -186,7 +218,10 @@ Event = (
     | Eval
     | RunMerged
     | Proved
+    | Gated
     | Sampled
+    | Checkpointed
+    | Resumed
     | Warned
     | Phase
     | Exported
@@ -204,7 +239,10 @@ KINDS: dict[type, str] = {
     Eval: "eval",
     RunMerged: "merged",
     Proved: "proof",
+    Gated: "gate",
     Sampled: "sample",
+    Checkpointed: "checkpoint",
+    Resumed: "resumed",
     Warned: "warning",
     Phase: "phase",
     Exported: "exported",
@@ -220,6 +258,18 @@ def to_json(event: Event) -> dict[str, JSON]:
     """Give the event as a JSON object with its version, time (UTC) and kind."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return {"v": EVENT_VERSION, "t": now, "event": KINDS[type(event)], **dataclasses.asdict(event)}
+
+
+def from_json(line: Mapping[str, Any]) -> "Event | None":
+    """Give the event that `to_json` wrote; None for one of a kind that this version does not know."""
+    kind = next((cls for cls, name in KINDS.items() if name == line.get("event")), None)
+    if kind is None:
+        return None
+    names = [one.name for one in dataclasses.fields(kind) if one.init and one.name in line]
+    try:
+        return cast(Event, kind(**{name: line[name] for name in names}))
+    except TypeError:
+        return None
 
 
 def tee(*sinks: Sink) -> Sink:

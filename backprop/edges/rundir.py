@@ -1,32 +1,40 @@
 """The run directory: create, append, write whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, Literal, TextIO, cast
 
 from backprop.config import differences
 from backprop.errors import DiskError, UsageError
-from backprop.events import JSON, Event, Sink, to_json
+from backprop.events import JSON, Event, Sink, from_json, to_json
 
 MANIFEST = "run.json"
 
 
 # What a run leaves in its directory; nothing else is ever removed.
-RUN_FILES = ("lora", "runs", "export", "events.jsonl", "report.html", "crash.txt", "tensorboard", MANIFEST)
+RUN_FILES = (
+    *("lora", "runs", "checkpoints", "export", "events.jsonl", "report.html", "crash.txt", "tensorboard", ".lock"),
+    MANIFEST,
+)
+# What a write that did not end leaves: `whole` names them so.
+LEFTOVERS = (".*.part", ".*.old")
+Found = Literal["nothing", "unfinished", "finished"]
 
 
-def check(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -> None:
-    """Refuse a directory that is not free for this run; change nothing.
+def check(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -> Found:
+    """Say what a directory holds of this run, and refuse one that is not free for it; change nothing.
 
     Args:
         identity: What makes a run the same one: its config, and the fingerprint of its data.
 
     Raises:
-        UsageError: If it holds another run, a finished run, or files that are not of a run.
+        UsageError: If it holds another run, or files that are not of a run; or if another process is at work in it.
         DiskError: If it cannot be looked at, or is a file.
     """
     try:
@@ -35,24 +43,41 @@ def check(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -
         nearest = next(folder for folder in (directory.absolute(), *directory.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise DiskError(f"`{directory}` cannot be made in `{nearest}`", hint="choose another `--output`")
-        left = sorted(child.name for child in directory.iterdir()) if directory.is_dir() else []
-        manifest = read_manifest(directory)
+        if directory.is_dir():
+            with _locked(directory):
+                pass
+        return _found(directory, identity, overwrite=overwrite)
     except OSError as error:
         raise _unusable(directory, error) from error
-    if manifest is None and left:
+
+
+def _found(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -> Found:
+    left = sorted(child.name for child in directory.iterdir()) if directory.is_dir() else []
+    manifest = read_manifest(directory)
+    if manifest is None and set(left) - {".lock"} and not _is_abandoned(left):
         raise UsageError(
             f"`{directory}` holds files that are not of a run: {', '.join(left[:5])}", hint="choose another `--output`"
         )
-    if manifest is not None and not overwrite:
-        _refuse_other_run(directory, manifest, identity)
+    if manifest is None or overwrite:
+        return "nothing"
+    _refuse_other_run(directory, manifest, identity)
+    return "finished" if manifest.get("status") == "finished" else "unfinished"
+
+
+def _is_abandoned(names: Sequence[str]) -> bool:
+    """Say whether a folder holds nothing but what a run left that was killed while it wrote its first file."""
+    return all(name == ".writable" or any(fnmatch(name, pattern) for pattern in LEFTOVERS) for name in names)
 
 
 @contextlib.contextmanager
-def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -> Generator[None]:
-    """Make ``directory`` this run's own while the block runs, emptied of what an earlier run left in it.
+def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool, keep: bool = False) -> Generator[bool]:
+    """Make ``directory`` this run's own while the block runs, and say whether it goes on with what it did before.
+
+    Args:
+        keep: Whether to go on where the same run was interrupted; else the directory is emptied of all runs' files.
 
     Raises:
-        UsageError: As `check`, or if another process is at work in it.
+        UsageError: As `check`.
         DiskError: If it cannot be written.
     """
     check(directory, identity, overwrite=overwrite)
@@ -60,14 +85,27 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -
         try:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(directory))
-            for name in RUN_FILES:
+            goes_on = keep and _found(directory, identity, overwrite=overwrite) == "unfinished"
+            for name in () if goes_on else RUN_FILES:
                 _remove(directory / name)
+            tidy(directory)
             probe = directory / ".writable"
             probe.write_text("")
             probe.unlink()
         except OSError as error:
             raise _unusable(directory, error) from error
-        yield
+        yield goes_on
+
+
+def tidy(directory: Path) -> None:
+    """Remove what writes left that were killed, in the folders that a run writes to."""
+    runs = directory.glob("runs/*")
+    folders = [directory, directory / "export", *(folder for run in runs for folder in (run, run / "checkpoints"))]
+    for folder in (*folders, directory / "checkpoints"):
+        for pattern in LEFTOVERS:
+            for left in folder.glob(pattern):
+                _remove(left)
+    (directory / ".writable").unlink(missing_ok=True)
 
 
 def _unusable(directory: Path, error: OSError) -> DiskError:
@@ -78,7 +116,7 @@ def _unusable(directory: Path, error: OSError) -> DiskError:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Generator[None]:
-    """Hold a lock on the folder itself, which a process that died holds no longer. Not on Windows."""
+    """Hold a lock on a directory, which a process that died holds no longer, on whatever host. Not on Windows."""
     if os.name == "nt":
         yield
         return
@@ -86,7 +124,14 @@ def _locked(directory: Path) -> Generator[None]:
 
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # NFS locks only what is open for writing, which a folder cannot be
+            os.close(descriptor)
+            descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
         raise UsageError(
@@ -104,10 +149,6 @@ def _refuse_other_run(directory: Path, manifest: Mapping[str, object], identity:
         raise UsageError(
             f"`{directory}` holds another run, which differs in {'; '.join(changed)}",
             hint="choose another `--output`, or add `--overwrite`",
-        )
-    if manifest.get("status") == "finished":
-        raise UsageError(
-            f"`{directory}` holds this very run, finished", hint="choose another `--output`, or add `--overwrite`"
         )
 
 
@@ -161,10 +202,14 @@ def whole(path: Path) -> Generator[Path]:
         _sync_tree(beside)
         _replace(beside, path)
     except OSError as error:
-        raise DiskError(f"`{path}` cannot be written: {error.strerror or error}", hint="look at `df -h`") from error
+        raise _full(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # what could not be made cannot be removed either
             _remove(beside)
+
+
+def _full(path: Path, error: OSError) -> DiskError:
+    return DiskError(f"`{path}` cannot be written: {error.strerror or error}", hint="look at `df -h`")
 
 
 def _replace(beside: Path, path: Path) -> None:
@@ -202,8 +247,44 @@ def _sync(path: Path) -> None:
 @contextlib.contextmanager
 def event_log(directory: Path) -> Generator[Sink]:
     """Append every event to `events.jsonl` while the block runs."""
-    with (directory / "events.jsonl").open("a", encoding="ascii") as file:
-        yield json_lines(file)
+    path = directory / "events.jsonl"
+    _end_last_line(path)
+    with path.open("a", encoding="ascii") as file:
+        write = json_lines(file)
+
+        def say(event: Event) -> None:
+            try:
+                write(event)
+            except OSError as error:
+                raise _full(path, error) from error
+
+        yield say
+
+
+def _end_last_line(path: Path) -> None:
+    """Cut off a line that was not written to its end: a full disk or a power cut leaves such."""
+    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def read_events(directory: Path) -> list[Event]:
+    """Read `events.jsonl`, without what cannot be read."""
+    path = directory / "events.jsonl"
+    found: list[Event] = []
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            event = from_json(json.loads(line))
+        except (ValueError, AttributeError):
+            continue
+        if event is not None:
+            found.append(event)
+    return found
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_lines(file: TextIO) -> Sink:

@@ -1,7 +1,8 @@
 """What a model knows before training and after it: losses and answers, compared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from backprop.core.data.render import Example
@@ -9,7 +10,7 @@ from backprop.engine import proofs
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize, computing, num_trained, passes, sum_of_losses, to_device
 from backprop.engine.load import HfTokenizer
-from backprop.events import Proved, Sampled, Sink, Warned
+from backprop.events import JSON, Proved, Sampled, Sink, Warned
 
 Prove = Callable[[Callable[[], Proved]], Proved]
 """Time a proof, tell its result, and give it."""
@@ -22,6 +23,9 @@ class Exam:
     """Losses and answers before training, to compare with those after it.
 
     On held-out examples; without any, on some of those that are trained.
+
+    Args:
+        before: What `to_json` gave before training, for a model that is trained already.
     """
 
     def __init__(
@@ -33,14 +37,24 @@ class Exam:
         *,
         size: PassSize,
         proofs_too: bool,
+        before: Mapping[str, Any] | None = None,
     ) -> None:
         self._model, self._tokenizer, self._held_out, self._size = model, tokenizer, held_out, size
         self._proofs_too = proofs_too
         self._seen = examples[:MOST_EXAMINED] if proofs_too and not held_out else ()
         self._asked = proofs.askable(held_out or self._seen) if proofs_too else []
-        self.loss_before = self.held_out_loss()
-        self._seen_before = mean_loss(model, self._seen, size) if self._seen else None
-        self._answers_before = self._answers()
+        if before is None:
+            self.loss_before = self.held_out_loss()
+            self._seen_before = mean_loss(model, self._seen, size) if self._seen else None
+            self._answers_before = self._answers()
+        else:
+            self.loss_before, self._seen_before = before["loss"], before["seen"]
+            self._answers_before = proofs.Asked(**before["answers"]) if before["answers"] else None
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give what was found before training."""
+        answers = asdict(self._answers_before) if self._answers_before else None
+        return {"loss": self.loss_before, "seen": self._seen_before, "answers": answers}
 
     def held_out_loss(self) -> float | None:
         """Give the loss on the held-out examples; None without any."""

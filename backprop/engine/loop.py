@@ -1,20 +1,22 @@
 """The training loop: trl's SFTTrainer on examples that are already tokens, with what a run must say and check."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
 from backprop.core.plan import Plan
+from backprop.edges import checkpoints, stopping
+from backprop.edges.checkpoints import Checkpoint
 from backprop.engine import proofs
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize
 from backprop.engine.exam import Exam, Prove
 from backprop.engine.load import HfTokenizer
+from backprop.engine.snapshot import Progress, Saver, Stand, best_of, restore
 from backprop.engine.validation import Validation
 from backprop.errors import HardwareError, TrainingError
 from backprop.events import Eval, Proved, Sink, Warned
@@ -46,51 +48,110 @@ def fit(
     *,
     config: TrainConfig,
     plan: Plan,
+    folder: Path,
     say: Sink,
     save: Callable[[], None],
     held_out: Sequence[Example] = (),
-    curves: Path | None = None,
     run: int = 1,
 ) -> Fit:
-    """Train ``model``'s adapter on ``examples`` in place.
+    """Train ``model``'s adapter on ``examples`` in place, from the newest checkpoint on if there is one.
 
     Args:
+        folder: Where `checkpoints/` and a tracker's files go.
         save: Writes the adapter as it is; called as soon as it is trained, before anything else can go wrong.
-        curves: A folder for TensorBoard's files; None for none.
         run: The number of this run in a multi-run.
 
     Raises:
         TrainingError: If a loss or gradient is not finite, before the update of that step; or if a proof that training
             needs does not hold.
-        HardwareError: If the GPU's memory is too small.
+        HardwareError: If the GPU's memory is too small, or the GPU fails.
+        UsageError: If a checkpoint is of another plan.
+        KeyboardInterrupt: After saving where it stands.
     """
-    from backprop.engine.trainer import StepPasses, StepTrainer, Watch
+    from backprop.engine.trainer import StepPasses, StepTrainer, Watch, order_of
 
     prove = _prover(say, run)
-    with _memory_told(plan), TemporaryDirectory(prefix="backprop-") as scratch:
+    with _hardware_told(plan):
         size = _pass_size(model, config, plan, prove, say)
-        exam = Exam(model, tokenizer, examples, held_out, size=size, proofs_too=not config.skip_proofs)
+        checkpoint = _checkpoint(config, folder, say)
+        stand = _stand(model, tokenizer, examples, held_out, config, plan, size, checkpoint, say, run)
+        progress, validation = stand.progress, stand.validation
+        steps = StepPasses(examples, config, plan, stand.size, first=progress.step)
+        saver = Saver(folder / "checkpoints", config, plan, model, stand, steps, say=say, run=run)
+        watch = Watch(config, plan, saver=saver, prove=prove, say=say, describe=_describe(tokenizer, examples), run=run)
+        trainer = StepTrainer(model, tokenizer, steps, config, plan, watch=watch, checkpoint=checkpoint, folder=folder)
+        with _saved_when_stopped(saver):
+            if not (progress.ended or watch.evaluate_if_due()):
+                with within_documents(model) if size.packing else nullcontext():
+                    trainer.train()
+            save()
+            after = validation.finish(progress.step)
+            if validation.restored:
+                save()
+            planned = order_of(examples, config, plan).times_seen(progress.step)
+            seen = prove(lambda: proofs.prove_order(progress.seen.tolist(), planned))
+            failed = stand.exam.judge(after, last_loss=progress.losses[-1], prove=prove, say=say, run=run)
+    failed = failed if seen.ok else (seen, *failed)
+    losses = (stand.exam.loss_before, after)
+    return Fit(tuple(progress.losses), progress.seconds, progress.tokens, *losses, size=steps.size, failed=failed)
+
+
+def _stand(
+    model: Any,
+    tokenizer: HfTokenizer,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    config: TrainConfig,
+    plan: Plan,
+    size: PassSize,
+    checkpoint: Checkpoint | None,
+    say: Sink,
+    run: int,
+) -> Stand:
+    """Examine a model that has learnt nothing yet, or put a checkpoint into it."""
+    before: Mapping[str, Any] = checkpoint.state if checkpoint else {}
+    if before and before["size"]["packing"] == size.packing:
+        size = PassSize(**before["size"])
+    proofs_too, known = not config.skip_proofs, before.get("exam")
+    exam = Exam(model, tokenizer, examples, held_out, size=size, proofs_too=proofs_too, before=known)
+    validation = Validation(model, exam.held_out_loss, patience=config.early_stopping, say=say, run=run)
+    if checkpoint is None:
+        progress = Progress.start(len(examples))
         if exam.loss_before is not None:
             say(Eval(step=0, loss=exam.loss_before, run=run))
-        validation = Validation(model, exam.held_out_loss, patience=config.early_stopping, say=say, run=run)
-        describe = _describe(tokenizer, examples)
-        watch = Watch(config, plan, prove=prove, say=say, validation=validation, describe=describe, run=run)
-        steps = StepPasses(examples, config, plan, size)
-        trainer = StepTrainer(model, tokenizer, steps, config, plan, watch=watch, scratch=Path(scratch), curves=curves)
-        with within_documents(model) if size.packing else nullcontext():
-            trainer.train()
-        save()
-        after = validation.finish(len(watch.losses))
-        if validation.restored:
-            save()
-        failed = exam.judge(after, last_loss=watch.losses[-1], prove=prove, say=say, run=run)
-    losses = (exam.loss_before, after)
-    return Fit(tuple(watch.losses), watch.seconds, watch.tokens, *losses, size=size, failed=failed)
+    else:
+        progress = restore(checkpoint, model, plan, num_examples=len(examples), say=say, run=run)
+        validation.restore(before["validation"], best_of(checkpoint))
+    return Stand(size=size, progress=progress, exam=exam, validation=validation)
 
 
 @contextmanager
-def _memory_told(plan: Plan) -> Generator[None]:
-    """Say what to change when the GPU's memory is too small."""
+def _saved_when_stopped(saver: Saver) -> Generator[None]:
+    """Save where training stands when it is interrupted, by this thread or, if that cannot hear, another."""
+    try:
+        with stopping.rescued_by(saver.save):
+            yield
+    except KeyboardInterrupt as interrupt:
+        stopping.accept(interrupt)
+        saver.save()
+        raise
+    finally:
+        stopping.let_go()
+
+
+def _checkpoint(config: TrainConfig, folder: Path, say: Sink) -> Checkpoint | None:
+    if config.resume not in ("auto", "never"):
+        return checkpoints.read(Path(config.resume))
+    return checkpoints.newest(folder / "checkpoints", say=say)
+
+
+@contextmanager
+def _hardware_told(plan: Plan) -> Generator[None]:
+    """Say what to change when the GPU's memory is too small, or what to do when it fails.
+
+    Raises:
+        HardwareError: In either case.
+    """
     import torch
 
     try:
@@ -100,6 +161,13 @@ def _memory_told(plan: Plan) -> Generator[None]:
         raise HardwareError(
             f"the GPU's memory is full with {micro} examples of up to {plan.max_length.value} tokens",
             hint=f"add `--micro-batch {max(1, micro // 2)}`, a smaller `--max-length`, or `--method qlora`",
+        ) from error
+    except RuntimeError as error:
+        if "CUDA error" not in str(error):
+            raise
+        raise HardwareError(
+            f"the GPU failed: {str(error).splitlines()[0]}",
+            hint="look at `nvidia-smi` and `backprop doctor`; then the same command goes on from the last checkpoint",
         ) from error
 
 

@@ -181,6 +181,16 @@ ROOM_FOR_NOISE = 0.05
 KNOWN = 0.1
 
 
+def prove_order(seen: Sequence[int], planned: Sequence[int]) -> Proved:
+    """Every example must have been trained on as often as an undisturbed run would, across all interruptions."""
+    wrong = [number for number, (one, other) in enumerate(zip(seen, planned, strict=True)) if one != other]
+    found = f"{sum(seen)} examples in all, each {min(seen)} to {max(seen)} times"
+    if wrong:
+        found += f"; {len(wrong)} not as often as planned, first: number {wrong[0]}, {seen[wrong[0]]} times instead of "
+        found += f"{planned[wrong[0]]}"
+    return Proved(name="every example is seen as often as planned", ok=not wrong, found=found)
+
+
 def prove_learnt(before: float, after: float, *, held_out: bool) -> Proved:
     """Compare the loss before and after."""
     rows = "held-out rows" if held_out else "rows of the training data"

@@ -3,11 +3,12 @@
 The one module that imports torch and trl at its top, since it has classes of theirs; only `loop` imports it, when it trains.
 """
 
-import functools
 import math
+import random
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,116 +24,172 @@ from backprop.core.data.order import SampleOrder
 from backprop.core.data.render import Example
 from backprop.core.plan import Plan
 from backprop.core.schedule import rate_share
+from backprop.edges import stopping
+from backprop.edges.checkpoints import Checkpoint
 from backprop.engine.batches import PassSize, num_tokens, num_trained, passes, sum_of_losses, to_device
 from backprop.engine.exam import Prove
 from backprop.engine.load import HfTokenizer
 from backprop.engine.proofs import Movement
-from backprop.engine.validation import Validation
+from backprop.engine.snapshot import Saver, restore_optimizer
 from backprop.errors import TrainingError
-from backprop.events import Sink, Step
+from backprop.events import Sink, Step, Warned
 
 
 class StepPasses(torch.utils.data.Dataset[Any]):
-    """The forward passes of each optimizer step, and the numbers of its examples."""
+    """The forward passes of each optimizer step, and the numbers of its examples.
 
-    def __init__(self, examples: Sequence[Example], config: TrainConfig, plan: Plan, size: PassSize) -> None:
-        self._examples, self._size, self._num_steps = examples, size, plan.steps.value
-        self._order = SampleOrder(num_examples=len(examples), batch_size=plan.batch_size.value, seed=config.seed)
+    Args:
+        first: Steps that are done already.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], config: TrainConfig, plan: Plan, size: PassSize, *, first: int
+    ) -> None:
+        self.size, self.first = size, first
+        self._examples, self._num_steps = examples, plan.steps.value
+        self._order = order_of(examples, config, plan)
 
     def __len__(self) -> int:
-        return self._num_steps
+        return self._num_steps - self.first
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step = self.first + index
         numbers = self._order.of_step(step)
-        return {"numbers": numbers, "passes": passes([self._examples[number] for number in numbers], self._size)}
+        return {"step": step, "numbers": numbers, "passes": self.passes_of(numbers)}
+
+    def passes_of(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Give the forward passes of these examples, of the size that holds now."""
+        return passes([self._examples[number] for number in numbers], self.size)
+
+    def shrink(self) -> bool:
+        """Halve what goes through the model at once; false if it is one example already."""
+        longest = max(len(example.ids) for example in self._examples)
+        tokens, examples = max(self.size.tokens // 2, longest), max(self.size.examples // 2, 1)
+        smaller = replace(self.size, tokens=tokens, examples=examples)
+        could = smaller.tokens < self.size.tokens if self.size.packing else smaller.examples < self.size.examples
+        self.size = smaller
+        return could
+
+
+def order_of(examples: Sequence[Example], config: TrainConfig, plan: Plan) -> SampleOrder:
+    """Give the order in which ``examples`` are trained on."""
+    return SampleOrder(num_examples=len(examples), batch_size=plan.batch_size.value, seed=config.seed)
 
 
 class Watch(TrainerCallback):
-    """Turns trl's logs into events, and stops before a step that is not finite."""
+    """Turns trl's logs into events and progress, saves when it is due, and stops before a step that is not finite."""
 
     def __init__(
         self,
         config: TrainConfig,
         plan: Plan,
         *,
+        saver: Saver,
         prove: Prove,
         say: Sink,
-        validation: Validation,
         describe: Callable[[Sequence[int]], str],
         run: int,
     ) -> None:
-        self.losses: list[float] = []
+        self.progress = saver.progress
         self.tokens = 0
+        """Of the step under way."""
         self.numbers: Sequence[int] = ()
         """Examples of the step under way."""
+        self._saver = saver
         self._config, self._plan, self._prove, self._say, self._run = config, plan, prove, say, run
-        self._validation, self._describe = validation, describe
-        self.seconds = 0.0
-        """Of all steps so far."""
-        self._tokens_before = 0
+        self._validation, self._describe = saver.validation, describe
         self._started, self._step_seconds = time.monotonic(), 1e-9
         self._movement: Movement | None = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Let checkpoints hold the optimizer."""
+        self._saver.optimizer = optimizer
+
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Before the first step, note where every weight stands; then start the clock."""
-        if state.global_step == 0 and not self._config.skip_proofs:
+        if self.progress.step == 0 and not self._config.skip_proofs:
             self._movement = Movement(model)
-        self._started, self._tokens_before = time.monotonic(), self.tokens
+        self._started = time.monotonic()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Stop before an update with a gradient that is not finite."""
+        """Stop before an update with a gradient that is not finite; let no interrupt tear the update."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         # Clipping has been done: where the norm overflowed, it left nothing but zeros.
         if not math.isfinite(norm) or norm == 0:
             raise self._diverged(
-                f"the gradient is not finite at step {state.global_step + 1} (norm {norm} after clipping)"
+                f"the gradient is not finite at step {self.progress.step + 1} (norm {norm} after clipping)"
             )
         if self._movement is not None:
             self._movement.see_gradients()
+        stopping.hold()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop the clock when the GPU is done."""
+        if self._plan.device.value == "cuda":
+            torch.cuda.synchronize()
+        self._step_seconds = max(time.monotonic() - self._started, 1e-9)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Tell of a step; at intervals, evaluate."""
+        """Count a step as done and tell of it; then prove, evaluate and save what is due."""
         if not logs or "loss" not in logs:
             return
-        loss = float(logs["loss"])
-        if not math.isfinite(loss):
-            raise self._diverged(f"the loss is {loss} at step {state.global_step}")
-        self.losses.append(loss)
+        if not math.isfinite(loss := float(logs["loss"])):
+            raise self._diverged(f"the loss is {loss} at step {self.progress.step + 1}")
+        self._count(loss)
         self._say(
             Step(
-                step=state.global_step,
+                step=self.progress.step,
                 num_steps=self._plan.steps.value,
                 loss=loss,
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=float(logs["grad_norm"]),
                 seconds=self._step_seconds,
-                tokens_per_second=(self.tokens - self._tokens_before) / self._step_seconds,
+                tokens_per_second=self.tokens / self._step_seconds,
                 memory_bytes=memory_bytes(),
                 run=self._run,
             )
         )
-        step = state.global_step
-        if (
-            step % self._plan.eval_steps.value == 0
-            and step < self._plan.steps.value
-            and self._validation.evaluate(step)
-        ):
-            control.should_training_stop = True
+        stopping.release()
+        self._prove_movement()
+        control.should_training_stop = self.evaluate_if_due()
+        self._saver.save_if_due(evaluated=self._validation.evaluated(self.progress.step))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clock when the GPU is done; after the first step, prove what moved."""
-        if self._plan.device.value == "cuda":
-            torch.cuda.synchronize()
-        self._step_seconds = max(time.monotonic() - self._started, 1e-9)
-        self.seconds += self._step_seconds
-        if self._movement is not None:
-            proof, self._movement = self._prove(self._movement.prove), None
-            if not proof.ok:
-                raise TrainingError(
-                    f"not proved: {proof.name}: {proof.found}",
-                    hint="look at `--target-modules`; if you mean it, add `--skip-proofs`",
-                )
+    def _count(self, loss: float) -> None:
+        done = self.progress
+        done.losses.append(loss)
+        done.seen.index_add_(0, torch.tensor(self.numbers), torch.ones(len(self.numbers), dtype=done.seen.dtype))
+        done.tokens += self.tokens
+        done.seconds += self._step_seconds
+        done.ended = done.step >= self._plan.steps.value
+
+    def evaluate_if_due(self) -> bool:
+        """Evaluate after the last finished step if that is due and not done; say whether training has ended."""
+        step = self.progress.step
+        due = step % self._plan.eval_steps.value == 0 and 0 < step < self._plan.steps.value
+        if due and not self._validation.evaluated(step) and self._validation.evaluate(step):
+            self.progress.ended = True
+        return self.progress.ended
+
+    def _prove_movement(self) -> None:
+        if self._movement is None:
+            return
+        proof, self._movement = self._prove(self._movement.prove), None
+        if not proof.ok:
+            raise TrainingError(
+                f"not proved: {proof.name}: {proof.found}",
+                hint="look at `--target-modules`; if you mean it, add `--skip-proofs`",
+            )
+
+    def shrunk(self, size: PassSize) -> None:
+        """Tell that less goes through the model at once from here on."""
+        held = f"{size.tokens} tokens" if size.packing else f"{size.examples} examples"
+        self._say(
+            Warned(
+                message=f"the memory was full in step {self.progress.step + 1}: it is done again with {held} at once; "
+                "the examples of a step stay the same"
+            )
+        )
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(
@@ -157,34 +214,50 @@ class StepTrainer(SFTTrainer):
         plan: Plan,
         *,
         watch: Watch,
-        scratch: Path,
-        curves: Path | None,
+        checkpoint: Checkpoint | None,
+        folder: Path,
     ) -> None:
         super().__init__(
             model=model,
-            args=_arguments(config, plan, scratch),
+            args=_arguments(config, plan, folder, num_steps=len(steps)),
             # What is trained comes from `steps`; trl looks at one row to know of which kind the data is.
             train_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),
             processing_class=tokenizer.inner,
             callbacks=[watch],
         )
-        self._steps, self._watch, self._config = steps, watch, config
+        self._steps, self._watch, self._config, self._plan = steps, watch, config, plan
+        self._checkpoint = checkpoint
         self.remove_callback(PrinterCallback)
-        if curves is not None:
-            self.add_callback(_tensorboard(curves))
+        if config.report_to == "tensorboard":
+            self.add_callback(_tensorboard(folder / "tensorboard"))
 
     def get_train_dataloader(self) -> Any:
         """Give the steps in order, each as it is."""
         return torch.utils.data.DataLoader(self._steps, batch_size=None)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Run every pass forward and backward, and give the loss of the step."""
+        """Run every pass forward and backward, and give the loss of the step; less at once if the memory is full."""
         model.train()
-        self._watch.numbers = inputs["numbers"]
-        count = sum(num_trained(one) for one in inputs["passes"])
+        self._watch.numbers, one_by_one = inputs["numbers"], inputs["passes"]
+        while True:
+            try:
+                return self._all_passes(model, inputs["step"], one_by_one)
+            except torch.OutOfMemoryError:
+                if not self._steps.shrink():
+                    raise
+            # Outside the handler, whose traceback keeps the activations.
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self._watch.shrunk(self._steps.size)
+            one_by_one = self._steps.passes_of(self._watch.numbers)
+
+    def _all_passes(self, model: Any, step: int, one_by_one: Sequence[Mapping[str, Any]]) -> Any:
+        # What is random in a step, as dropout, depends on its number alone: it is the same after a resumption.
+        torch.manual_seed(random.Random(f"{self._config.seed}/{step}").getrandbits(32))
+        count = sum(num_trained(one) for one in one_by_one)
+        self._watch.tokens = sum(num_tokens(one) for one in one_by_one)
         losses: list[Any] = []
-        for one in inputs["passes"]:
-            self._watch.tokens += num_tokens(one)
+        for one in one_by_one:
             with self.compute_loss_context_manager():
                 loss = sum_of_losses(model, to_device(one, self.args.device)) / count
             self.accelerator.backward(loss)
@@ -196,38 +269,47 @@ class StepTrainer(SFTTrainer):
         return 0
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Let B learn faster than A where LoRA+ was asked for (arXiv:2402.12354)."""
+        """Let B learn faster than A where LoRA+ was asked for (arXiv:2402.12354); go on with a checkpoint's moments."""
         if self._config.lora_plus is None:
-            return super().create_optimizer(model)
-        self.optimizer: Any = create_loraplus_optimizer(
-            cast(Any, model or self.model),
-            torch.optim.AdamW,
-            lr=self.args.learning_rate,
-            loraplus_lr_ratio=self._config.lora_plus,
-            loraplus_weight_decay=self._config.weight_decay,
-        )
+            super().create_optimizer(model)
+        else:
+            self.optimizer: Any = create_loraplus_optimizer(
+                cast(Any, model or self.model),
+                torch.optim.AdamW,
+                lr=self.args.learning_rate,
+                loraplus_lr_ratio=self._config.lora_plus,
+                loraplus_weight_decay=self._config.weight_decay,
+            )
+        if self._checkpoint is not None:
+            restore_optimizer(self._checkpoint, self.optimizer)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Let the rate follow `rate_share`."""
-        share = functools.partial(
-            rate_share,
-            num_steps=num_training_steps,
-            num_warmup=int(self._config.warmup * num_training_steps),
-            kind=self._config.scheduler,
-        )
+        num_steps = self._plan.steps.value
+
+        def share(step: int) -> float:
+            return rate_share(
+                self._steps.first + step,
+                num_steps=num_steps,
+                num_warmup=int(self._config.warmup * num_steps),
+                kind=self._config.scheduler,
+            )
+
         stepped: Any = optimizer or self.optimizer
+        for group in stepped.param_groups:
+            group.pop("initial_lr", None)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(stepped, share)
         return self.lr_scheduler
 
 
-def _arguments(config: TrainConfig, plan: Plan, scratch: Path) -> Any:
+def _arguments(config: TrainConfig, plan: Plan, folder: Path, *, num_steps: int) -> Any:
     on_gpu = plan.device.value == "cuda"
     return SFTConfig(
-        output_dir=str(scratch),
+        output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
-        max_steps=plan.steps.value,
+        max_steps=max(1, num_steps),
         learning_rate=plan.learning_rate.value,
         weight_decay=config.weight_decay,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",

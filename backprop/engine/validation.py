@@ -1,11 +1,11 @@
 """Validation while training: the held-out loss at intervals, the best adapter so far, and when to stop."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from backprop.engine.load import adapter_state, set_adapter_state
-from backprop.events import Eval, Phase, Sink
+from backprop.events import JSON, Eval, Phase, Sink
 
 
 class Validation:
@@ -20,8 +20,10 @@ class Validation:
         self, model: Any, measure: Callable[[], float | None], *, patience: int | None, say: Sink, run: int
     ) -> None:
         self._model, self._measure, self._patience, self._say, self._run = model, measure, patience, say, run
-        self._best: tuple[float, int, dict[str, Any]] | None = None
+        self._best: tuple[float, int] | None = None
         self._waited = 0
+        self.best: dict[str, Any] = {}
+        """The adapter with the lowest loss so far; empty if none is kept."""
         self.last: tuple[int, float] | None = None
         """Step and loss of the last evaluation."""
         self.restored = False
@@ -37,20 +39,34 @@ class Validation:
         if self._patience is None:
             return False
         if self._best is None or loss < self._best[0] or math.isnan(self._best[0]):
-            self._best, self._waited = (loss, step, adapter_state(self._model)), 0
+            self._best, self._waited, self.best = (loss, step), 0, adapter_state(self._model)
         else:
             self._waited += 1
         return self._waited >= self._patience
 
+    def evaluated(self, step: int) -> bool:
+        """Say whether the loss after ``step`` is known."""
+        return self.last is not None and self.last[0] == step
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give what `restore` takes, but for the adapter."""
+        return {"best": self._best, "waited": self._waited, "last": self.last}
+
+    def restore(self, state: Mapping[str, Any], best: dict[str, Any]) -> None:
+        """Go on from where another stood."""
+        self._best = tuple(state["best"]) if state["best"] else None
+        self.last = tuple(state["last"]) if state["last"] else None
+        self._waited, self.best = int(state["waited"]), best
+
     def finish(self, step: int) -> float | None:
         """Evaluate after the last step, put the best adapter back if another was better, and give its loss."""
-        if self.last is None or self.last[0] != step:
+        if not self.evaluated(step):
             self.evaluate(step)
         if self.last is None:
             return None
         if self._best is not None and self._best[1] != step:
-            loss, best_step, state = self._best
-            set_adapter_state(self._model, state)
+            loss, best_step = self._best
+            set_adapter_state(self._model, self.best)
             self.restored = True
             self._say(
                 Phase(name=f"delivering the adapter after step {best_step}: its held-out loss {loss:.3f} is the best")

@@ -53,7 +53,7 @@ def train_one(
         say=say,
         save=save,
         held_out=prepared.held_out,
-        curves=output / "tensorboard" if config.report_to == "tensorboard" else None,
+        folder=output,
         run=run,
     )
     if result.failed:
@@ -66,9 +66,10 @@ def train_one(
     return model, result
 
 
-def measures(fit: "Fit") -> dict[str, JSON]:
-    """Give what a run measured, for its manifest."""
+def measures(fit: "Fit", output: Path) -> dict[str, JSON]:
+    """Give what a run measured and delivered, for its manifest."""
     return {
+        "adapter_sha256": rundir.sha256_of(output / "lora" / "adapter_model.safetensors"),
         "steps": len(fit.losses),
         "final_loss": fit.losses[-1],
         "eval_loss_before": fit.eval_loss_before,

@@ -142,7 +142,9 @@ def _fold(
         start = slao.next_start(state.fine_tuned, init=options.init) if state else None
         folder = config.output / "runs" / f"{number:03d}"
         model, fit = train_one(seeded(config, number - 1), part, output=folder, say=say, start=start, run=number)
-        rundir.write_text(folder / "metrics.json", json.dumps({**measures(fit), "losses": fit.losses}, indent=2) + "\n")
+        rundir.write_text(
+            folder / "metrics.json", json.dumps({**measures(fit, folder), "losses": fit.losses}, indent=2) + "\n"
+        )
         state = slao.step(state, load.adapter_state(model), mode=mode)
         say(RunMerged(run=number, num_runs=len(parts), mode=mode))
         load.set_adapter_state(model, state.merged)

@@ -5,7 +5,7 @@ import platform
 import time
 import traceback
 from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,30 @@ import backprop
 from backprop import report
 from backprop.config import MultiRunConfig, TrainConfig
 from backprop.core.plan import Plan
-from backprop.edges import rundir
+from backprop.edges import rundir, stopping
 from backprop.edges.hub import ModelSource
-from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, stopped_by
-from backprop.events import JSON, DataRead, Event, Failed, Proved, RunFinished, RunStarted, Sampled, Sink
+from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
+from backprop.events import (
+    JSON,
+    DataRead,
+    Event,
+    Failed,
+    Phase,
+    Proved,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    Sink,
+)
 
 # Packages whose version changes what a run does.
 VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes")
 # Options that change where and how a run is told, not what it computes.
-NOT_IDENTITY = ("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse")
+NOT_IDENTITY = (
+    *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch"),
+    *("resume", "save_steps", "keep_checkpoints", "max_minutes"),
+)
 
 
 # Marks the note on an exception whose traceback is in a file already.
@@ -43,15 +58,23 @@ class Session:
         self._manifest = manifest
         self._say = say
         self._log: Sink | None = None
+        self._keep = config.resume != "never"
+        self._earlier: list[Event] = []
+        self.done = False
+        """Whether the directory holds this very run, finished."""
         self._started = time.monotonic()
         self.stack = ExitStack()
 
     def say(self, event: Event) -> None:
         """Tell the caller's sink, the report, and, once there is one, the event log."""
+        if isinstance(event, Resumed):
+            self.events[:0] = [old for old in self._earlier if _stands(old, event)]
+            self._earlier = []
         self.events.append(event)
         if self._log is not None:
             self._log(event)
         self._say(event)
+        stopping.check()
 
     @property
     def claimed(self) -> bool:
@@ -60,7 +83,15 @@ class Session:
 
     def claim(self, *, model: ModelSource, plan: Plan, question: str) -> None:
         """Take the run directory, and write down what is known: the model, the plan, a question that export may ask."""
-        self.stack.enter_context(rundir.claim(self.directory, self._manifest["identity"], overwrite=self._overwrite))
+        identity = self._manifest["identity"]
+        before = rundir.read_manifest(self.directory) or {}
+        goes_on = self.stack.enter_context(
+            rundir.claim(self.directory, identity, overwrite=self._overwrite, keep=self._keep)
+        )
+        if goes_on:
+            _refuse_other_model(self.directory, before, model)
+            self._earlier = rundir.read_events(self.directory)
+            self._manifest["started_again"] = int(before.get("started_again", 0)) + 1
         choices = {name: asdict(choice) for name, choice in plan.choices().items()}
         self._manifest |= {"model": asdict(model), "plan": choices, "question": question}
         rundir.write_manifest(self.directory, self._manifest)
@@ -68,9 +99,26 @@ class Session:
         for event in self.events:
             self._log(event)
 
+    def end_again(self) -> None:
+        """Tell once more how this very run ended, if what it delivered is still there.
+
+        Raises:
+            UsageError: If it is not.
+        """
+        result = (rundir.read_manifest(self.directory) or {}).get("result") or {}
+        adapter = self.directory / "lora" / "adapter_model.safetensors"
+        if not adapter.is_file() or rundir.sha256_of(adapter) != result.get("adapter_sha256"):
+            raise UsageError(
+                f"`{self.directory}` holds this very run, finished, but `{adapter}` is not what it wrote",
+                hint="choose another `--output`, or add `--overwrite`",
+            )
+        self.say(Phase(name="this very run is finished already: nothing to do"))
+        self.finish(result)
+
     def finish(self, result: Mapping[str, JSON]) -> None:
         """Write the report, then the manifest as finished, then say so."""
         seconds = round(time.monotonic() - self._started, 1)
+        stopping.finished()
         if self.claimed:
             self._manifest |= {"status": "finished", "seconds": seconds, "result": dict(result), **self._told()}
             # The manifest last: a run that says it is finished has its page.
@@ -84,30 +132,64 @@ class Session:
         return {
             "data": dict(ledgers[0]) if ledgers else {},
             **({"data_of_runs": [dict(ledger) for ledger in ledgers]} if len(ledgers) > 1 else {}),
-            "proofs": [asdict(event) for event in self.events if isinstance(event, Proved)],
+            "proofs": [asdict(proof) for proof in self._last_proofs()],
             "samples": [asdict(event) for event in self.events if isinstance(event, Sampled)],
         }
+
+    def _last_proofs(self) -> list[Proved]:
+        """Give each proof once: those that a resumed run made again stand for the earlier ones."""
+        proofs = {(event.name, event.run): event for event in self.events if isinstance(event, Proved)}
+        return list(proofs.values())
 
     def fail(self, status: str, *, code: int, message: str, hint: str | None) -> None:
         """Write down how the run ended early. The caller's sink hears of it from the caller."""
         if self._log is None:
             return
         self._manifest |= {"status": status, "error": {"code": code, "message": message}, **self._told()}
-        rundir.write_manifest(self.directory, self._manifest)
-        self._write_report()
-        self._log(Failed(code=code, message=message, hint=hint or ""))
+        # What cannot be written any more, on a full disk, must not hide what happened.
+        for write in (
+            lambda: rundir.write_manifest(self.directory, self._manifest),
+            self._write_report,
+            lambda: self._log and self._log(Failed(code=code, message=message, hint=hint or "")),
+        ):
+            with suppress(DiskError):
+                write()
+
+    def interrupted(self, error: BackpropError) -> None:
+        """Write down that the run was stopped from outside."""
+        self.fail("interrupted", code=error.code, message=error.message, hint=error.hint)
 
     def crash(self, error: BaseException) -> None:
         """Write down the traceback of a fault of our own."""
         if self._log is None:
             return
         path = self.directory / "crash.txt"
-        rundir.write_text(path, "".join(traceback.format_exception(error)))
-        error.add_note(CRASH_NOTE + str(path))
+        with suppress(DiskError):
+            rundir.write_text(path, "".join(traceback.format_exception(error)))
+            error.add_note(CRASH_NOTE + str(path))
         self.fail("crashed", code=EXIT_CODE_OF_A_BUG, message=repr(error), hint="see crash.txt")
 
     def _write_report(self) -> None:
         rundir.write_text(self.directory / "report.html", report.page(self._manifest, self.events))
+
+
+def _stands(event: Event, resumed: Resumed) -> bool:
+    """Say whether an event of an earlier process is part of the run that goes on: what is done again is not."""
+    run = getattr(event, "run", None)
+    if run is None:
+        return False
+    step = getattr(event, "step", 0)
+    return run < resumed.run or (run == resumed.run and step <= resumed.step)
+
+
+def _refuse_other_model(directory: Path, before: Mapping[str, Any], model: ModelSource) -> None:
+    known = before.get("model") or {}
+    if known.get("sha256") not in (None, model.sha256):
+        raise UsageError(
+            f"`{directory}` holds another run, which differs in the files of the model: `{known.get('name')}` before, "
+            f"`{model.name}` now",
+            hint="bring back the model, or add `--overwrite`",
+        )
 
 
 @contextmanager
@@ -125,8 +207,7 @@ def running(
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     identity = {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
     identity |= {"command": command, "data_sha256": fingerprint}
-    if not config.dry_run:
-        rundir.check(config.output, identity, overwrite=config.overwrite)
+    found = "nothing" if config.dry_run else rundir.check(config.output, identity, overwrite=config.overwrite)
     manifest: dict[str, Any] = {
         "version": backprop.__version__,
         "command": command,
@@ -136,7 +217,8 @@ def running(
         "versions": versions(),
     }
     session = Session(config, command, manifest, say)
-    with session.stack:
+    session.done = found == "finished"
+    with session.stack, stopping.ends_with(session.interrupted), stopping.time_limit(config.max_minutes):
         try:
             session.say(RunStarted(command=command, output=str(config.output), version=backprop.__version__))
             yield session
@@ -146,8 +228,8 @@ def running(
             session.fail("failed", code=error.code, message=error.message, hint=error.hint)
             raise
         except KeyboardInterrupt as interrupt:
-            stopped = stopped_by(interrupt)
-            session.fail("interrupted", code=stopped.code, message=stopped.message, hint=stopped.hint)
+            stopped = stopping.accept(interrupt)
+            session.interrupted(stopped)
             raise stopped from None
         except BaseException as error:
             session.crash(error)

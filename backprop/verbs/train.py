@@ -25,6 +25,9 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
     judged, held_out = read_data(config)
     fingerprint = fingerprint_of([*judged.conversations, *held_out])
     with running(config, command="train", fingerprint=fingerprint, say=say) as session:
+        if session.done:
+            session.end_again()
+            return config.output
         prepared = prepare(config, judged, held_out, say=session.say)
         if config.dry_run:
             session.say(show_examples(prepared))
@@ -35,7 +38,7 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
             return config.output
         session.claim(model=prepared.model, plan=prepared.plan, question=first_question(judged.conversations))
         _, fit = train_one(config, prepared, output=config.output, say=session.say)
-        session.finish(measures(fit))
+        session.finish(measures(fit, config.output))
     return config.output
 
 

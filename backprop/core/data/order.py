@@ -21,6 +21,14 @@ class SampleOrder:
         first = step * self.batch_size
         return tuple(self._at(position) for position in range(first, first + self.batch_size))
 
+    def times_seen(self, num_steps: int) -> list[int]:
+        """Count how often each example is trained on in the first ``num_steps`` steps."""
+        whole, rest = divmod(num_steps * self.batch_size, self.num_examples)
+        counts = [whole] * self.num_examples
+        for number in _shuffled(self.num_examples, self.seed, whole)[:rest]:
+            counts[number] += 1
+        return counts
+
     def _at(self, position: int) -> int:
         epoch, place = divmod(position, self.num_examples)
         return _shuffled(self.num_examples, self.seed, epoch)[place]

@@ -1,0 +1,102 @@
+"""Checkpoints of a run: complete or absent, and never believed unread."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from backprop.edges import rundir, stopping
+from backprop.errors import UsageError
+from backprop.events import JSON, Sink, Warned
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose every file is as it was written."""
+
+    folder: Path
+    state: Mapping[str, Any]
+    """What is not a tensor."""
+
+    @property
+    def step(self) -> int:
+        """Steps that were finished."""
+        return int(self.state["step"])
+
+
+def write(parent: Path, state: Mapping[str, JSON], fill: Callable[[Path], None], *, keep: int) -> Path:
+    """Write a checkpoint of ``state`` and of the files that ``fill`` puts into a folder, and remove old ones.
+
+    Args:
+        state: With the number of finished steps as `step`.
+        keep: Checkpoints that stay, this one included.
+
+    Raises:
+        DiskError: If the disk is full or may not be written; what was there stays.
+    """
+    folder = parent / f"step-{state['step']:06d}"
+    with stopping.held():
+        with rundir.whole(folder) as beside:
+            beside.mkdir()
+            fill(beside)
+            (beside / STATE).write_text(json.dumps(state, allow_nan=True) + "\n")
+            files = {path.name: _facts_of(path) for path in sorted(beside.iterdir())}
+            (beside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+        for old in _folders(parent)[:-keep]:
+            shutil.rmtree(old)
+    return folder
+
+
+def newest(parent: Path, *, say: Sink) -> Checkpoint | None:
+    """Find the newest checkpoint that is whole; damaged ones are told and removed. None if there is none."""
+    for folder in reversed(_folders(parent)):
+        try:
+            return read(folder)
+        except UsageError as error:
+            say(Warned(message=f"{error.message}: the one before is taken"))
+            shutil.rmtree(folder)
+    return None
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read a checkpoint, and hold every file of it to its size and hash.
+
+    Raises:
+        UsageError: If it is none, or damaged.
+    """
+    damage = _damage(folder)
+    if damage:
+        raise UsageError(f"the checkpoint `{folder}` is damaged: {damage}", hint="give another, or none")
+    return Checkpoint(folder=folder, state=json.loads((folder / STATE).read_text()))
+
+
+def _damage(folder: Path) -> str:
+    """Say what is wrong with a checkpoint; empty for nothing."""
+    try:
+        files = cast(Mapping[str, Mapping[str, Any]], json.loads((folder / MANIFEST).read_text())["files"])
+        for name, facts in files.items():
+            if _facts_of(folder / name) != facts:
+                return f"`{name}` is not what was written"
+        return "" if STATE in files else f"it has no {STATE}"
+    except OSError as error:
+        return f"{error.strerror}: `{Path(str(error.filename)).name}`"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"`{MANIFEST}` cannot be read"
+
+
+def _facts_of(path: Path) -> dict[str, JSON]:
+    return {"bytes": path.stat().st_size, "sha256": rundir.sha256_of(path)}
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Give the checkpoints in order of their steps."""
+    found = [folder for folder in parent.glob("step-*") if folder.is_dir()] if parent.is_dir() else []
+    with contextlib.suppress(ValueError):
+        return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+    return sorted(found)

@@ -1,0 +1,245 @@
+"""The end that others ask for: SIGTERM, Ctrl-C, a time limit. Heard at once, acted on where nothing is torn.
+
+A signal raises a KeyboardInterrupt where the main thread stands; inside `held` it waits for the end of the block. While
+the main thread is in a library's C code it hears nothing: then a thread saves what there is, says the last words and
+ends the process.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from backprop.errors import BackpropError, Interrupted, Stopped
+
+# `docker stop` waits 10 s; the contract is 8. This leaves the rest for saving.
+GRACE_S = 5.5
+# A save that is under way is not cut off sooner.
+SAVING_MOST_S = 60.0
+
+LastWords = Callable[[BackpropError], object]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what `docker stop` and cancelled CI jobs send."""
+
+
+class OutOfTime(KeyboardInterrupt):
+    """The time that `--max-minutes` gave is over."""
+
+
+KINDS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+if hasattr(signal, "SIGALRM"):  # not on Windows
+    KINDS[signal.SIGALRM] = OutOfTime
+
+
+@dataclass
+class _State:
+    armed: bool = False
+    asked: type[KeyboardInterrupt] | None = None
+    accepted: bool = False
+    """Whether the program is ending because of it."""
+    deadline: float = float("inf")
+    rescue: Callable[[], None] | None = None
+    last_words: list[LastWords] = field(default_factory=list[LastWords])
+    saving: threading.RLock = field(default_factory=threading.RLock)
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+_state = _State()
+_of_thread = threading.local()
+
+
+@contextmanager
+def armed() -> Generator[None]:
+    """Listen while the block runs. Only the main thread can; elsewhere, and inside another such block, do nothing."""
+    global _state
+    if _state.armed or not _is_main():
+        yield
+        return
+    _state = _State(armed=True)
+    heard = [number for number in KINDS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _hear) for number in heard}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader, _state), daemon=True).start()
+    try:
+        yield
+    finally:
+        _state.over.set()
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writer)
+        _state = _State()
+
+
+def _hear(number: int, frame: FrameType | None) -> None:
+    _state.asked = _state.asked or KINDS[number]
+    if _holds() == 0 and not _state.accepted:
+        raise _state.asked
+
+
+@contextmanager
+def held() -> Generator[None]:
+    """Let an interrupt wait until the block has ended."""
+    hold()
+    try:
+        yield
+    finally:
+        _let_go(1)
+    check()
+
+
+def hold() -> None:
+    """Let interrupts wait until `release`; nor is the process ended from another thread meanwhile."""
+    _state.saving.acquire()
+    _of_thread.holds = _holds() + 1
+
+
+def release() -> None:
+    """End all holds, and raise what came meanwhile."""
+    let_go()
+    check()
+
+
+def let_go() -> None:
+    """End all holds, as after a failure inside them."""
+    _let_go(_holds())
+
+
+def _let_go(count: int) -> None:
+    for _ in range(count):
+        _of_thread.holds = _holds() - 1
+        _state.saving.release()
+
+
+def _holds() -> int:
+    return getattr(_of_thread, "holds", 0)
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def check() -> None:
+    """Raise an interrupt that waits, or that a library swallowed."""
+    if not _is_main():
+        return
+    if _state.asked is None and time.monotonic() > _state.deadline:
+        _state.asked = OutOfTime
+    if _state.asked is not None and _holds() == 0 and not _state.accepted:
+        raise _state.asked
+
+
+def accept(interrupt: KeyboardInterrupt) -> Interrupted | Stopped:
+    """Give the error that ``interrupt`` means; from here on the program is ending, and none is raised any more."""
+    _state.accepted = True
+    let_go()
+    return _error_of(type(interrupt))
+
+
+def finished() -> None:
+    """Raise no interrupt any more: the work is done, and told."""
+    _state.accepted = True
+
+
+def _error_of(kind: type[KeyboardInterrupt]) -> Interrupted | Stopped:
+    hint = "run the same command again: it goes on from what is saved"
+    if issubclass(kind, Terminated):
+        return Stopped("stopped by SIGTERM", hint=hint)
+    if issubclass(kind, OutOfTime):
+        return Stopped("the time of `--max-minutes` is over", hint=hint)
+    return Interrupted("stopped by Ctrl-C", hint=hint)
+
+
+@contextmanager
+def time_limit(minutes: float | None) -> Generator[None]:
+    """Raise `OutOfTime` in the block when ``minutes`` are over."""
+    if not _state.armed:
+        _state.asked, _state.accepted = None, False  # what an earlier block in another thread left
+    if minutes is None:
+        yield
+        return
+    _state.deadline = time.monotonic() + 60 * minutes
+    in_time = _state.armed and hasattr(signal, "setitimer")
+    if in_time:
+        signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    finally:
+        _state.deadline = float("inf")
+        if in_time:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@contextmanager
+def rescued_by(save: Callable[[], None]) -> Generator[None]:
+    """Call ``save`` before the process is ended from another thread while the block runs.
+
+    It must be callable from that thread at any moment, and do nothing where nothing can be saved.
+    """
+    _state.rescue = save
+    try:
+        yield
+    finally:
+        _state.rescue = None
+
+
+@contextmanager
+def ends_with(last_words: LastWords) -> Generator[None]:
+    """Say ``last_words`` when the process is ended from another thread while the block runs."""
+    _state.last_words.append(last_words)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            _state.last_words.remove(last_words)
+
+
+def _watch(reader: int, state: _State) -> None:
+    """Wait for a signal, then for the program's own end; give it a time, and at a second Ctrl-C none."""
+    try:
+        number = _read(reader)
+        if number is None:
+            return
+        until = time.monotonic() + GRACE_S
+        while (left := until - time.monotonic()) > 0:
+            if select.select([reader], [], [], left)[0]:
+                again = _read(reader)
+                if again is None:
+                    return
+                if again == signal.SIGINT == number:
+                    _end(state, number, save=False)
+        _end(state, number, save=True)
+    finally:
+        os.close(reader)
+
+
+def _read(reader: int) -> int | None:
+    """Give the next signal that is meant for us; None when the program has ended by itself."""
+    while data := os.read(reader, 1):
+        if data[0] in KINDS:
+            return data[0]
+    return None
+
+
+def _end(state: _State, number: int, *, save: bool) -> None:
+    if save and state.saving.acquire(timeout=SAVING_MOST_S):
+        if state.over.wait(0.5):  # it was only saving
+            return
+        with contextlib.suppress(Exception):
+            if state.rescue is not None:
+                state.rescue()
+    error = _error_of(KINDS[number])
+    for say in reversed(state.last_words):
+        with contextlib.suppress(Exception):
+            say(error)
+    os._exit(error.code)

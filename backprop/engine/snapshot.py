@@ -1,0 +1,205 @@
+"""Where a training stands: all that its next step depends on, captured into a checkpoint and put back.
+
+What can be derived is not kept: the order of the examples, the rate and the random state of a step are functions of the
+seed and the step's number.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from backprop.config import TrainConfig
+from backprop.core.plan import Plan
+from backprop.edges import checkpoints, stopping
+from backprop.edges.checkpoints import Checkpoint
+from backprop.engine.batches import PassSize
+from backprop.engine.exam import Exam
+from backprop.engine.load import set_adapter_state
+from backprop.engine.validation import Validation
+from backprop.errors import UsageError
+from backprop.events import JSON, Checkpointed, Resumed, Sink
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER, OPTIMIZER, PROGRESS = "adapter_model.safetensors", "optimizer.safetensors", "progress.safetensors"
+# What must be the same for a checkpoint to go on; the rest of a plan changes no result.
+DECIDED = ("max_length", "batch_size", "steps", "learning_rate", "lora_alpha", "dtype")
+# Saving costs at most this share of the time.
+MOST_SAVING = 0.02
+SAVE_EVERY_S = 300.0
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What a run has done so far."""
+
+    seen: "torch.Tensor"
+    """How often each example was trained on; int32."""
+    losses: list[float] = field(default_factory=list[float])
+    """Of each finished step."""
+    tokens: int = 0
+    """Tokens that went through the model, without padding."""
+    seconds: float = 0.0
+    """Of all steps; evaluations and proofs are not counted."""
+    ended: bool = False
+    """Whether no step is to follow."""
+
+    @property
+    def step(self) -> int:
+        """Steps that are finished."""
+        return len(self.losses)
+
+    @classmethod
+    def start(cls, num_examples: int) -> "Progress":
+        """Give the progress of a run that has not begun."""
+        import torch
+
+        return cls(seen=torch.zeros(num_examples, dtype=torch.int32))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stand:
+    """Where a training stands, before its next step."""
+
+    size: PassSize
+    progress: Progress
+    exam: Exam
+    validation: Validation
+
+
+class Steps(Protocol):
+    """What knows how much goes through the model at once."""
+
+    size: PassSize
+
+
+class Saver:
+    """Writes checkpoints of one training, by time or steps, and gives back the newest.
+
+    Args:
+        folder: Where they go.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        plan: Plan,
+        model: Any,
+        stand: Stand,
+        steps: Steps,
+        *,
+        say: Sink,
+        run: int,
+    ) -> None:
+        self._folder, self._config, self._plan, self._say, self._run = folder, config, plan, say, run
+        self._model, self._steps, self.progress = model, steps, stand.progress
+        self._exam, self.validation = stand.exam, stand.validation
+        self.optimizer: Any = None
+        self._saved = (self.progress.step, self.progress.ended)
+        self._saved_at, self._cost = time.monotonic(), 0.0
+
+    def save_if_due(self, *, evaluated: bool = False) -> None:
+        """Save after a step if it is time: by steps, by minutes, at the end, or for the sake of an evaluation."""
+        waited = time.monotonic() - self._saved_at
+        cheap = self._cost <= MOST_SAVING * waited
+        by_steps = self._config.save_steps
+        due = self.progress.step % by_steps == 0 if by_steps else cheap and (evaluated or waited >= SAVE_EVERY_S)
+        if due or self.progress.ended:
+            self.save()
+
+    def save(self) -> None:
+        """Save where the run stands, if that is not saved yet. Safe in any thread, at any moment between two updates."""
+        with stopping.held():
+            now = (self.progress.step, self.progress.ended)
+            if self.optimizer is None or now in ((0, False), self._saved):
+                return
+            started = time.monotonic()
+            path = checkpoints.write(self._folder, self._state(), self._fill, keep=self._config.keep_checkpoints)
+            self._saved, self._saved_at = now, time.monotonic()
+            self._cost = self._saved_at - started
+        self._say(Checkpointed(step=self.progress.step, path=str(path), seconds=round(self._cost, 3), run=self._run))
+
+    def _state(self) -> dict[str, JSON]:
+        done = self.progress
+        figures: dict[str, JSON] = {"tokens": done.tokens, "seconds": done.seconds, "ended": done.ended}
+        measured = {"exam": self._exam.to_json(), "validation": self.validation.to_json()}
+        size = asdict(self._steps.size)
+        return {"format": 1, "step": done.step, "plan": decided(self._plan), "size": size, **figures, **measured}
+
+    def _fill(self, folder: Path) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        self._model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, about nothing
+        save_file(_flat(self.optimizer.state_dict()["state"]), folder / OPTIMIZER)
+        losses = torch.tensor(self.progress.losses, dtype=torch.float64)
+        best = {f"best.{name}": tensor.contiguous() for name, tensor in self.validation.best.items()}
+        save_file({"losses": losses, "seen": self.progress.seen, **best}, folder / PROGRESS)
+
+
+def decided(plan: Plan) -> dict[str, JSON]:
+    """Give the choices of a plan that a checkpoint depends on."""
+    return {name: getattr(plan, name).value for name in DECIDED}
+
+
+def restore(checkpoint: Checkpoint, model: Any, plan: Plan, *, num_examples: int, say: Sink, run: int) -> Progress:
+    """Put a checkpoint's adapter into ``model``, and give how far it was.
+
+    Raises:
+        UsageError: If it is of another plan or other data.
+    """
+    from safetensors.torch import load_file
+
+    now = decided(plan)
+    before = cast(Mapping[str, JSON], checkpoint.state["plan"])
+    changed = [f"{name}: {before.get(name)} before, {now[name]} now" for name in now if before.get(name) != now[name]]
+    kept = load_file(checkpoint.folder / PROGRESS)
+    if len(kept["seen"]) != num_examples:
+        changed.append(f"examples: {len(kept['seen'])} before, {num_examples} now")
+    if changed:
+        raise UsageError(
+            f"`{checkpoint.folder}` is of another run, which differs in {'; '.join(changed)}",
+            hint="give what it had, or begin anew with `--resume never`",
+        )
+    set_adapter_state(model, load_file(checkpoint.folder / ADAPTER))
+    say(Resumed(step=checkpoint.step, path=str(checkpoint.folder), run=run))
+    state = checkpoint.state
+    return Progress(
+        seen=kept["seen"],
+        losses=kept["losses"].tolist(),
+        tokens=int(state["tokens"]),
+        seconds=float(state["seconds"]),
+        ended=bool(state["ended"]),
+    )
+
+
+def best_of(checkpoint: Checkpoint) -> dict[str, "torch.Tensor"]:
+    """Give the best adapter that a checkpoint keeps; empty if none."""
+    from safetensors.torch import load_file
+
+    kept = load_file(checkpoint.folder / PROGRESS)
+    return {name.removeprefix("best."): tensor for name, tensor in kept.items() if name.startswith("best.")}
+
+
+def restore_optimizer(checkpoint: Checkpoint, optimizer: Any) -> None:
+    """Put a checkpoint's moments into a fresh optimizer of the same parameters."""
+    from safetensors.torch import load_file
+
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in load_file(checkpoint.folder / OPTIMIZER).items():
+        number, key = name.split(".", 1)
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _flat(state: Mapping[int, Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor"]:
+    return {
+        f"{number}.{key}": tensor.detach().contiguous()
+        for number, values in state.items()
+        for key, tensor in values.items()
+    }
