@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,8 +19,8 @@ import backprop
 from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
 from backprop.console import Console, without_escapes
 from backprop.edges import stopping
-from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, UsageError
-from backprop.events import Event, Failed, Sink, schema
+from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
+from backprop.events import Event, Failed, Sink, schema, tee
 
 OUTPUT = Group.create_ordered("Output")
 
@@ -30,13 +31,15 @@ class Voice:
     """How a command talks."""
 
     config: Annotated[Path | None, Parameter(group=OUTPUT)] = None
-    """A YAML file of options; `BACKPROP_…` variables come before it, and flags before both."""
+    """A YAML file of options; `BACKPROP_…` variables and flags come before it."""
     json: Annotated[bool, Parameter(group=OUTPUT, negative="", show_default=False)] = False
     """One JSON object per event on stdout."""
     quiet: Annotated[bool, Parameter(group=OUTPUT, negative="", show_default=False)] = False
     """Errors only."""
     verbose: Annotated[bool, Parameter(group=OUTPUT, negative="", show_default=False)] = False
     """Every step."""
+    junit: Annotated[Path | None, Parameter(group=OUTPUT)] = None
+    """Write proofs, checks and gates as JUnit XML."""
 
 
 PLAIN_VOICE, PLAIN_RUNS, PLAIN_EXPORT, PLAIN_DOCTOR = Voice(), MultiRunConfig(), ExportConfig(), DoctorConfig()
@@ -54,29 +57,33 @@ app = App(
 
 
 @app.command
-def train(config: TrainConfig, *, voice: Voice = PLAIN_VOICE) -> int:
+def train(config: TrainConfig | None = None, *, voice: Voice = PLAIN_VOICE) -> int:
     """Fine-tune one adapter on your data; the run directory goes to stdout."""
+    asked = config or TrainConfig()
 
     def work(say: Sink) -> Sequence[Path]:
         from backprop.verbs.train import train
 
-        run_directory = train(config, say=say)
-        return () if config.dry_run else (run_directory,)
+        run_directory = train(asked, say=say)
+        return () if asked.dry_run else (run_directory,)
 
-    return _call(work, replace(voice, verbose=voice.verbose or config.dry_run))
+    return _call(work, replace(voice, verbose=voice.verbose or asked.dry_run))
 
 
 @app.command
-def multi_run(config: TrainConfig, options: MultiRunConfig = PLAIN_RUNS, *, voice: Voice = PLAIN_VOICE) -> int:
+def multi_run(
+    config: TrainConfig | None = None, options: MultiRunConfig = PLAIN_RUNS, *, voice: Voice = PLAIN_VOICE
+) -> int:
     """Train on several data sets in turn (or on chunks of one) and merge after each, so that less is forgotten."""
+    asked = config or TrainConfig()
 
     def work(say: Sink) -> Sequence[Path]:
         from backprop.verbs.multi_run import multi_run
 
-        run_directory = multi_run(config, options, say=say)
-        return () if config.dry_run else (run_directory,)
+        run_directory = multi_run(asked, options, say=say)
+        return () if asked.dry_run else (run_directory,)
 
-    return _call(work, replace(voice, verbose=voice.verbose or config.dry_run))
+    return _call(work, replace(voice, verbose=voice.verbose or asked.dry_run))
 
 
 @app.command
@@ -111,29 +118,73 @@ def doctor(config: DoctorConfig = PLAIN_DOCTOR, *, voice: Voice = PLAIN_VOICE) -
 
 
 def _call(work: Callable[[Sink], Sequence[Path]], voice: Voice) -> int:
-    """Run a verb, tell its end on the right stream, and give its exit code."""
+    """Run a verb, tell its end on the right stream and to the CI job around it, and give its exit code."""
+    told: list[Event] = []
     with Console(detail="quiet" if voice.quiet else "verbose" if voice.verbose else "normal") as console:
-        say: Sink = console
+        sinks = [told.append, console, *([_annotate] if os.environ.get("GITHUB_ACTIONS") == "true" else [])]
         if voice.json:
             from backprop.edges.rundir import json_lines
-            from backprop.events import tee
 
-            say = tee(until_closed(json_lines(_stdout())), console)
+            sinks.insert(1, until_closed(json_lines(_stdout())))
+        say = tee(*sinks)
+        started = time.monotonic()
+        paths: Sequence[Path] = ()
 
         def end(error: BackpropError) -> int:
             say(Failed(code=error.code, message=error.message, hint=error.hint or ""))
             return error.code
 
+        def end_at_once(error: BackpropError) -> None:
+            end(error)
+            _hand_over(told, voice, seconds=time.monotonic() - started)
+
         try:
-            with stopping.ends_with(end):
+            with stopping.ends_with(end_at_once):
                 paths = work(say)
         except BackpropError as error:
-            return end(error)
+            code = end(error)
         except KeyboardInterrupt as interrupt:
-            return end(stopping.accept(interrupt))
-    if not voice.json:
+            code = end(stopping.accept(interrupt))
+        except Exception as error:
+            told.append(Failed(code=EXIT_CODE_OF_A_BUG, message=f"a bug: {error!r}", hint=""))
+            _hand_over(told, voice, seconds=time.monotonic() - started)
+            raise
+        else:
+            code = 0
+        code = _hand_over(told, voice, seconds=time.monotonic() - started) or code
+    if code == 0 and not voice.json:
         for path in paths:
             print(path, file=_stdout())
+    return code
+
+
+def _annotate(event: Event) -> None:
+    """Mark an error or warning on the page of a GitHub job."""
+    from backprop import ci
+
+    text = ci.annotation(event)
+    if text is not None and sys.stderr:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _hand_over(told: Sequence[Event], voice: Voice, *, seconds: float) -> int:
+    """Write what a CI job shows: its summary and the JUnit file. Give the exit code of a failure to do so."""
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not (summary or voice.junit):
+        return 0
+    from backprop import ci
+    from backprop.edges import rundir
+
+    try:
+        if summary:
+            with open(summary, "a", encoding="utf-8") as file:
+                file.write(ci.step_summary(told))
+        if voice.junit:
+            rundir.write_text(voice.junit, ci.junit(told, seconds=seconds))
+    except OSError as error:
+        return _usage(f"`{summary}` cannot be written: {error.strerror}", "", voice.json, code=DiskError.code)
+    except DiskError as error:
+        return _usage(error.message, error.hint or "", voice.json, code=error.code)
     return 0
 
 

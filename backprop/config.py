@@ -63,40 +63,40 @@ Positive = Bounds(above=0)
 class TrainConfig:
     """Options of `train`; `multi-run` uses them for each of its runs."""
 
-    data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", name=["--data", "-d"])]
-    """A .jsonl, .json, .csv, .parquet or .txt file (also .gz), a folder of these, or a hub data set `owner/name[:split]`. Repeatable."""
+    data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", name=["--data", "-d"], show_default=False)] = ()
+    """A .jsonl .json .csv .parquet .txt file (also .gz), a folder, or a hub set `owner/name[:split]`. Repeatable."""
     eval_data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
-    """Held-out data, in the same forms. Default: a part of `--data`."""
+    """Held-out data. Default: a part of `--data`."""
     eval_fraction: Annotated[float | None, Bounds(least=0, most=0.5), Parameter(group=DATA)] = None
-    """Share of `--data` held out, chosen by content. Default: 0.05 from 200 rows on, else none."""
+    """Share held out. Default: 0.05 from 200 rows on."""
     column: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
-    """Which column holds what, e.g. `--column user=frage --column assistant=antwort`."""
+    """Say which column is what, e.g. `user=frage`."""
     loss_on: Annotated[Literal["assistant", "all"], Parameter(group=DATA)] = "assistant"
     """Which tokens are trained on."""
     max_length: Annotated[int | None, Bounds(least=8, most=10_000_000), Parameter(group=DATA)] = None
-    """Tokens per example; the rest is cut, and counted. Default: the longest example, capped by the model."""
+    """Tokens per example. Default: the longest, if the model can; what is cut is counted."""
     allow_truncation: Annotated[bool, Parameter(group=DATA, negative="", show_default=False)] = False
     """Train even if over 5 % of the tokens are cut."""
     packing: Annotated[bool | None, Parameter(group=DATA)] = None
-    """Several examples in a row instead of padding. Default: on, where the model can."""
+    """Examples share rows. Default: if the model can."""
 
     model: Annotated[str | None, Parameter(group=MODEL, name=["--model", "-m"])] = None
-    """A preset, a hub id, or a folder. Default: the best preset that fits this machine."""
+    """Preset, hub id or folder. Default: the best that fits."""
     trust_remote_code: Annotated[bool, Parameter(group=MODEL, negative="", show_default=False)] = False
-    """Run Python code that the model's repository brings. Never on by itself."""
+    """Run Python code that the model brings."""
 
     steps: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
     """Optimizer steps. Default: from `--epochs`."""
     epochs: Annotated[float | None, Bounds(above=0, most=10_000), Parameter(group=TRAINING)] = None
-    """Passes over the data. Default: from the number of rows."""
+    """Passes over the data. Default: from its size."""
     batch_size: Annotated[int | None, Bounds(least=1, most=65_536), Parameter(group=TRAINING)] = None
-    """Examples per optimizer step. Default: from the number of rows."""
+    """Examples per step. Default: from the data."""
     micro_batch: Annotated[int | None, Bounds(least=1, most=65_536), Parameter(group=TRAINING)] = None
-    """Examples per forward pass: less needs less memory, and changes no result. Default: from length and memory."""
+    """Examples per pass; changes no result."""
     learning_rate: Annotated[
         float | None, Bounds(above=0, most=1), Parameter(group=TRAINING, name=["--learning-rate", "--lr"])
     ] = None
-    """Peak learning rate. Default: from the method and the width of the model."""
+    """Peak rate. Default: from method and width."""
     scheduler: Annotated[Scheduler, Parameter(group=TRAINING)] = "cosine"
     """How the rate falls after the warm-up."""
     warmup: Annotated[float, Bounds(least=0, most=0.5), Parameter(group=TRAINING)] = 0.05
@@ -108,14 +108,16 @@ class TrainConfig:
     early_stopping: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
     """Stop after this many evaluations without a better loss; deliver the best adapter."""
     seed: Annotated[int, Bounds(least=0, most=2**32 - 1), Parameter(group=TRAINING)] = 42
-    """Seed of the adapter's start and of the order of rows."""
+    """Of the adapter and the order."""
+    deterministic: Annotated[bool, Parameter(group=TRAINING, negative="", show_default=False)] = False
+    """The same bits each time on a GPU too; slower."""
 
     method: Annotated[Method, Parameter(group=LORA)] = "lora"
     """`qlora` holds the base in 4 bits; `dora` also trains magnitudes."""
     lora_r: Annotated[int, Bounds(least=1, most=1024), Parameter(group=LORA)] = 16
     """Rank."""
     lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
-    """The adapter is multiplied by alpha / rank. Default: such that this is 2."""
+    """Scale times the rank. Default: twice the rank."""
     rslora: Annotated[bool, Parameter(group=LORA, negative="", show_default=False)] = False
     """Divide alpha by the root of the rank."""
     lora_plus: Annotated[float | None, Bounds(least=1, most=1000), Parameter(group=LORA)] = None
@@ -130,19 +132,25 @@ class TrainConfig:
     overwrite: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Replace what an earlier run left in `--output`."""
     dry_run: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
-    """Print the plan, the data ledger and three examples; train nothing."""
+    """Plan, data ledger, three examples; no training."""
     rehearse: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
-    """First go the whole way to an answering GGUF with a small random copy of the model."""
+    """First go all the way to a GGUF with a small copy."""
     resume: Annotated[str, Parameter(group=RUN)] = "auto"
-    """`auto` goes on with an interrupted run in `--output`; `never` begins anew; or the folder of a checkpoint."""
+    """`auto`, `never`, or the folder of a checkpoint."""
     save_steps: Annotated[int | None, Count, Parameter(group=RUN)] = None
-    """Steps between checkpoints. Default: every 5 minutes, and after evaluations."""
+    """Between checkpoints. Default: 5 minutes."""
     keep_checkpoints: Annotated[int, Bounds(least=1, most=1000), Parameter(group=RUN)] = 2
     """Checkpoints that stay."""
     max_minutes: Annotated[float | None, Positive, Parameter(group=RUN)] = None
-    """Stop in time, saved, with exit code 75; the same command goes on."""
+    """Stop in time, saved; run the same again to go on."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
-    """Leave out proofs that take time; the manifest says so."""
+    """Leave out what takes time; the manifest says so."""
+    from_run: Annotated[Path | None, Parameter(group=RUN)] = None
+    """Do a finished run again, in another `--output`, and compare."""
+    gate: Annotated[tuple[str, ...], Parameter(group=RUN, negative="", show_default=False)] = ()
+    """Exit 6 unless it holds, e.g. "eval_loss<1.2"."""
+    gate_data: Annotated[tuple[str, ...], Parameter(group=RUN, negative="", show_default=False)] = ()
+    """Old tasks: exit 6 if these rows got worse."""
     offline: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """No network at all."""
     report_to: Annotated[Literal["none", "tensorboard"], Parameter(group=RUN)] = "none"
@@ -156,7 +164,9 @@ class TrainConfig:
             raise UsageError("`--lora-plus` would also quicken DoRA's magnitudes", hint="leave out one of them")
         if self.eval_data and self.eval_fraction is not None:
             raise UsageError("both `--eval-data` and `--eval-fraction` are given", hint="give one of them")
-        if not self.data:
+        if self.from_run is not None and self.data:
+            raise UsageError("both `--data` and `--from-run` are given", hint="give one of them")
+        if not self.data and self.from_run is None:
             raise UsageError("no data is given", hint="add `--data my.jsonl`")
 
 

@@ -9,15 +9,19 @@ from typing import IO, Any, Literal, Self
 
 from backprop.events import (
     Checked,
+    Checkpointed,
     DataRead,
     Eval,
     Event,
     Examples,
     Exported,
     Failed,
+    Gated,
     Phase,
     PlanMade,
     Proved,
+    Repeated,
+    Resumed,
     RunFinished,
     RunMerged,
     RunStarted,
@@ -149,6 +153,14 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Proved():
             detail = f" ({event.found})" if verbose or not event.ok else ""
             return f"{'proved' if event.ok else 'NOT PROVED'}: {event.name}{detail}"
+        case Gated():
+            return f"gate {'met' if event.ok else 'NOT MET'}: {event.gate} ({event.found})"
+        case Checkpointed():
+            return f"checkpoint after step {event.step} in {event.seconds:.2f} s: {event.path}" if verbose else ""
+        case Resumed():
+            return f"going on after step {event.step}, from {event.path}"
+        case Repeated():
+            return f"compared with {event.path}: {event.found}"
         case Sampled():
             return f"asked: {_line(event.prompt)}\n  before: {_line(event.before)}\n  after:  {_line(event.after)}"
         case Warned():

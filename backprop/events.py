@@ -154,6 +154,17 @@ class Resumed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Repeated:
+    """How a run compares with the one that it did again: `equal`, `close` or `different`."""
+
+    kind: str
+    found: str
+    path: str
+    largest: float
+    """Largest difference of the losses of a step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Warned:
     """Something the user can act on, that does not stop the run."""
 
@@ -222,6 +233,7 @@ Event = (
     | Sampled
     | Checkpointed
     | Resumed
+    | Repeated
     | Warned
     | Phase
     | Exported
@@ -243,6 +255,7 @@ KINDS: dict[type, str] = {
     Sampled: "sample",
     Checkpointed: "checkpoint",
     Resumed: "resumed",
+    Repeated: "repeated",
     Warned: "warning",
     Phase: "phase",
     Exported: "exported",

@@ -47,6 +47,7 @@ def page(manifest: Mapping[str, object], events: Sequence[Event]) -> str:
     if steps:
         parts += _curves(steps, [event for event in events if isinstance(event, Eval)])
     parts += _samples(_mappings(manifest.get("samples")))
+    parts += _gates(_mappings(manifest.get("gates")))
     parts += _proofs(_mappings(manifest.get("proofs")))
     parts += ["<h2>Plan</h2>", _plan_table(manifest)]
     parts += _data(manifest, [event for event in events if isinstance(event, DataRead)])
@@ -209,6 +210,19 @@ def _proofs(proofs: Sequence[Mapping[str, object]]) -> list[str]:
     )
     head = "<tr><th>name</th><th>result</th><th>found</th><th>seconds</th></tr>"
     return ["<h2>Proofs</h2>", f'<div class="scroll"><table>{head}{body}</table></div>']
+
+
+def _gates(gates: Sequence[Mapping[str, object]]) -> list[str]:
+    if not gates:
+        return []
+    body = "".join(
+        f"<tr><td>{escape(str(gate['gate']))}</td>"
+        + ("<td>met</td>" if gate["ok"] else '<td class="failed">not met</td>')
+        + f"<td>{escape(str(gate['found']))}</td></tr>"
+        for gate in gates
+    )
+    head = "<tr><th>gate</th><th>result</th><th>found</th></tr>"
+    return ["<h2>Gates</h2>", f'<div class="scroll"><table>{head}{body}</table></div>']
 
 
 def _samples(samples: Sequence[Mapping[str, object]]) -> list[str]:

@@ -103,6 +103,21 @@ def choose_max_length(config: TrainConfig, longest: int, shape: ModelShape) -> C
     return Choice(longest, "the longest example, so that nothing is cut")
 
 
+# LoRA of rank r on the linear layers of a block adds at most this many weights per unit of r and hidden size: four
+# matrices of attention and three of a feed-forward part that is four times as wide.
+ADAPTER_WIDTHS = 4 * 2 + 3 * (1 + 4)
+# Tokenizer, report, events.
+SMALL_FILES_BYTES = 64 * 2**20
+
+
+def disk_bytes(config: TrainConfig, shape: ModelShape) -> int:
+    """Estimate what a run writes at most: the adapter twice while it is replaced, and its checkpoints."""
+    adapter = 4 * ADAPTER_WIDTHS * config.lora_r * shape.hidden_size * shape.num_layers
+    moments, best = 2, int(config.early_stopping is not None)
+    checkpoints = (config.keep_checkpoints + 1) * (1 + moments + best)
+    return adapter * (2 + checkpoints) + SMALL_FILES_BYTES
+
+
 def make_plan(
     config: TrainConfig,
     hardware: Hardware,

@@ -23,7 +23,7 @@ RUN_FILES = (
     MANIFEST,
 )
 # What a write that did not end leaves: `whole` names them so.
-LEFTOVERS = (".*.part", ".*.old")
+LEFTOVERS = (".*.part", ".*.old", ".export-*")
 Found = Literal["nothing", "unfinished", "finished"]
 
 
@@ -44,7 +44,7 @@ def check(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise DiskError(f"`{directory}` cannot be made in `{nearest}`", hint="choose another `--output`")
         if directory.is_dir():
-            with _locked(directory):
+            with locked(directory):
                 pass
         return _found(directory, identity, overwrite=overwrite)
     except OSError as error:
@@ -84,10 +84,10 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool, k
     with contextlib.ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(directory))
-            goes_on = keep and _found(directory, identity, overwrite=overwrite) == "unfinished"
+            stack.enter_context(locked(directory))
+            goes_on = keep and _found(directory, identity, overwrite=overwrite) != "nothing"
             for name in () if goes_on else RUN_FILES:
-                _remove(directory / name)
+                remove(directory / name)
             tidy(directory)
             probe = directory / ".writable"
             probe.write_text("")
@@ -100,12 +100,17 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool, k
 def tidy(directory: Path) -> None:
     """Remove what writes left that were killed, in the folders that a run writes to."""
     runs = directory.glob("runs/*")
-    folders = [directory, directory / "export", *(folder for run in runs for folder in (run, run / "checkpoints"))]
+    folders = [directory, *(folder for run in runs for folder in (run, run / "checkpoints"))]
     for folder in (*folders, directory / "checkpoints"):
-        for pattern in LEFTOVERS:
-            for left in folder.glob(pattern):
-                _remove(left)
+        sweep(folder)
     (directory / ".writable").unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writes left in ``folder`` that were killed."""
+    for pattern in LEFTOVERS:
+        for left in folder.glob(pattern):
+            remove(left)
 
 
 def _unusable(directory: Path, error: OSError) -> DiskError:
@@ -115,8 +120,12 @@ def _unusable(directory: Path, error: OSError) -> DiskError:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Generator[None]:
-    """Hold a lock on a directory, which a process that died holds no longer, on whatever host. Not on Windows."""
+def locked(directory: Path) -> Generator[None]:
+    """Hold a lock on a directory, which a process that died holds no longer, on whatever host. Not on Windows.
+
+    Raises:
+        UsageError: If another process holds it.
+    """
     if os.name == "nt":
         yield
         return
@@ -197,7 +206,7 @@ def whole(path: Path) -> Generator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(beside)
+        remove(beside)
         yield beside
         _sync_tree(beside)
         _replace(beside, path)
@@ -205,7 +214,7 @@ def whole(path: Path) -> Generator[Path]:
         raise _full(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # what could not be made cannot be removed either
-            _remove(beside)
+            remove(beside)
 
 
 def _full(path: Path, error: OSError) -> DiskError:
@@ -224,7 +233,8 @@ def _replace(beside: Path, path: Path) -> None:
     _sync(path.parent)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -248,8 +258,12 @@ def _sync(path: Path) -> None:
 def event_log(directory: Path) -> Generator[Sink]:
     """Append every event to `events.jsonl` while the block runs."""
     path = directory / "events.jsonl"
-    _end_last_line(path)
-    with path.open("a", encoding="ascii") as file:
+    try:
+        _end_last_line(path)
+        file = path.open("a", encoding="ascii")
+    except OSError as error:
+        raise _full(path, error) from error
+    with contextlib.closing(file):
         write = json_lines(file)
 
         def say(event: Event) -> None:

@@ -131,8 +131,8 @@ def _is_main() -> bool:
 
 def check() -> None:
     """Raise an interrupt that waits, or that a library swallowed."""
-    if not _is_main():
-        return
+    if _state.armed and not _is_main():
+        return  # the watcher saves while the main thread is asked to end
     if _state.asked is None and time.monotonic() > _state.deadline:
         _state.asked = OutOfTime
     if _state.asked is not None and _holds() == 0 and not _state.accepted:

@@ -8,7 +8,7 @@ from typing import Any
 from backprop.core.data.render import Example
 from backprop.engine import proofs
 from backprop.engine.attention import within_documents
-from backprop.engine.batches import PassSize, computing, num_trained, passes, sum_of_losses, to_device
+from backprop.engine.batches import PassSize, computing, num_trained, padded, passes, sum_of_losses, to_device
 from backprop.engine.load import HfTokenizer
 from backprop.events import JSON, Proved, Sampled, Sink, Warned
 
@@ -109,3 +109,19 @@ def mean_loss(model: Any, examples: Sequence[Example], size: PassSize) -> float:
             count += num_trained(one)
     model.train(was_training)
     return total / count
+
+
+def row_losses(model: Any, examples: Sequence[Example], *, dtype: str) -> list[tuple[float, int]]:
+    """Give for each example the summed negative log-likelihood of its trained tokens, in nats, and their number."""
+    import torch
+
+    found: list[tuple[float, int]] = []
+    was_training = bool(model.training)
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad(), computing(model, dtype):
+        for example in examples:
+            one = padded([example])
+            found.append((float(sum_of_losses(model, to_device(one, device))), num_trained(one)))
+    model.train(was_training)
+    return found

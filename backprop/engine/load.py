@@ -256,6 +256,13 @@ def adapter_state(model: Any) -> dict[str, "torch.Tensor"]:
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 
+def read_adapter(folder: Path) -> dict[str, "torch.Tensor"]:
+    """Read the tensors of a saved adapter, under the names that `adapter_state` gives."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
 def set_adapter_state(model: Any, state: Mapping[str, "torch.Tensor"]) -> None:
     """Put tensors into the adapter; every one must have its place."""
     from peft import set_peft_model_state_dict

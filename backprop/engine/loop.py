@@ -1,5 +1,6 @@
 """The training loop: trl's SFTTrainer on examples that are already tokens, with what a run must say and check."""
 
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -215,6 +216,23 @@ def _describe(tokenizer: HfTokenizer, examples: Sequence[Example]) -> Callable[[
         return "\n".join(f"example {number}: {whole.decode(list(examples[number].ids))}" for number in numbers)
 
     return describe
+
+
+@contextmanager
+def same_bits(wanted: bool) -> Generator[None]:
+    """Let torch compute the same bits each time on a GPU while the block runs; a CPU does anyway."""
+    import torch
+
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def release() -> None:

@@ -44,18 +44,19 @@ def train_one(
         with rundir.whole(output / "lora") as folder:
             load.save_adapter(model, prepared.tokenizer, folder)
 
-    result = loop.fit(
-        model,
-        prepared.tokenizer,
-        prepared.train.examples,
-        config=config,
-        plan=plan,
-        say=say,
-        save=save,
-        held_out=prepared.held_out,
-        folder=output,
-        run=run,
-    )
+    with loop.same_bits(config.deterministic):
+        result = loop.fit(
+            model,
+            prepared.tokenizer,
+            prepared.train.examples,
+            config=config,
+            plan=plan,
+            folder=output,
+            say=say,
+            save=save,
+            held_out=prepared.held_out,
+            run=run,
+        )
     if result.failed:
         proof = result.failed[0]
         raise TrainingError(

@@ -1,18 +1,19 @@
 """`backprop export`: from an adapter to a file that runs, asked once before success is claimed."""
 
+import json
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import backprop
 from backprop.config import ExportConfig
-from backprop.edges import device, hub, llama_cpp, rundir
-from backprop.errors import DiskError, ExportError, UsageError
-from backprop.events import Exported, Phase, RunFinished, RunStarted, Sink, tee
+from backprop.edges import device, hub, llama_cpp, rundir, stopping
+from backprop.errors import BackpropError, DiskError, ExportError, UsageError
+from backprop.events import Exported, Failed, Phase, RunFinished, RunStarted, Sink, tee
 
 # Room for the merged checkpoint in float32, its 16-bit GGUF and one quantized file, per weight: 4 + 2 + 1 bytes.
 BYTES_PER_WEIGHT = 7
@@ -45,26 +46,55 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
     """
     started = time.monotonic()
     adapter = find_adapter(source, config)
-    targets = _targets(adapter, config)
+    targets = _targets(config, adapter)
     if config.format == "gguf":
         llama_cpp.converter()
         llama_cpp.bindings()
     _make_room(adapter)
     with ExitStack() as stack:
+        stack.enter_context(rundir.locked(adapter.output))
+        rundir.sweep(adapter.output)
+        done = {} if config.overwrite else _refuse_others(adapter, targets)
         if adapter.run is not None:
-            say = tee(say, stack.enter_context(rundir.event_log(adapter.run)))
+            log = stack.enter_context(rundir.event_log(adapter.run))
+            stack.enter_context(_told_to_the_end(log))
+            say = tee(say, log)
         say(RunStarted(command="export", output=str(adapter.output), version=backprop.__version__))
+        for exported in done.values():
+            say(exported)
+        missing = {kind: path for kind, path in targets.items() if kind not in done}
         try:
-            if config.format == "safetensors":
+            if config.format == "safetensors" and missing:
                 _export_safetensors(adapter, targets["safetensors"], config, say)
-            else:
-                _export_gguf(adapter, targets, config, say)
+            elif missing:
+                _export_gguf(adapter, missing, config, say)
         except OSError as error:
             raise DiskError(f"`{adapter.output}` cannot be written: {error}", hint="look at `df -h`") from error
         seconds = round(time.monotonic() - started, 1)
         result = {"files": [str(path) for path in targets.values()]}
+        stopping.finished()
         say(RunFinished(command="export", output=str(adapter.output), seconds=seconds, result=result))
     return list(targets.values())
+
+
+@contextmanager
+def _told_to_the_end(log: Sink) -> Generator[None]:
+    """Write into the run's log how an export ended early."""
+
+    def end(error: BackpropError) -> None:
+        with suppress(DiskError):
+            log(Failed(code=error.code, message=error.message, hint=error.hint or ""))
+
+    try:
+        with stopping.ends_with(end):
+            yield
+    except BackpropError as error:
+        end(error)
+        raise
+    except KeyboardInterrupt as interrupt:
+        stopped = stopping.accept(interrupt)
+        end(stopped)
+        raise stopped from None
 
 
 def find_adapter(source: Path, config: ExportConfig) -> Adapter:
@@ -112,8 +142,6 @@ def _base_of_run(manifest: Mapping[str, Any]) -> str:
 
 
 def _base_of(folder: Path) -> str:
-    import json
-
     try:
         settings: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_text())
         return str(settings["base_model_name_or_path"])
@@ -123,17 +151,58 @@ def _base_of(folder: Path) -> str:
         ) from error
 
 
-def _targets(adapter: Adapter, config: ExportConfig) -> dict[str, Path]:
-    """Name the files to write, and refuse to write over others."""
+def _targets(config: ExportConfig, adapter: Adapter) -> dict[str, Path]:
+    """Name the files to write."""
     if config.format == "safetensors":
-        targets = {"safetensors": adapter.output / "safetensors"}
-    else:
-        kinds = config.quantization or (DEFAULT_QUANTIZATION,)
-        targets = {kind: adapter.output / f"{adapter.name}-{kind}.gguf" for kind in kinds}
-    there = [path for path in targets.values() if path.exists()]
-    if there and not config.overwrite:
-        raise UsageError(f"`{there[0]}` is there already", hint="add `--overwrite`, or choose another `--output`")
-    return targets
+        return {"safetensors": adapter.output / "safetensors"}
+    kinds = config.quantization or (DEFAULT_QUANTIZATION,)
+    return {kind: adapter.output / f"{adapter.name}-{kind}.gguf" for kind in kinds}
+
+
+# Beside the exported files: from which adapter each came, its hash, and what it answered.
+RECORDS = "exports.json"
+
+
+def _refuse_others(adapter: Adapter, targets: Mapping[str, Path]) -> dict[str, Exported]:
+    """Refuse to write over files, and give those that an earlier call made of this very adapter, whole.
+
+    Raises:
+        UsageError: If a file is there that is not one of them.
+    """
+    path = adapter.output / RECORDS
+    records = json.loads(path.read_text()) if path.is_file() else {}
+    done: dict[str, Exported] = {}
+    for kind, target in targets.items():
+        if not target.exists():
+            continue
+        record = records.get(target.name) or {}
+        known = record.get("adapter") == _adapter_hash(adapter) and record.get("question") == adapter.question
+        if not known or record.get("sha256") != _hash_of(target):
+            raise UsageError(f"`{target}` is there already", hint="add `--overwrite`, or choose another `--output`")
+        done[kind] = Exported(**record["told"])
+    return done
+
+
+def _record(adapter: Adapter, target: Path, told: Exported) -> None:
+    """Write down what was exported: the same command need not do it again."""
+    path = adapter.output / RECORDS
+    records = json.loads(path.read_text()) if path.is_file() else {}
+    records[target.name] = {
+        "adapter": _adapter_hash(adapter),
+        "question": adapter.question,
+        "sha256": _hash_of(target),
+        "told": asdict(told),
+    }
+    rundir.write_text(path, json.dumps(records, indent=2) + "\n")
+
+
+def _adapter_hash(adapter: Adapter) -> str:
+    return rundir.sha256_of(adapter.folder / "adapter_model.safetensors")
+
+
+def _hash_of(target: Path) -> str:
+    files = sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else [target]
+    return " ".join(rundir.sha256_of(path) for path in files)
 
 
 def _make_room(adapter: Adapter) -> None:
@@ -164,16 +233,16 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
         if not answer:
             raise ExportError("the exported model gave no answer", hint="ask another `--question`")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    say(
-        Exported(
-            path=str(target),
-            format="safetensors",
-            quantization="bf16",
-            size_bytes=size,
-            question=adapter.question,
-            answer=answer,
-        )
+    told = Exported(
+        path=str(target),
+        format="safetensors",
+        quantization="bf16",
+        size_bytes=size,
+        question=adapter.question,
+        answer=answer,
     )
+    _record(adapter, target, told)
+    say(told)
 
 
 def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> None:
@@ -203,13 +272,13 @@ def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCo
                         f"the {kind} file gave no answer to {adapter.question!r}",
                         hint="ask another `--question`, or train longer",
                     )
-            say(
-                Exported(
-                    path=str(target),
-                    format="gguf",
-                    quantization=kind,
-                    size_bytes=target.stat().st_size,
-                    question=adapter.question,
-                    answer=answer.text,
-                )
+            told = Exported(
+                path=str(target),
+                format="gguf",
+                quantization=kind,
+                size_bytes=target.stat().st_size,
+                question=adapter.question,
+                answer=answer.text,
             )
+            _record(adapter, target, told)
+            say(told)

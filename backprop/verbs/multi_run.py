@@ -15,7 +15,7 @@ from backprop.core.data.formats import Conversation, Judged, judge, parse_column
 from backprop.core.data.split import hold_out
 from backprop.edges import rundir
 from backprop.errors import DataError, UsageError
-from backprop.events import JSON, Eval, Phase, RunMerged, Sink, Warned
+from backprop.events import JSON, Eval, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
 from backprop.verbs.prepare import (
     Prepared,
@@ -29,7 +29,7 @@ from backprop.verbs.prepare import (
 )
 from backprop.verbs.rehearsal import rehearse
 from backprop.verbs.session import running
-from backprop.verbs.train import check_packages
+from backprop.verbs.train import check_disk, check_packages
 
 if TYPE_CHECKING:
     from backprop.engine.batches import PassSize
@@ -59,12 +59,19 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
             "`--eval-data` cannot be given to multi-run: each part is measured on rows of its own",
             hint="use `--eval-fraction`",
         )
+    if config.from_run is not None:
+        raise UsageError("`--from-run` is for train", hint="give the data")
+    if config.gate or config.gate_data:
+        raise UsageError("gates cannot be given to multi-run yet", hint="train the parts one by one, or without gates")
     parts = parts_of(config, options)
     mode = options.merge_mode or ("slao" if len(config.data) > 1 else "sequential")
     everything = [row for part in parts for row in (*part.judged.conversations, *part.held_out)]
     with running(
         config, command="multi-run", fingerprint=fingerprint_of(everything), say=say, extra=options
     ) as session:
+        if session.done:
+            session.end_again()
+            return config.output
         if len(config.data) == 1 and mode == "slao":
             session.say(
                 Warned(message="on chunks of one data set SLAO neither helps nor hurts; `sequential` is simpler")
@@ -83,8 +90,8 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
-        question = first_question(parts[0].judged.conversations)
-        session.claim(model=first.model, plan=first.plan, question=question)
+        check_disk(config, first)
+        session.claim(first, question=first_question(parts[0].judged.conversations))
         session.finish(_fold(config, options, prepared, mode, say=session.say))
     return config.output
 
@@ -139,12 +146,15 @@ def _fold(
     state: slao.MergeState | None = None
     scores: list[list[float]] = []
     for number, part in enumerate(parts, start=1):
-        start = slao.next_start(state.fine_tuned, init=options.init) if state else None
         folder = config.output / "runs" / f"{number:03d}"
+        measured = folder / "metrics.json"
+        if measured.is_file():
+            state = slao.step(state, load.read_adapter(folder / "lora"), mode=mode)
+            scores.append(json.loads(measured.read_text())["scores"])
+            say(Resumed(step=0, path=str(folder), run=number + 1))
+            continue
+        start = slao.next_start(state.fine_tuned, init=options.init) if state else None
         model, fit = train_one(seeded(config, number - 1), part, output=folder, say=say, start=start, run=number)
-        rundir.write_text(
-            folder / "metrics.json", json.dumps({**measures(fit, folder), "losses": fit.losses}, indent=2) + "\n"
-        )
         state = slao.step(state, load.adapter_state(model), mode=mode)
         say(RunMerged(run=number, num_runs=len(parts), mode=mode))
         load.set_adapter_state(model, state.merged)
@@ -157,9 +167,14 @@ def _fold(
                 for index, seen in enumerate(parts[:number], start=1)
             ]
         )
+        # Last: a run that has its figures is never done again.
+        figures = {**measures(fit, folder), "losses": fit.losses, "scores": scores[-1]}
+        rundir.write_text(measured, json.dumps(figures, indent=2) + "\n")
+        rundir.remove(folder / "checkpoints")
         del model
         loop.release()
-    return {"runs": len(parts), "merge_mode": mode, "loss_by_run_and_part": scores}
+    delivered = rundir.sha256_of(config.output / "lora" / "adapter_model.safetensors")
+    return {"runs": len(parts), "merge_mode": mode, "loss_by_run_and_part": scores, "adapter_sha256": delivered}
 
 
 def _score(model: Any, part: Prepared, index: int, run: int, size: "PassSize", *, say: Sink) -> float:

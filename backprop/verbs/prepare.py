@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from backprop.config import TrainConfig
 from backprop.console import colour_spans
 from backprop.core.data.formats import Conversation, Judged, Row, judge, parse_columns
-from backprop.core.data.inspect import histogram, inspect
+from backprop.core.data.inspect import Ledger, histogram, inspect
 from backprop.core.data.render import Encoded, Example, cut, encode_all
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import adapt, with_control_tokens
-from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, make_plan
+from backprop.core.hardware import Hardware
+from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, disk_bytes, make_plan
 from backprop.edges import device, files, hub
 from backprop.errors import DataError, ModelError, UsageError
 from backprop.events import DataRead, Examples, Phase, PlanMade, Proved, Sink, Warned
@@ -31,7 +32,12 @@ class Prepared:
     tokenizer: "HfTokenizer"
     train: Encoded
     held_out: tuple[Example, ...]
+    gate_rows: tuple[Example, ...] = ()
+    """Of old tasks, which must not get worse."""
     plan: Plan
+    hardware: Hardware
+    disk_bytes: int
+    """What the run will write, at most."""
 
 
 def read_data(config: TrainConfig) -> tuple[Judged, tuple[Conversation, ...]]:
@@ -75,7 +81,14 @@ def rows_of(source: str, *, offline: bool) -> Iterator[Row]:
     return files.read_rows(source) if files.is_local(source) else hub.stream_rows(source, offline=offline)
 
 
-def prepare(config: TrainConfig, judged: Judged, held_out: Sequence[Conversation], *, say: Sink) -> Prepared:
+def prepare(
+    config: TrainConfig,
+    judged: Judged,
+    held_out: Sequence[Conversation],
+    *,
+    gate_rows: Sequence[Conversation] = (),
+    say: Sink,
+) -> Prepared:
     """Choose the model, render the data with its template, and make the plan."""
     for warning in judged.warnings:
         say(Warned(message=warning))
@@ -94,6 +107,43 @@ def prepare(config: TrainConfig, judged: Judged, held_out: Sequence[Conversation
     tokenizer = load.load_tokenizer(source.path, trust_remote_code=config.trust_remote_code)
     _say_template(tokenizer, chosen.value, say)
     shape = load.load_shape(source.path, trust_remote_code=config.trust_remote_code)
+    whole, held = _encode(config, judged, held_out, tokenizer, say)
+    max_length = choose_max_length(config, max(whole.longest, held.longest), shape)
+    train = cut(whole, max_length.value)
+    check_supervision(config, whole, train, most=shape.max_positions, say=say)
+    held_examples = _cut_held_out(held, max_length.value, say, what="evaluation data")
+    old_tasks = encode_all(adapt(gate_rows, tokenizer).conversations, tokenizer, loss_on=config.loss_on)
+    gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
+    sizes = DataShape(num_examples=len(train.examples))
+    plan = make_plan(config, hardware, shape, sizes, model=chosen, max_length=max_length)
+    say(_data_read(judged, held_out, train, ledger))
+    choices = plan.choices()
+    say(
+        PlanMade(
+            choices={name: choice.value for name, choice in choices.items()},
+            reasons={name: choice.reason for name, choice in choices.items()},
+        )
+    )
+    return Prepared(
+        model=source,
+        tokenizer=tokenizer,
+        train=train,
+        held_out=held_examples,
+        gate_rows=gate_examples,
+        plan=plan,
+        hardware=hardware,
+        disk_bytes=disk_bytes(config, shape),
+    )
+
+
+def _encode(
+    config: TrainConfig,
+    judged: Judged,
+    held_out: Sequence[Conversation],
+    tokenizer: "HfTokenizer",
+    say: Sink,
+) -> tuple[Encoded, Encoded]:
+    """Give what is trained on and what is held out as tokens and masks, and tell what had to be adapted."""
     suited, suited_held_out = (adapt(part, tokenizer) for part in (judged.conversations, held_out))
     for note in (*suited.notes, *(f"evaluation data: {note}" for note in suited_held_out.notes)):
         say(Warned(message=note))
@@ -102,13 +152,11 @@ def prepare(config: TrainConfig, judged: Judged, held_out: Sequence[Conversation
         say(Warned(message=f"{len(forged)} rows hold control tokens of the model in their text, first: {forged[0]}"))
     whole = encode_all(suited.conversations, tokenizer, loss_on=config.loss_on)
     held = encode_all(suited_held_out.conversations, tokenizer, loss_on=config.loss_on)
-    max_length = choose_max_length(config, max(whole.longest, held.longest), shape)
-    train = cut(whole, max_length.value)
-    check_supervision(config, whole, train, most=shape.max_positions, say=say)
-    held_examples = _cut_held_out(held, max_length.value, say)
-    sizes = DataShape(num_examples=len(train.examples))
-    plan = make_plan(config, hardware, shape, sizes, model=chosen, max_length=max_length)
-    data = DataRead(
+    return whole, held
+
+
+def _data_read(judged: Judged, held_out: Sequence[Conversation], train: Encoded, ledger: Ledger) -> DataRead:
+    return DataRead(
         rows=len(judged.conversations),
         eval_rows=len(held_out),
         examples=len(train.examples),
@@ -125,15 +173,6 @@ def prepare(config: TrainConfig, judged: Judged, held_out: Sequence[Conversation
             "tokens_cut": train.tokens_cut,
         },
     )
-    say(data)
-    choices = plan.choices()
-    say(
-        PlanMade(
-            choices={name: choice.value for name, choice in choices.items()},
-            reasons={name: choice.reason for name, choice in choices.items()},
-        )
-    )
-    return Prepared(model=source, tokenizer=tokenizer, train=train, held_out=held_examples, plan=plan)
 
 
 def _say_template(tokenizer: "HfTokenizer", name: str, say: Sink) -> None:
@@ -224,7 +263,7 @@ def _num_ended(encoded: Encoded) -> int:
     return sum(example.ended for example in encoded.examples)
 
 
-def _cut_held_out(held: Encoded, max_length: int, say: Sink) -> tuple[Example, ...]:
+def _cut_held_out(held: Encoded, max_length: int, say: Sink, *, what: str) -> tuple[Example, ...]:
     """Cut the held-out examples, and say what that takes from them.
 
     Raises:
@@ -235,11 +274,11 @@ def _cut_held_out(held: Encoded, max_length: int, say: Sink) -> tuple[Example, .
     try:
         short = cut(held, max_length)
     except DataError as error:
-        raise DataError(f"evaluation data: {error.message}", hint=error.hint) from error
+        raise DataError(f"{what}: {error.message}", hint=error.hint) from error
     if short.tokens_cut or short.dropped:
         say(
             Warned(
-                message=f"evaluation data: {short.tokens_cut} tokens are beyond {max_length} and cut, and "
+                message=f"{what}: {short.tokens_cut} tokens are beyond {max_length} and cut, and "
                 f"{short.dropped} examples dropped: its loss is that of what is left"
             )
         )
@@ -259,6 +298,14 @@ def fingerprint_of(conversations: Sequence[Conversation]) -> str:
         content = [conversation.messages, conversation.text, *([conversation.tools] if conversation.tools else [])]
         digest.update(json.dumps(content, ensure_ascii=False).encode())
     return digest.hexdigest()
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Hash the tokens and masks that are trained on."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(repr((example.ids, example.mask)).encode())
+    return found.hexdigest()
 
 
 def show_examples(prepared: Prepared, *, count: int = 3) -> Examples:

@@ -1,6 +1,7 @@
 """What every command that writes a run directory shares: claim, log, manifest, report, and an end that is always told."""
 
 import importlib.metadata
+import os
 import platform
 import time
 import traceback
@@ -13,15 +14,16 @@ from typing import Any
 import backprop
 from backprop import report
 from backprop.config import MultiRunConfig, TrainConfig
-from backprop.core.plan import Plan
 from backprop.edges import rundir, stopping
 from backprop.edges.hub import ModelSource
 from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
 from backprop.events import (
     JSON,
     DataRead,
+    Eval,
     Event,
     Failed,
+    Gated,
     Phase,
     Proved,
     Resumed,
@@ -29,17 +31,25 @@ from backprop.events import (
     RunStarted,
     Sampled,
     Sink,
+    Step,
 )
+from backprop.verbs.prepare import Prepared, digest
 
 # Packages whose version changes what a run does.
 VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes")
 # Options that change where and how a run is told, not what it computes.
 NOT_IDENTITY = (
     *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch"),
-    *("resume", "save_steps", "keep_checkpoints", "max_minutes"),
+    *("resume", "save_steps", "keep_checkpoints", "max_minutes", "gate", "gate_data", "from_run"),
 )
 
 
+# Variables that change what a run computes.
+ENVIRONMENT = (
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+)
+GATES = ("gate", "gate_data")
 # Marks the note on an exception whose traceback is in a file already.
 CRASH_NOTE = "traceback in "
 
@@ -52,7 +62,9 @@ class Session:
 
     def __init__(self, config: TrainConfig, command: str, manifest: dict[str, Any], say: Sink) -> None:
         self.directory = config.output
-        self.events: list[Event] = []
+        self._own: list[Event] = []
+        self._kept: list[Event] = []
+        """Of earlier processes, what was not done again."""
         self._overwrite = config.overwrite
         self._command = command
         self._manifest = manifest
@@ -68,9 +80,8 @@ class Session:
     def say(self, event: Event) -> None:
         """Tell the caller's sink, the report, and, once there is one, the event log."""
         if isinstance(event, Resumed):
-            self.events[:0] = [old for old in self._earlier if _stands(old, event)]
-            self._earlier = []
-        self.events.append(event)
+            self._kept = [old for old in self._earlier if _stands(old, event)]
+        self._own.append(event)
         if self._log is not None:
             self._log(event)
         self._say(event)
@@ -81,23 +92,45 @@ class Session:
         """Whether the run directory is this run's own."""
         return self._log is not None
 
-    def claim(self, *, model: ModelSource, plan: Plan, question: str) -> None:
-        """Take the run directory, and write down what is known: the model, the plan, a question that export may ask."""
+    def claim(self, prepared: Prepared, *, question: str) -> None:
+        """Take the run directory, and write down what is known, with a question that export may ask.
+
+        Raises:
+            UsageError: If it holds an interrupted run of another model.
+        """
         identity = self._manifest["identity"]
         before = rundir.read_manifest(self.directory) or {}
         goes_on = self.stack.enter_context(
             rundir.claim(self.directory, identity, overwrite=self._overwrite, keep=self._keep)
         )
         if goes_on:
-            _refuse_other_model(self.directory, before, model)
+            _refuse_other_model(self.directory, before, prepared.model)
             self._earlier = rundir.read_events(self.directory)
             self._manifest["started_again"] = int(before.get("started_again", 0)) + 1
-        choices = {name: asdict(choice) for name, choice in plan.choices().items()}
-        self._manifest |= {"model": asdict(model), "plan": choices, "question": question}
+        self._manifest |= {
+            "model": asdict(prepared.model),
+            "plan": {name: asdict(choice) for name, choice in prepared.plan.choices().items()},
+            "question": question,
+            "examples_sha256": digest(prepared.train.examples),
+            "hardware": asdict(prepared.hardware),
+            "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        }
         rundir.write_manifest(self.directory, self._manifest)
         self._log = self.stack.enter_context(rundir.event_log(self.directory))
-        for event in self.events:
+        for event in self._own:
             self._log(event)
+
+    @property
+    def events(self) -> list[Event]:
+        """What the run said, also before it was interrupted."""
+        return [*self._kept, *self._own]
+
+    def meet(self, finished: Mapping[str, Any]) -> None:
+        """Take notice that the directory holds this very run, finished: only other gates leave something to do."""
+        settings = finished.get("config") or {}
+        gates = [list(self._manifest["config"].get(name, ())) for name in GATES]
+        self.done = gates == [list(settings.get(name) or ()) for name in GATES]
+        self._keep = True
 
     def end_again(self) -> None:
         """Tell once more how this very run ended, if what it delivered is still there.
@@ -133,6 +166,7 @@ class Session:
             "data": dict(ledgers[0]) if ledgers else {},
             **({"data_of_runs": [dict(ledger) for ledger in ledgers]} if len(ledgers) > 1 else {}),
             "proofs": [asdict(proof) for proof in self._last_proofs()],
+            "gates": [asdict(event) for event in self.events if isinstance(event, Gated)],
             "samples": [asdict(event) for event in self.events if isinstance(event, Sampled)],
         }
 
@@ -176,10 +210,9 @@ class Session:
 def _stands(event: Event, resumed: Resumed) -> bool:
     """Say whether an event of an earlier process is part of the run that goes on: what is done again is not."""
     run = getattr(event, "run", None)
-    if run is None:
-        return False
-    step = getattr(event, "step", 0)
-    return run < resumed.run or (run == resumed.run and step <= resumed.step)
+    if run != resumed.run:
+        return run is not None and run < resumed.run
+    return isinstance(event, Proved) or (isinstance(event, Step | Eval) and event.step <= resumed.step)
 
 
 def _refuse_other_model(directory: Path, before: Mapping[str, Any], model: ModelSource) -> None:
@@ -217,7 +250,8 @@ def running(
         "versions": versions(),
     }
     session = Session(config, command, manifest, say)
-    session.done = found == "finished"
+    if found == "finished":
+        session.meet(rundir.read_manifest(config.output) or {})
     with session.stack, stopping.ends_with(session.interrupted), stopping.time_limit(config.max_minutes):
         try:
             session.say(RunStarted(command=command, output=str(config.output), version=backprop.__version__))

@@ -4,11 +4,14 @@ import importlib.util
 from pathlib import Path
 
 from backprop.config import TrainConfig
-from backprop.errors import PackageError
+from backprop.edges import device
+from backprop.errors import DiskError, PackageError
 from backprop.events import Sink
 from backprop.verbs.adapter import measures, train_one
-from backprop.verbs.prepare import fingerprint_of, first_question, prepare, read_data, show_examples
+from backprop.verbs.gates import check_gates, read_gates
+from backprop.verbs.prepare import Prepared, fingerprint_of, first_question, prepare, read_data, show_examples
 from backprop.verbs.rehearsal import rehearse
+from backprop.verbs.repeat import compare_with, refuse_other_inputs, settings_of
 from backprop.verbs.session import running
 
 
@@ -21,14 +24,20 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
     Raises:
         BackpropError: Of the kind that names what the user can mend.
     """
+    original = config.from_run
+    if original is not None:
+        config = settings_of(config)
     check_packages(config)
+    gate_rows = read_gates(config)
     judged, held_out = read_data(config)
     fingerprint = fingerprint_of([*judged.conversations, *held_out])
     with running(config, command="train", fingerprint=fingerprint, say=say) as session:
         if session.done:
             session.end_again()
             return config.output
-        prepared = prepare(config, judged, held_out, say=session.say)
+        prepared = prepare(config, judged, held_out, gate_rows=gate_rows, say=session.say)
+        if original is not None:
+            refuse_other_inputs(original, prepared, fingerprint, say=session.say)
         if config.dry_run:
             session.say(show_examples(prepared))
         if config.rehearse:
@@ -36,10 +45,30 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
-        session.claim(model=prepared.model, plan=prepared.plan, question=first_question(judged.conversations))
-        _, fit = train_one(config, prepared, output=config.output, say=session.say)
-        session.finish(measures(fit, config.output))
+        check_disk(config, prepared)
+        session.claim(prepared, question=first_question(judged.conversations))
+        model, fit = train_one(config, prepared, output=config.output, say=session.say)
+        result = measures(fit, config.output)
+        check_gates(config, prepared, model, {**result, "seconds": fit.seconds}, say=session.say)
+        if original is not None:
+            result |= compare_with(original, fit.losses, str(result["adapter_sha256"]), say=session.say)
+        session.finish(result)
     return config.output
+
+
+def check_disk(config: TrainConfig, prepared: Prepared) -> None:
+    """Refuse a disk that is too small for what the run will write.
+
+    Raises:
+        DiskError: With both figures.
+    """
+    free = device.disk_free_bytes(config.output)
+    if free < prepared.disk_bytes:
+        raise DiskError(
+            f"the run writes up to {prepared.disk_bytes / 2**30:.2f} GiB to `{config.output}`, and {free / 2**30:.2f} "
+            "GiB are free",
+            hint="make room, choose another `--output`, or give a smaller `--keep-checkpoints`",
+        )
 
 
 # The packages that an option needs beyond the core, by the extra that brings them.

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "backprop"
 # From the words at the bottom to the command line at the top: a room imports from rooms below it.
 ROOMS = [
     {"", "errors", "events", "presets"},
-    {"report", "console"},
+    {"report", "console", "ci"},
     {"config"},
     {"core"},
     {"edges"},

@@ -42,7 +42,11 @@ ONE_OF_EACH: list[events.Event] = [
     events.Eval(step=1, loss=1.0),
     events.RunMerged(run=1, num_runs=2, mode="slao"),
     events.Proved(name="n", ok=True, found="f", seconds=0.5),
+    events.Gated(gate="eval_loss<1.2", ok=True, found="1.1"),
     events.Sampled(prompt="p", before="b", after="a"),
+    events.Checkpointed(step=3, path="p", seconds=0.1),
+    events.Resumed(step=3, path="p"),
+    events.Repeated(kind="close", found="f", path="p", largest=1e-5),
     events.Warned(message="careful"),
     events.Phase(name="loading"),
     events.Exported(path="p", format="gguf", quantization="f16", size_bytes=3, question="q", answer="a"),
@@ -63,6 +67,19 @@ def test_what_is_written_fits_the_schema_and_only_its_own_kind(event: events.Eve
     written = json.loads(file.getvalue())
     jsonschema.Draft202012Validator(events.schema()).validate(written)
     assert written["event"] == events.KINDS[type(event)]
+
+
+@pytest.mark.parametrize("event", ONE_OF_EACH, ids=lambda event: events.KINDS[type(event)])
+def test_what_was_written_is_read_again(event: events.Event) -> None:
+    written = json.dumps({**events.to_json(event), "t": ""})
+    again = events.from_json(json.loads(written))
+    assert type(again) is type(event)
+    assert json.dumps({**events.to_json(again), "t": ""}) == written
+
+
+def test_what_another_version_wrote_is_no_event() -> None:
+    assert events.from_json({"event": "nosuch"}) is None
+    assert events.from_json({"event": "step", "step": 3}) is None
 
 
 def test_the_schema_is_one() -> None:

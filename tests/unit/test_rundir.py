@@ -1,5 +1,7 @@
 """The run directory: whole or not at all, and never someone else's."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 
 from backprop.edges import rundir
 from backprop.errors import DiskError, UsageError
+from backprop.events import Phase
 
 ME: dict[str, object] = {"steps": 3, "data_sha256": "abc"}
 
@@ -23,10 +26,11 @@ def claim_and_finish(folder: Path, *, status: str = "finished") -> None:
     rundir.write_manifest(folder, {"status": status, "identity": ME})
 
 
-def test_a_finished_run_is_never_overwritten(tmp_path: Path) -> None:
+def test_a_finished_run_is_found_and_kept(tmp_path: Path) -> None:
     claim_and_finish(tmp_path / "run")
-    with pytest.raises(UsageError, match="this very run, finished"):
-        claim(tmp_path / "run")
+    assert rundir.check(tmp_path / "run", ME, overwrite=False) == "finished"
+    with rundir.claim(tmp_path / "run", ME, overwrite=False, keep=True) as goes_on:
+        assert goes_on
     assert (tmp_path / "run" / "lora").is_dir()
 
 
@@ -36,10 +40,66 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
         claim(tmp_path / "run", {**ME, "steps": 4})
 
 
-def test_the_same_run_interrupted_may_start_again_from_a_clean_folder(tmp_path: Path) -> None:
+def test_the_same_run_interrupted_goes_on_or_starts_from_a_clean_folder(tmp_path: Path) -> None:
     claim_and_finish(tmp_path / "run", status="interrupted")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / ".lora.1.part").mkdir()
+    (tmp_path / "run" / "checkpoints" / ".step-000003.1.part").mkdir()
+    with rundir.claim(tmp_path / "run", ME, overwrite=False, keep=True) as goes_on:
+        assert goes_on
+    kept = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
+    assert kept == {"run.json", "lora", "checkpoints"}
     claim(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_killed_at_its_first_file_leaves_a_folder_that_is_free(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.1.part").write_text("{")
+    (tmp_path / ".writable").write_text("")
+    claim(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_that_was_cut_off_is_ended_before_the_next(tmp_path: Path) -> None:
+    with rundir.event_log(tmp_path) as say:
+        say(Phase(name="one"))
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "pha')
+    with rundir.event_log(tmp_path) as say:
+        say(Phase(name="two"))
+    assert rundir.read_events(tmp_path) == [Phase(name="one"), Phase(name="two")]
+
+
+def test_a_full_disk_at_an_event_is_a_disk_error(tmp_path: Path) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with rundir.event_log(tmp_path) as say:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+            with pytest.raises(DiskError, match=r"events\.jsonl.*too large"):
+                say(Phase(name="one"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        say(Phase(name="two"))
+    assert rundir.read_events(tmp_path) == []  # the second stands in the line that the first began
+
+
+def test_where_a_folder_cannot_be_locked_a_file_in_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS locks only what is open for writing."""
+    import fcntl
+    import stat
+
+    def flock(descriptor: int, how: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(descriptor, how)
+
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with rundir.locked(tmp_path), pytest.raises(UsageError, match="another process"), rundir.locked(tmp_path):
+        pass
+    assert (tmp_path / ".lock").is_file()
 
 
 def test_overwrite_removes_what_a_run_left_and_nothing_else(tmp_path: Path) -> None:
