@@ -279,6 +279,8 @@ def _tell(failed: Failed, as_json: bool) -> None:
 
         until_closed(json_lines(_stdout()))(failed)
     Console()(failed)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        _annotate(failed)
 
 
 def _yaml_of(tokens: Sequence[str]) -> list[Any]:

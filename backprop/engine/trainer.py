@@ -186,7 +186,7 @@ class Watch(TrainerCallback):
         held = f"{size.tokens} tokens" if size.packing else f"{size.examples} examples"
         self._say(
             Warned(
-                message=f"the memory was full in step {self.progress.step + 1}: it is done again with {held} at once; "
+                message=f"the memory was full in step {self.progress.step + 1}: it was done again with {held} at once; "
                 "the examples of a step stay the same"
             )
         )
@@ -238,26 +238,30 @@ class StepTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Run every pass forward and backward, and give the loss of the step; less at once if the memory is full."""
         model.train()
-        self._watch.numbers, one_by_one = inputs["numbers"], inputs["passes"]
+        self._watch.numbers = inputs["numbers"]
+        todo, before = inputs["passes"], self._steps.size
         while True:
             try:
-                return self._all_passes(model, inputs["step"], one_by_one)
+                loss = self._all_passes(model, inputs["step"], todo)
+                break
             except torch.OutOfMemoryError:
                 if not self._steps.shrink():
                     raise
             # Outside the handler, whose traceback keeps the activations.
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
+            todo = self._steps.passes_of(self._watch.numbers)
+        if self._steps.size != before:
             self._watch.shrunk(self._steps.size)
-            one_by_one = self._steps.passes_of(self._watch.numbers)
+        return loss
 
-    def _all_passes(self, model: Any, step: int, one_by_one: Sequence[Mapping[str, Any]]) -> Any:
+    def _all_passes(self, model: Any, step: int, todo: Sequence[Mapping[str, Any]]) -> Any:
         # What is random in a step, as dropout, depends on its number alone: it is the same after a resumption.
         torch.manual_seed(random.Random(f"{self._config.seed}/{step}").getrandbits(32))
-        count = sum(num_trained(one) for one in one_by_one)
-        self._watch.tokens = sum(num_tokens(one) for one in one_by_one)
+        count = sum(num_trained(one) for one in todo)
+        self._watch.tokens = sum(num_tokens(one) for one in todo)
         losses: list[Any] = []
-        for one in one_by_one:
+        for one in todo:
             with self.compute_loss_context_manager():
                 loss = sum_of_losses(model, to_device(one, self.args.device)) / count
             self.accelerator.backward(loss)

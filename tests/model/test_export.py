@@ -33,7 +33,7 @@ def test_gguf_answers_as_it_was_trained_and_stops_and_the_run_tells_of_it(run: P
     exported = [event for event in printed if event["event"] == "exported"]
     assert [event["quantization"] for event in exported] == ["f16", "q5_k_m"]
     files = sorted(path.name for path in (tmp_path / "run" / "export").iterdir())
-    assert files == ["run-f16.gguf", "run-q5_k_m.gguf"]
+    assert files == ["exports.json", "run-f16.gguf", "run-q5_k_m.gguf"]
     for event in exported:
         assert event["question"] == "What is 0?", "not the first question of the training data"
         assert event["answer"] == "It is here.", event
@@ -57,6 +57,54 @@ def test_a_file_that_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> N
     done = backprop("export", run, "--output", tmp_path, cwd=tmp_path)
     assert done.returncode == 2
     assert (tmp_path / "run-q4_k_m.gguf").read_text() == "mine"
+
+
+def test_an_export_that_was_stopped_goes_on_and_a_finished_one_is_done(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    command = ("export", "run", "-q", "f16", "-q", "q5_k_m")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama_cpp, "quantize", stop)
+        stopped = backprop(*command, cwd=tmp_path)
+    assert stopped.returncode == 130
+    last = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["code"]) == ("error", 130)
+    assert not list((tmp_path / "run" / "export").glob(".*"))
+    (tmp_path / "run" / "export" / ".export-killed").mkdir()
+    (tmp_path / "run" / "export" / ".run-q5_k_m.gguf.7.part").write_text("half")
+    first = (tmp_path / "run" / "export" / "run-f16.gguf").stat()
+    went_on = backprop(*command, "--json", cwd=tmp_path)
+    assert went_on.returncode == 0, went_on.stderr
+    written = (tmp_path / "run" / "export" / "run-f16.gguf").stat()
+    assert (written.st_ino, written.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+    monkeypatch.setattr(llama_cpp, "convert", stop)
+    again = backprop(*command, "--json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    told = [[json.loads(line) for line in done.stdout.splitlines()] for done in (went_on, again)]
+    answers = [[event["answer"] for event in one if event["event"] == "exported"] for one in told]
+    assert answers == [["It is here.", "It is here."]] * 2
+    assert {path.name for path in (tmp_path / "run" / "export").iterdir()} == {
+        "exports.json",
+        "run-f16.gguf",
+        "run-q5_k_m.gguf",
+    }
+
+
+def test_files_of_another_adapter_are_not_taken_for_its_own(run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(run / "lora", tmp_path / "lora")
+    assert backprop("export", "lora", "-q", "f16", "--question", "What is 0?", cwd=tmp_path).returncode == 0
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
+    done = backprop("export", "lora", "-q", "f16", "--question", "What is 0?", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is there already" in done.stderr
 
 
 def test_an_adapter_that_learnt_nothing_is_refused(run: Path, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_every_run_proves_and_tells_what_it_proved(train: Callable[..., Run]) ->
         "the end of each answer is trained",
         "packed documents are isolated",
         "the adapter moves, and nothing else",
+        "every example is seen as often as planned",
         "the model got better",
         "answers stop by themselves",
     ]

@@ -126,7 +126,7 @@ def test_the_report_shows_the_curve_and_stands_alone(finished: tuple[Path, Done]
 
 def test_only_known_files_are_left(finished: tuple[Path, Done]) -> None:
     run, _ = finished
-    assert {path.name for path in run.iterdir()} == {"run.json", "events.jsonl", "report.html", "lora"}
+    assert {path.name for path in run.iterdir()} == {"run.json", "events.jsonl", "report.html", "lora", "checkpoints"}
 
 
 def test_plain_peft_loads_the_adapter_and_gets_the_loss_that_was_reported(
@@ -414,8 +414,10 @@ def test_a_signal_leaves_nothing_half_written_and_another_command_is_refused(
     assert f"error: stopped by {name}" in error
     run = tmp_path / "output"
     assert manifest(run)["status"] == "interrupted"
-    assert {path.name for path in run.iterdir()} == {"run.json", "events.jsonl", "report.html"}
+    assert {path.name for path in run.iterdir()} == {"run.json", "events.jsonl", "report.html", "checkpoints"}
     assert events(run)[-1]["code"] == code
+    steps = [event["step"] for event in events(run) if event["event"] == "step"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{steps[-1]:06d}"]
     command[command.index("100000")] = "2"
     refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "steps: 100000 before, 2 now" in refused.stderr

@@ -1,0 +1,297 @@
+"""A run that is stopped anywhere and started again ends as if nothing had happened."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import UNEVEN, Done, Run, backprop, chat
+
+from backprop import events
+from backprop.engine import batches, exam, loop, trainer, validation
+from backprop.verbs import train as train_verb
+
+pytestmark = pytest.mark.model
+
+EVAL = [chat(f"question {n}", "word " * (n + 2)) for n in range(3)]
+OPTIONS: dict[str, Any] = {"steps": 8, "batch_size": 3, "overwrite": False, "save_steps": 3, "lora_dropout": 0.2}
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What must be the same: the adapter, each step's loss, how often each row was seen."""
+    manifest = json.loads((run.folder / "run.json").read_text())
+    log = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    proofs = {proof["name"]: (proof["ok"], proof["found"]) for proof in manifest["proofs"]}
+    return {
+        "status": manifest["status"],
+        "adapter": manifest["result"]["adapter_sha256"],
+        "steps": manifest["result"]["steps"],
+        "eval": manifest["result"]["eval_loss"],
+        "losses": {event["step"]: event["loss"] for event in log if event["event"] == "step"},
+        "seen": proofs["every example is seen as often as planned"],
+        "proofs": sorted(proofs),
+        "files": sorted(str(path.relative_to(run.folder)) for path in run.folder.rglob("*")),
+    }
+
+
+def facts_and_remove(run: Run) -> dict[str, Any]:
+    found = facts(run)
+    shutil.rmtree(run.folder)
+    return found
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Plant one Ctrl-C."""
+    left = [1]
+
+    def once(*_: Any, **__: Any) -> None:
+        if left:
+            left.clear()
+            raise KeyboardInterrupt
+
+    def before(owner: Any, name: str, *, skip: int = 0) -> None:
+        real = getattr(owner, name)
+        calls = [0]
+
+        def planted(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > skip:
+                once()
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, planted)
+
+    match where:
+        case "the first step":
+            before(trainer, "sum_of_losses")
+        case "the fifth step":
+            before(trainer, "sum_of_losses", skip=4)
+        case "an evaluation":
+            before(validation.Validation, "evaluate", skip=1)
+        case "the examination":
+            before(exam.Exam, "judge")
+        case "saving the adapter":
+            before(train_verb, "measures")
+        case "loading":
+            before(loop, "_pass_size")
+        case _:
+            raise AssertionError(where)
+
+
+PLACES = ("loading", "the first step", "the fifth step", "an evaluation", "the examination", "saving the adapter")
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize(
+    "options", [{"early_stopping": 3}, {"packing": False, "lora_plus": 4.0}], ids=["packed", "padded"]
+)
+def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_end(
+    train: Callable[..., Run],
+    write: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    options: dict[str, Any],
+) -> None:
+    given = {**OPTIONS, **options, "eval_data": (str(write(EVAL, "eval.jsonl")),), "eval_steps": 2}
+    undisturbed = facts_and_remove(train(**given))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, where)
+        stopped = train(**given)
+        assert stopped.failed.code == 130
+    resumed = train(**given)
+    assert not resumed.all(events.Failed)
+    told = [event.step for event in resumed.all(events.Resumed)]
+    assert told == {"loading": [], "the first step": [], "the fifth step": [4], "an evaluation": [4]}.get(where, [8])
+    assert facts(resumed) == undisturbed
+
+
+def test_a_finished_run_is_done_and_stays_untouched(train: Callable[..., Run]) -> None:
+    first = train(**OPTIONS)
+    before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    again = train(**OPTIONS)
+    assert not again.all(events.Step)
+    assert again.all(events.RunFinished)[0].result == first.all(events.RunFinished)[0].result
+    assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_whose_adapter_changed_since_is_no_success(train: Callable[..., Run]) -> None:
+    path = train(**OPTIONS).folder / "lora" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "is not what it wrote" in train(**OPTIONS).failed.message
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = facts_and_remove(train(**OPTIONS))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "the examination")
+        stopped = train(**OPTIONS)
+    newest = stopped.folder / "checkpoints" / "step-000008" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-9])
+    resumed = train(**OPTIONS)
+    assert "step-000008` is damaged: `optimizer.safetensors` is not what was written: the one before is taken" in (
+        resumed.warned
+    )
+    assert [event.step for event in resumed.all(events.Resumed)] == [6]
+    assert facts(resumed) == undisturbed
+
+
+def test_never_begins_anew_and_a_folder_begins_from_it(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "the examination")
+        stopped = train(**OPTIONS)
+    shutil.copytree(stopped.folder / "checkpoints" / "step-000006", tmp_path / "kept")
+    anew = train(**OPTIONS, resume="never")
+    assert not anew.all(events.Resumed)
+    shutil.rmtree(anew.folder)
+    from_folder = train(**OPTIONS, resume=str(tmp_path / "kept"))
+    assert [event.step for event in from_folder.all(events.Resumed)] == [6]
+    assert from_folder.losses == anew.losses[6:]
+    other = train(**{**OPTIONS, "learning_rate": 1e-3, "overwrite": True}, resume=str(tmp_path / "kept"))
+    assert "learning_rate: 0.01 before, 0.001 now" in other.failed.message
+
+
+def test_changed_data_are_refused_with_what_differs(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "the fifth step")
+        train(**OPTIONS)
+    assert "data_sha256" in train(rows=UNEVEN[:-1], **OPTIONS).failed.message
+    assert not train(**OPTIONS).all(events.Failed)
+
+
+def test_a_smaller_micro_batch_may_go_on(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "the fifth step")
+        train(**OPTIONS)
+    assert train(**OPTIONS, micro_batch=1).all(events.Resumed)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_full_memory_is_one_event_and_changes_no_loss(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    import torch
+
+    options = {**OPTIONS, "packing": packing, "lora_dropout": 0.0, "batch_size": 8, "overwrite": True}
+    undisturbed = train(**options)
+    real, calls = batches.sum_of_losses, [0]
+
+    def small_card(model: Any, one: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > 2 and one["input_ids"].numel() > 100 and model.training:
+            raise torch.OutOfMemoryError
+        return real(model, one)
+
+    monkeypatch.setattr(trainer, "sum_of_losses", small_card)
+    run = train(**options)
+    assert not run.all(events.Failed)
+    assert len([1 for event in run.all(events.Warned) if "the memory was full in step" in event.message]) == 1
+    assert run.losses == pytest.approx(undisturbed.losses, abs=1e-5)
+
+
+def test_a_memory_too_small_for_one_example_is_exit_5(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def no_card(model: Any, one: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(trainer, "sum_of_losses", no_card)
+    assert train(**OPTIONS).failed.code == 5
+
+
+def test_a_gpu_that_falls_off_is_exit_5_and_the_run_goes_on_later(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = batches.sum_of_losses, [0]
+
+    def fallen(model: Any, one: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise RuntimeError("CUDA error: unspecified launch failure\nmore")
+        return real(model, one)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "sum_of_losses", fallen)
+        failed = train(**OPTIONS).failed
+    assert (failed.code, failed.message) == (5, "the GPU failed: CUDA error: unspecified launch failure")
+    assert [event.step for event in train(**OPTIONS).all(events.Resumed)] == [3]
+
+
+def test_a_disk_too_small_is_refused_before_any_work(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backprop.edges.device.disk_free_bytes", lambda path: 10 * 2**20)
+    run = train(**OPTIONS)
+    assert run.failed.code == 9
+    assert "0.01 GiB are free" in run.failed.message
+    assert not run.folder.exists()
+
+
+def test_the_time_limit_saves_and_is_exit_75(train: Callable[..., Run]) -> None:
+    options = {**OPTIONS, "steps": 100_000}
+    run = train(**options, max_minutes=0.05)
+    assert run.failed.code == 75
+    assert "`--max-minutes`" in run.failed.message
+    assert (run.folder / "checkpoints" / f"step-{len(run.losses):06d}").is_dir()
+
+
+def test_a_sample_that_is_skipped_fails_the_run(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainer.Watch._count
+
+    def forgets(watch: Any, loss: float) -> None:
+        watch.numbers = watch.numbers[:-1]
+        real(watch, loss)
+
+    monkeypatch.setattr(trainer.Watch, "_count", forgets)
+    failed = train(**OPTIONS).failed
+    assert failed.code == 6
+    assert "every example is seen as often as planned" in failed.message
+
+
+def test_the_report_of_a_resumed_run_tells_of_all_steps(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "the fifth step")
+        train(**OPTIONS)
+    run = train(**OPTIONS)
+    assert ", 8 steps, " in (run.folder / "report.html").read_text()
+    assert json.loads((run.folder / "run.json").read_text())["started_again"] == 1
+
+
+def multi(cwd: Path, *arguments: str | Path) -> Done:
+    return backprop("multi-run", *arguments, "--steps", "4", "--batch-size", "2", "--save-steps", "2", cwd=cwd)
+
+
+@pytest.mark.parametrize("skip", [1, 5, 6, 9])
+def test_a_multi_run_that_is_stopped_ends_the_same(
+    tmp_path: Path, tiny_model: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, skip: int
+) -> None:
+    data = ["--data", write(UNEVEN[:4], "a.jsonl"), "--data", write(UNEVEN[4:], "b.jsonl"), "--model", tiny_model]
+    assert multi(tmp_path, *data, "-o", "undisturbed").returncode == 0
+    real, calls = trainer.Watch._count, [0]
+
+    def stop(watch: Any, loss: float) -> None:
+        calls[0] += 1
+        real(watch, loss)
+        if calls[0] == skip:
+            monkeypatch.setattr(trainer.Watch, "_count", real)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Watch, "_count", stop)
+    stopped = multi(tmp_path, *data, "-o", "stopped")
+    assert stopped.returncode == (130 if skip < 9 else 0), stopped.stderr
+    assert multi(tmp_path, *data, "-o", "stopped").returncode == 0
+    results = [json.loads((tmp_path / name / "run.json").read_text())["result"] for name in ("undisturbed", "stopped")]
+    assert results[0] == results[1]
