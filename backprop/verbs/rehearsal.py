@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 
 from backprop.config import TrainConfig
 from backprop.core.plan import Choice
-from backprop.edges import llama_cpp
+from backprop.edges import llama_cpp, rundir
 from backprop.edges.hub import ModelSource
-from backprop.errors import BackpropError, ToolError
-from backprop.events import Event, Phase, Proved, Sink, Warned
+from backprop.errors import BackpropError, ToolError, TrainingError
+from backprop.events import Event, Phase, Proved, Resumed, Sink, Warned
 from backprop.verbs.adapter import train_one
 from backprop.verbs.prepare import Prepared
 
@@ -52,18 +52,26 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
         plan=replace(prepared.plan, steps=Choice(STEPS, "rehearsal"), batch_size=Choice(2, "rehearsal")),
     )
     # The copy has learnt nothing: what it knows proves nothing.
-    train_one(replace(config, skip_proofs=True, early_stopping=None), small, output=room, say=_silent)
+    quick = replace(config, skip_proofs=True, early_stopping=None, save_steps=1, keep_checkpoints=STEPS, resume="auto")
+    train_one(quick, small, output=room, say=_silent)
+    rundir.remove(room / "checkpoints" / f"step-{STEPS:06d}")
+    resumed: list[Event] = []
+    train_one(quick, small, output=room, say=resumed.append)
+    if [event.step for event in resumed if isinstance(event, Resumed)] != [STEPS - 1]:
+        raise TrainingError("the small copy did not go on from its checkpoint", hint="please report it")
     merge.merge(str(room / "model"), room / "lora", room / "merged", trust_remote_code=config.trust_remote_code)
     try:
         llama_cpp.converter()
         llama_cpp.bindings()
     except ToolError as error:
         say(Warned(message=f"the way to a GGUF was not rehearsed: {error.message}"))
-        return f"{STEPS} steps and the merge"
+        return f"{STEPS} steps, a checkpoint, going on from it, and the merge"
     llama_cpp.convert(room / "merged", room / "f16.gguf", kind="f16")
     llama_cpp.quantize(room / "f16.gguf", room / "small.gguf", quantization=QUANTIZATION)
     llama_cpp.ask(room / "small.gguf", [[{"role": "user", "content": "Hello?"}]])
-    return f"{STEPS} steps, the merge, a GGUF, {QUANTIZATION}, and a question to llama.cpp"
+    return (
+        f"{STEPS} steps, a checkpoint, going on from it, the merge, a GGUF, {QUANTIZATION}, and a question to llama.cpp"
+    )
 
 
 def _silent(event: Event) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,3 +112,66 @@ def test_a_4_bit_layer_is_held_against_its_own_weights(tiny_model: Path, monkeyp
     forward = type(layer).forward
     monkeypatch.setattr(type(layer), "forward", lambda self, x: forward(self, x) * 1.05)
     assert not proofs.prove_quantized_layer(model).ok
+
+
+def killed_after_step(step: int, *options: str | Path, cwd: Path) -> None:
+    """Start a training and kill it as soon as it tells of ``step``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "backprop", "train", *map(str, options), "--json"],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "step" and event["step"] == step:
+            process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_killed_run_ends_with_the_same_bits(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    data = write([chat(f"question {n}", "word " * (3 * n + 1)) for n in range(16)])
+    options = ["--data", data, "--model", tiny_model, "--method", method, "--steps", "12", "--batch-size", "8"]
+    options += ["--deterministic", "--save-steps", "2", "--lora-dropout", "0.1"]
+    undisturbed, _ = steps_of(*options, "--output", tmp_path / "undisturbed", cwd=tmp_path)
+    killed_after_step(7, *options, "--output", tmp_path / "killed", cwd=tmp_path)
+    resumed, proofs = steps_of(*options, "--output", tmp_path / "killed", cwd=tmp_path)
+    assert resumed[0]["step"] in (7, 8)
+    assert [step["loss"] for step in undisturbed[-len(resumed) :]] == [step["loss"] for step in resumed]
+    assert all(proof["ok"] for proof in proofs)
+    hashes = [result(tmp_path / name)["result"]["adapter_sha256"] for name in ("undisturbed", "killed")]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_full_memory_halves_the_pass_and_changes_no_loss(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In a process whose share of the card is small: the first pass does not fit, half of it does."""
+    data = write([chat(f"question {n}", "word " * 100) for n in range(64)])
+    program = """
+import sys, torch
+share = float(sys.argv[1])
+from backprop import Trainer, events
+said = []
+class Say:
+    def __call__(self, event):
+        if isinstance(event, events.Phase) and event.name == "training" and share < 1:
+            torch.cuda.set_per_process_memory_fraction(share)
+        said.append(event)
+Trainer(sys.argv[3], say=Say(), output=sys.argv[4], deterministic=True).train(sys.argv[2], steps=3, batch_size=64, micro_batch=64, skip_proofs=True)
+print(sum("the memory was full in step" in e.message for e in said if isinstance(e, events.Warned)))
+print(*[e.loss for e in said if isinstance(e, events.Step)])
+"""
+    found = []
+    for name, share in (("whole", 1.0), ("small", 1.2e9 / device.probe().gpus[0].memory_bytes)):
+        argv = [sys.executable, "-c", program, str(share), str(data), str(tiny_model), str(tmp_path / name)]
+        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.splitlines())
+    assert [lines[0] for lines in found] == ["0", "1"]
+    whole, small = ([float(loss) for loss in lines[1].split()] for lines in found)
+    assert small == pytest.approx(whole, rel=1e-3)
