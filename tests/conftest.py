@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,26 @@ def _clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _every_event_fits_the_schema() -> Iterator[None]:
+    """Hold every event that any test writes to the schema of its kind."""
+    import jsonschema
+
+    from backprop.edges import rundir
+
+    schema: Any = events.schema()
+    schemas = {one["title"]: jsonschema.Draft202012Validator(one) for one in schema["oneOf"]}
+
+    def checked(event: events.Event) -> dict[str, events.JSON]:
+        written = events.to_json(event)
+        schemas[str(written["event"])].validate(json.loads(json.dumps(written)))
+        return written
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rundir, "to_json", checked)
+        yield
 
 
 class LetterTokenizer:

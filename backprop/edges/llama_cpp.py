@@ -6,6 +6,7 @@ of the same version, unpacked beside them by `python -m backprop.edges.llama_cpp
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from backprop.core.data.formats import Message
 from backprop.edges import process
 from backprop.edges.hub import cache_dir
-from backprop.errors import ExportError, ToolError
+from backprop.errors import DiskError, ExportError, ToolError
 
 VERSION = "0.3.36"
 """Release of llama-cpp-python; requirements.lock pins the same."""
@@ -92,6 +93,8 @@ def quantize(source: Path, target: Path, *, quantization: str) -> None:
     parameters.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with _quiet():
         code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), parameters)
+    if code != 0 and shutil.disk_usage(target.parent).free < source.stat().st_size:
+        raise DiskError(f"`{target}` cannot be written: the disk is nearly full", hint="make room, or `--output`")
     if code != 0 or not target.is_file():
         raise ExportError(f"llama.cpp did not quantize to {quantization}: code {code}", hint="run `backprop doctor`")
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from fnmatch import fnmatch
@@ -12,7 +13,7 @@ from typing import Any, Literal, TextIO, cast
 
 from backprop.config import differences
 from backprop.errors import DiskError, UsageError
-from backprop.events import JSON, Event, Sink, from_json, to_json
+from backprop.events import JSON, Checkpointed, Event, Sink, from_json, to_json
 
 MANIFEST = "run.json"
 
@@ -86,7 +87,7 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool, k
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(directory))
             goes_on = keep and _found(directory, identity, overwrite=overwrite) != "nothing"
-            for name in () if goes_on else RUN_FILES:
+            for name in ("crash.txt",) if goes_on else RUN_FILES:
                 remove(directory / name)
             tidy(directory)
             probe = directory / ".writable"
@@ -210,15 +211,36 @@ def whole(path: Path) -> Generator[Path]:
         yield beside
         _sync_tree(beside)
         _replace(beside, path)
-    except OSError as error:
-        raise _full(path, error) from error
+    except Exception as error:
+        told = disk_error(path, error)
+        if told is None:
+            raise
+        raise told from error
     finally:
         with contextlib.suppress(OSError):  # what could not be made cannot be removed either
             remove(beside)
 
 
+# How libraries that are not Python's own, or other programs, tell of a failed write.
+FOREIGN = re.compile(r"([^:]*) ?\(os error \d+\)|\[Errno (?:27|28|122)\] ([^:]*)")
+
+
+def disk_error(path: Path, error: Exception) -> DiskError | None:
+    """Give the error of a disk that is full or may not be written, if ``error`` tells of one."""
+    found = FOREIGN.search(str(error))
+    if isinstance(error, OSError):
+        why = error.strerror or str(error)
+    elif found:
+        why = (found[1] or found[2] or "").strip()
+    else:
+        return None
+    return DiskError(f"`{path}` cannot be written: {why}", hint="look at `df -h`; then run the same command again")
+
+
 def _full(path: Path, error: OSError) -> DiskError:
-    return DiskError(f"`{path}` cannot be written: {error.strerror or error}", hint="look at `df -h`")
+    told = disk_error(path, error)
+    assert told is not None
+    return told
 
 
 def _replace(beside: Path, path: Path) -> None:
@@ -263,16 +285,21 @@ def event_log(directory: Path) -> Generator[Sink]:
         file = path.open("a", encoding="ascii")
     except OSError as error:
         raise _full(path, error) from error
-    with contextlib.closing(file):
-        write = json_lines(file)
+    write = json_lines(file)
 
-        def say(event: Event) -> None:
-            try:
-                write(event)
-            except OSError as error:
-                raise _full(path, error) from error
+    def say(event: Event) -> None:
+        try:
+            write(event)
+            if isinstance(event, Checkpointed):  # what led to it is to outlive a power cut as it does
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _full(path, error) from error
 
+    try:
         yield say
+    finally:
+        with contextlib.suppress(OSError):  # what could not be written was told
+            file.close()
 
 
 def _end_last_line(path: Path) -> None:

@@ -150,8 +150,8 @@ class Watch(TrainerCallback):
                 run=self._run,
             )
         )
+        self._prove_movement()  # a run that goes on after the first step cannot prove it any more
         stopping.release()
-        self._prove_movement()
         control.should_training_stop = self.evaluate_if_due()
         self._saver.save_if_due(evaluated=self._validation.evaluated(self.progress.step))
 

@@ -68,8 +68,11 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
                 _export_safetensors(adapter, targets["safetensors"], config, say)
             elif missing:
                 _export_gguf(adapter, missing, config, say)
-        except OSError as error:
-            raise DiskError(f"`{adapter.output}` cannot be written: {error}", hint="look at `df -h`") from error
+        except Exception as error:
+            told = rundir.disk_error(adapter.output, error)
+            if told is None or isinstance(error, DiskError):
+                raise
+            raise told from error
         seconds = round(time.monotonic() - started, 1)
         result = {"files": [str(path) for path in targets.values()]}
         stopping.finished()

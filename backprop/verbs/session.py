@@ -108,7 +108,7 @@ class Session:
             self._earlier = rundir.read_events(self.directory)
             self._manifest["started_again"] = int(before.get("started_again", 0)) + 1
         self._manifest |= {
-            "model": asdict(prepared.model),
+            "model": {**asdict(prepared.model), "revision": _revision(prepared.model)},
             "plan": {name: asdict(choice) for name, choice in prepared.plan.choices().items()},
             "question": question,
             "examples_sha256": digest(prepared.train.examples),
@@ -213,6 +213,12 @@ def _stands(event: Event, resumed: Resumed) -> bool:
     if run != resumed.run:
         return run is not None and run < resumed.run
     return isinstance(event, Proved) or (isinstance(event, Step | Eval) and event.step <= resumed.step)
+
+
+def _revision(model: ModelSource) -> str:
+    """Give the commit of a model from the hub, whose cache has a folder of its name; empty for others."""
+    path = Path(model.path)
+    return path.name if path.parent.name == "snapshots" else ""
 
 
 def _refuse_other_model(directory: Path, before: Mapping[str, Any], model: ModelSource) -> None:

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 CHAOS = ROOT / "scripts" / "chaos"
-KILLS = 12
+KILLS = 10
 
 
 @pytest.fixture(scope="module")
