@@ -90,7 +90,7 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
-        check_disk(config, first)
+        check_disk(config, prepared)
         session.claim(first, question=first_question(parts[0].judged.conversations))
         session.finish(_fold(config, options, prepared, mode, say=session.say))
     return config.output

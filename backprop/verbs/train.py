@@ -1,6 +1,7 @@
 """`backprop train`: from rows to an adapter."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from backprop.config import TrainConfig
@@ -45,7 +46,7 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
-        check_disk(config, prepared)
+        check_disk(config, [prepared])
         session.claim(prepared, question=first_question(judged.conversations))
         model, fit = train_one(config, prepared, output=config.output, say=session.say)
         result = measures(fit, config.output)
@@ -56,17 +57,16 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
     return config.output
 
 
-def check_disk(config: TrainConfig, prepared: Prepared) -> None:
-    """Refuse a disk that is too small for what the run will write.
+def check_disk(config: TrainConfig, prepared: Sequence[Prepared]) -> None:
+    """Refuse a disk that is too small for what the run, or the runs one after the other, will write.
 
     Raises:
         DiskError: With both figures.
     """
-    free = device.disk_free_bytes(config.output)
-    if free < prepared.disk_bytes:
+    free, need = device.disk_free_bytes(config.output), sum(part.disk_bytes for part in prepared)
+    if free < need:
         raise DiskError(
-            f"the run writes up to {prepared.disk_bytes / 2**30:.2f} GiB to `{config.output}`, and {free / 2**30:.2f} "
-            "GiB are free",
+            f"this writes up to {need / 2**30:.2f} GiB to `{config.output}`, and {free / 2**30:.2f} GiB are free",
             hint="make room, choose another `--output`, or give a smaller `--keep-checkpoints`",
         )
 

@@ -62,6 +62,18 @@ def test_the_job_stops_in_time_goes_on_and_exports(
     assert [path.suffix for path in (tmp_path / "run" / "export").glob("*.gguf")] == [".gguf"]
 
 
+def test_the_gitlab_job_trains_and_exports(tmp_path: Path, tiny_model: Path, write: Callable[..., Path]) -> None:
+    job = yaml.safe_load((ROOT / "examples" / "ci" / "gitlab.yml").read_text())["finetune"]
+    script = "\n".join(line for line in job["script"] if line.startswith(("backprop train", "backprop export")))
+    for old, new in CHANGES.items():
+        assert old in script
+        script = script.replace(old, new)
+    done = ran(script, tmp_path, DATA=str(write(ROWS)), MODEL=str(tiny_model), run=str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "junit.xml").is_file()
+    assert (tmp_path / "run" / "export" / "run-q4_k_m.gguf").is_file()
+
+
 def test_the_job_fails_when_the_gate_is_not_met(tmp_path: Path, tiny_model: Path, write: Callable[..., Path]) -> None:
     script = github_script("Train").replace("--max-minutes 120", "--max-minutes 120 --steps 2")
     job = {"DATA": str(write(ROWS)), "MODEL": str(tiny_model), "RUN": str(tmp_path / "run")}

@@ -198,6 +198,33 @@ def test_a_full_memory_is_one_event_and_changes_no_loss(
     assert run.losses == pytest.approx(undisturbed.losses, abs=1e-5)
 
 
+def test_a_memory_that_is_full_in_the_backward_pass_is_no_other(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    options = {**OPTIONS, "packing": False, "lora_dropout": 0.0, "batch_size": 8, "overwrite": True}
+    undisturbed = train(**options)
+    real, left = batches.sum_of_losses, [1]
+
+    def full(gradient: Any) -> None:
+        if left:
+            left.clear()
+            raise torch.OutOfMemoryError
+
+    def small_card(model: Any, one: Any) -> Any:
+        loss = real(model, one)
+        if model.training:
+            loss.register_hook(full)
+        return loss
+
+    monkeypatch.setattr(trainer, "sum_of_losses", small_card)
+    run = train(**options)
+    assert not run.all(events.Failed)
+    assert len([1 for event in run.all(events.Warned) if "the memory was full in step 1" in event.message]) == 1
+    assert run.losses == pytest.approx(undisturbed.losses, abs=1e-5)
+
+
 def test_a_memory_too_small_for_one_example_is_exit_5(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
