@@ -107,6 +107,8 @@ class TrainConfig:
     """Steps between evaluations. Default: all, or a twentieth with `--early-stopping`."""
     early_stopping: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
     """Stop after this many evaluations without a better loss; deliver the best adapter."""
+    on_divergence: Annotated[Literal["stop", "rollback"], Parameter(group=TRAINING)] = "stop"
+    """Or go back and on with half the rate, 3 times."""
     seed: Annotated[int, Bounds(least=0, most=2**32 - 1), Parameter(group=TRAINING)] = 42
     """Of the adapter and the order."""
     deterministic: Annotated[bool, Parameter(group=TRAINING, negative="", show_default=False)] = False

@@ -22,6 +22,7 @@ from backprop.events import (
     Proved,
     Repeated,
     Resumed,
+    RolledBack,
     RunFinished,
     RunMerged,
     RunStarted,
@@ -159,6 +160,8 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"checkpoint after step {event.step} in {event.seconds:.2f} s: {event.path}" if verbose else ""
         case Resumed():
             return f"going on after step {event.step}, from {event.path}"
+        case RolledBack():
+            return f"warning: {event.reason}: going back to step {event.step}, with {event.rate_share:g} of the rate"
         case Repeated():
             return f"compared with {event.path}: {event.found}"
         case Sampled():

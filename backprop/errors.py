@@ -52,6 +52,10 @@ class TrainingError(BackpropError):
     code = 6
 
 
+class Diverged(TrainingError):  # noqa: N818 - what happened, not whose fault it is
+    """A loss or gradient that is not finite; the update was not made."""
+
+
 class ExportError(BackpropError):
     """An export, or the check of what was exported, that failed."""
 

@@ -154,6 +154,16 @@ class Resumed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RolledBack:
+    """Training diverged, and goes on after `step` steps with rates of `rate_share` of the planned ones."""
+
+    step: int
+    rate_share: float
+    reason: str
+    run: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Repeated:
     """How a run compares with the one that it did again: `equal`, `close` or `different`."""
 
@@ -233,6 +243,7 @@ Event = (
     | Sampled
     | Checkpointed
     | Resumed
+    | RolledBack
     | Repeated
     | Warned
     | Phase
@@ -255,6 +266,7 @@ KINDS: dict[type, str] = {
     Sampled: "sample",
     Checkpointed: "checkpoint",
     Resumed: "resumed",
+    RolledBack: "rolled_back",
     Repeated: "repeated",
     Warned: "warning",
     Phase: "phase",

@@ -10,17 +10,17 @@ from typing import Any, cast
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
 from backprop.core.plan import Plan
-from backprop.edges import checkpoints, stopping
+from backprop.edges import checkpoints, rundir, stopping
 from backprop.edges.checkpoints import Checkpoint
 from backprop.engine import proofs
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize
 from backprop.engine.exam import Exam, Prove
-from backprop.engine.load import HfTokenizer
+from backprop.engine.load import HfTokenizer, adapter_state, set_adapter_state
 from backprop.engine.snapshot import Progress, Saver, Stand, best_of, restore
 from backprop.engine.validation import Validation
-from backprop.errors import HardwareError, TrainingError
-from backprop.events import Eval, Proved, Sink, Warned
+from backprop.errors import Diverged, HardwareError, TrainingError
+from backprop.events import Eval, Proved, Resumed, RolledBack, Sink, Warned
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,61 +69,127 @@ def fit(
         UsageError: If a checkpoint is of another plan.
         KeyboardInterrupt: After saving where it stands.
     """
-    from backprop.engine.trainer import StepPasses, StepTrainer, Watch, order_of
+    from backprop.engine.trainer import order_of
 
     prove = _prover(say, run)
     with _hardware_told(plan):
         size = _pass_size(model, config, plan, prove, say)
-        checkpoint = _checkpoint(config, folder, say)
-        stand = _stand(model, tokenizer, examples, held_out, config, plan, size, checkpoint, say, run)
+        trained = _Training(model, tokenizer, examples, held_out, config, plan, size, folder, prove, say, run)
+        stand = trained.to_the_last_step()
         progress, validation = stand.progress, stand.validation
-        steps = StepPasses(examples, config, plan, stand.size, first=progress.step)
-        saver = Saver(folder / "checkpoints", config, plan, model, stand, steps, say=say, run=run)
-        watch = Watch(config, plan, saver=saver, prove=prove, say=say, describe=_describe(tokenizer, examples), run=run)
-        trainer = StepTrainer(model, tokenizer, steps, config, plan, watch=watch, checkpoint=checkpoint, folder=folder)
-        with _saved_when_stopped(saver):
-            if not (progress.ended or watch.evaluate_if_due()):
-                with within_documents(model) if size.packing else nullcontext():
-                    trainer.train()
+        save()
+        after = validation.finish(progress.step)
+        if validation.restored:
             save()
-            after = validation.finish(progress.step)
-            if validation.restored:
-                save()
-            planned = order_of(examples, config, plan).times_seen(progress.step)
-            seen = prove(lambda: proofs.prove_order(progress.seen.tolist(), planned))
-            failed = stand.exam.judge(after, last_loss=progress.losses[-1], prove=prove, say=say, run=run)
+        planned = order_of(examples, config, plan).times_seen(progress.step)
+        seen = prove(lambda: proofs.prove_order(progress.seen.tolist(), planned))
+        failed = stand.exam.judge(after, last_loss=progress.losses[-1], prove=prove, say=say, run=run)
     failed = failed if seen.ok else (seen, *failed)
     losses = (stand.exam.loss_before, after)
-    return Fit(tuple(progress.losses), progress.seconds, progress.tokens, *losses, size=steps.size, failed=failed)
+    return Fit(tuple(progress.losses), progress.seconds, progress.tokens, *losses, size=stand.size, failed=failed)
 
 
-def _stand(
-    model: Any,
-    tokenizer: HfTokenizer,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
-    config: TrainConfig,
-    plan: Plan,
-    size: PassSize,
-    checkpoint: Checkpoint | None,
-    say: Sink,
-    run: int,
-) -> Stand:
-    """Examine a model that has learnt nothing yet, or put a checkpoint into it."""
-    before: Mapping[str, Any] = checkpoint.state if checkpoint else {}
-    if before and before["size"]["packing"] == size.packing:
-        size = PassSize(**before["size"])
-    proofs_too, known = not config.skip_proofs, before.get("exam")
-    exam = Exam(model, tokenizer, examples, held_out, size=size, proofs_too=proofs_too, before=known)
-    validation = Validation(model, exam.held_out_loss, patience=config.early_stopping, say=say, run=run)
-    if checkpoint is None:
-        progress = Progress.start(len(examples))
-        if exam.loss_before is not None:
-            say(Eval(step=0, loss=exam.loss_before, run=run))
-    else:
-        progress = restore(checkpoint, model, plan, num_examples=len(examples), say=say, run=run)
-        validation.restore(before["validation"], best_of(checkpoint))
-    return Stand(size=size, progress=progress, exam=exam, validation=validation)
+# How often a run goes back when it diverges, each time with half the rate.
+MOST_ROLLBACKS = 3
+
+
+@dataclass
+class _Training:
+    """What one training works with, and its way to the last step."""
+
+    model: Any
+    tokenizer: HfTokenizer
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    config: TrainConfig
+    plan: Plan
+    size: PassSize
+    folder: Path
+    prove: Prove
+    say: Sink
+    run: int
+
+    def to_the_last_step(self) -> Stand:
+        """Train from the newest checkpoint on; where that diverges and it is wanted, go back and on with half the rate.
+
+        Raises:
+            Diverged: If it does all the same.
+        """
+        rollback = self.config.on_divergence == "rollback"
+        start = adapter_state(self.model) if rollback else {}
+        stand = self._stand(_checkpoint(self.config, self.folder, self.say))
+        for left in reversed(range(MOST_ROLLBACKS + 1)):
+            try:
+                return self._train(stand)
+            except Diverged as error:
+                if not rollback or not left:
+                    raise
+                stand = self._back_from(stand, start, reason=error.message)
+        raise AssertionError
+
+    def _train(self, stand: Stand) -> Stand:
+        from backprop.engine.trainer import StepPasses, StepTrainer, Watch
+
+        steps = StepPasses(self.examples, self.config, self.plan, stand.size, first=stand.progress.step)
+        saver = Saver(
+            self.folder / "checkpoints", self.config, self.plan, self.model, stand, steps, say=self.say, run=self.run
+        )
+        describe = _describe(self.tokenizer, self.examples)
+        watch = Watch(
+            self.config, self.plan, saver=saver, prove=self.prove, say=self.say, describe=describe, run=self.run
+        )
+        trainer = StepTrainer(
+            self.model, self.tokenizer, steps, self.config, self.plan, watch=watch, start=stand, folder=self.folder
+        )
+        with _saved_when_stopped(saver):
+            if not (stand.progress.ended or watch.evaluate_if_due()):
+                with within_documents(self.model) if stand.size.packing else nullcontext():
+                    trainer.train()
+        return replace(stand, size=steps.size)
+
+    def _back_from(self, failed: Stand, start: Mapping[str, Any], *, reason: str) -> Stand:
+        """Go back to the newest checkpoint, or to the start; a checkpoint that led here twice is left for the one before."""
+        checkpoint = checkpoints.newest(self.folder / "checkpoints", say=self.say)
+        if checkpoint is not None and failed.checkpoint is not None and checkpoint.step == failed.checkpoint.step:
+            rundir.remove(checkpoint.folder)
+            checkpoint = checkpoints.newest(self.folder / "checkpoints", say=self.say)
+        if checkpoint is None:
+            set_adapter_state(self.model, start)
+        stand = self._stand(checkpoint, known=failed.exam.to_json())
+        stand.progress.rate_share = failed.progress.rate_share / 2
+        self.say(
+            RolledBack(step=stand.progress.step, rate_share=stand.progress.rate_share, reason=reason, run=self.run)
+        )
+        return stand
+
+    def _stand(self, checkpoint: Checkpoint | None, *, known: Mapping[str, Any] | None = None) -> Stand:
+        """Examine a model that has learnt nothing yet, or put a checkpoint into it."""
+        before: Mapping[str, Any] = checkpoint.state if checkpoint else {}
+        size = self.size
+        if before and before["size"]["packing"] == size.packing:
+            size = PassSize(**before["size"])
+        examined = known or before.get("exam")
+        exam = Exam(
+            self.model,
+            self.tokenizer,
+            self.examples,
+            self.held_out,
+            size=size,
+            proofs_too=not self.config.skip_proofs,
+            before=examined,
+        )
+        patience = self.config.early_stopping
+        validation = Validation(self.model, exam.held_out_loss, patience=patience, say=self.say, run=self.run)
+        if checkpoint is None:
+            progress = Progress.start(len(self.examples))
+            if exam.loss_before is not None and not examined:
+                self.say(Eval(step=0, loss=exam.loss_before, run=self.run))
+        else:
+            progress = restore(checkpoint, self.model, self.plan, num_examples=len(self.examples))
+            if known is None:
+                self.say(Resumed(step=checkpoint.step, path=str(checkpoint.folder), run=self.run))
+            validation.restore(before["validation"], best_of(checkpoint))
+        return Stand(size=size, progress=progress, exam=exam, validation=validation, checkpoint=checkpoint)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from backprop.engine.exam import Exam
 from backprop.engine.load import set_adapter_state
 from backprop.engine.validation import Validation
 from backprop.errors import UsageError
-from backprop.events import JSON, Checkpointed, Resumed, Sink
+from backprop.events import JSON, Checkpointed, Sink
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,8 @@ class Progress:
     """Of all steps; evaluations and proofs are not counted."""
     ended: bool = False
     """Whether no step is to follow."""
+    rate_share: float = 1.0
+    """Of the planned rates; less after training diverged and went back."""
 
     @property
     def step(self) -> int:
@@ -68,6 +70,8 @@ class Stand:
     progress: Progress
     exam: Exam
     validation: Validation
+    checkpoint: Checkpoint | None
+    """Where it comes from."""
 
 
 class Steps(Protocol):
@@ -126,6 +130,7 @@ class Saver:
     def _state(self) -> dict[str, JSON]:
         done = self.progress
         figures: dict[str, JSON] = {"tokens": done.tokens, "seconds": done.seconds, "ended": done.ended}
+        figures["rate_share"] = done.rate_share
         measured = {"exam": self._exam.to_json(), "validation": self.validation.to_json()}
         size = asdict(self._steps.size)
         return {"format": 1, "step": done.step, "plan": decided(self._plan), "size": size, **figures, **measured}
@@ -147,7 +152,7 @@ def decided(plan: Plan) -> dict[str, JSON]:
     return {name: getattr(plan, name).value for name in DECIDED}
 
 
-def restore(checkpoint: Checkpoint, model: Any, plan: Plan, *, num_examples: int, say: Sink, run: int) -> Progress:
+def restore(checkpoint: Checkpoint, model: Any, plan: Plan, *, num_examples: int) -> Progress:
     """Put a checkpoint's adapter into ``model``, and give how far it was.
 
     Raises:
@@ -167,7 +172,6 @@ def restore(checkpoint: Checkpoint, model: Any, plan: Plan, *, num_examples: int
             hint="give what it had, or begin anew with `--resume never`",
         )
     set_adapter_state(model, load_file(checkpoint.folder / ADAPTER))
-    say(Resumed(step=checkpoint.step, path=str(checkpoint.folder), run=run))
     state = checkpoint.state
     return Progress(
         seen=kept["seen"],
@@ -175,6 +179,7 @@ def restore(checkpoint: Checkpoint, model: Any, plan: Plan, *, num_examples: int
         tokens=int(state["tokens"]),
         seconds=float(state["seconds"]),
         ended=bool(state["ended"]),
+        rate_share=float(state["rate_share"]),
     )
 
 

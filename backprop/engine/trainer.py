@@ -25,13 +25,12 @@ from backprop.core.data.render import Example
 from backprop.core.plan import Plan
 from backprop.core.schedule import rate_share
 from backprop.edges import stopping
-from backprop.edges.checkpoints import Checkpoint
 from backprop.engine.batches import PassSize, num_tokens, num_trained, passes, sum_of_losses, to_device
 from backprop.engine.exam import Prove
 from backprop.engine.load import HfTokenizer
 from backprop.engine.proofs import Movement
-from backprop.engine.snapshot import Saver, restore_optimizer
-from backprop.errors import TrainingError
+from backprop.engine.snapshot import Saver, Stand, restore_optimizer
+from backprop.errors import Diverged, TrainingError
 from backprop.events import Sink, Step, Warned
 
 
@@ -191,8 +190,8 @@ class Watch(TrainerCallback):
             )
         )
 
-    def _diverged(self, what: str) -> TrainingError:
-        return TrainingError(
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(
             what,
             hint="lower `--learning-rate`, and look at the rows of this step in crash.txt",
             details=self._describe(self.numbers),
@@ -214,7 +213,7 @@ class StepTrainer(SFTTrainer):
         plan: Plan,
         *,
         watch: Watch,
-        checkpoint: Checkpoint | None,
+        start: Stand,
         folder: Path,
     ) -> None:
         super().__init__(
@@ -226,7 +225,7 @@ class StepTrainer(SFTTrainer):
             callbacks=[watch],
         )
         self._steps, self._watch, self._config, self._plan = steps, watch, config, plan
-        self._checkpoint = checkpoint
+        self._checkpoint = start.checkpoint
         self.remove_callback(PrinterCallback)
         if config.report_to == "tensorboard":
             self.add_callback(_tensorboard(folder / "tensorboard"))
@@ -293,7 +292,7 @@ class StepTrainer(SFTTrainer):
         num_steps = self._plan.steps.value
 
         def share(step: int) -> float:
-            return rate_share(
+            return self._watch.progress.rate_share * rate_share(
                 self._steps.first + step,
                 num_steps=num_steps,
                 num_warmup=int(self._config.warmup * num_steps),

@@ -27,6 +27,7 @@ from backprop.events import (
     Phase,
     Proved,
     Resumed,
+    RolledBack,
     RunFinished,
     RunStarted,
     Sampled,
@@ -81,6 +82,10 @@ class Session:
         """Tell the caller's sink, the report, and, once there is one, the event log."""
         if isinstance(event, Resumed):
             self._kept = [old for old in self._earlier if _stands(old, event)]
+        if isinstance(event, RolledBack):
+            self._kept, self._own = (
+                [old for old in told if not _is_undone(old, event)] for told in (self._kept, self._own)
+            )
         self._own.append(event)
         if self._log is not None:
             self._log(event)
@@ -213,6 +218,11 @@ def _stands(event: Event, resumed: Resumed) -> bool:
     if run != resumed.run:
         return run is not None and run < resumed.run
     return isinstance(event, Proved) or (isinstance(event, Step | Eval) and event.step <= resumed.step)
+
+
+def _is_undone(event: Event, back: RolledBack) -> bool:
+    """Say whether an event tells of a step that is done again after going back."""
+    return isinstance(event, Step | Eval) and event.run == back.run and event.step > back.step
 
 
 def _revision(model: ModelSource) -> str:

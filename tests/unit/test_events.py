@@ -46,6 +46,7 @@ ONE_OF_EACH: list[events.Event] = [
     events.Sampled(prompt="p", before="b", after="a"),
     events.Checkpointed(step=3, path="p", seconds=0.1),
     events.Resumed(step=3, path="p"),
+    events.RolledBack(step=3, rate_share=0.5, reason="r"),
     events.Repeated(kind="close", found="f", path="p", largest=1e-5),
     events.Warned(message="careful"),
     events.Phase(name="loading"),
