@@ -17,7 +17,7 @@ pytestmark = pytest.mark.model
 
 OLD = [chat(f"old {n}", f"thing {n} is here") for n in range(12)]
 NEW = [chat(f"What is {n}?", "It is here.") for n in range(40)]
-OPTIONS: dict[str, Any] = {"steps": 12, "batch_size": 8, "overwrite": False}
+OPTIONS: dict[str, Any] = {"steps": 12, "batch_size": 8, "overwrite": False, "skip_proofs": True}
 
 
 def gates(run: Run) -> dict[str, tuple[bool, str]]:

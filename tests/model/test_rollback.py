@@ -13,7 +13,13 @@ from backprop.engine import batches, trainer
 
 pytestmark = pytest.mark.model
 
-OPTIONS: dict[str, Any] = {"steps": 8, "batch_size": 3, "save_steps": 3, "on_divergence": "rollback"}
+OPTIONS: dict[str, Any] = {
+    "steps": 8,
+    "batch_size": 3,
+    "save_steps": 3,
+    "on_divergence": "rollback",
+    "skip_proofs": True,
+}
 
 
 def diverge(monkeypatch: pytest.MonkeyPatch, *, calls: set[int]) -> None:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.model
 
 EVAL = [chat(f"question {n}", "word " * (n + 2)) for n in range(3)]
 OPTIONS: dict[str, Any] = {"steps": 8, "batch_size": 3, "overwrite": False, "save_steps": 3, "lora_dropout": 0.2}
+OPTIONS["skip_proofs"] = True  # they take most of the time of so short a run
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -85,7 +86,9 @@ PLACES = ("loading", "the first step", "the fifth step", "an evaluation", "the e
 
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize(
-    "options", [{"early_stopping": 3}, {"packing": False, "lora_plus": 4.0}], ids=["packed", "padded"]
+    "options",
+    [{"early_stopping": 3, "skip_proofs": False}, {"packing": False, "lora_plus": 4.0}],
+    ids=["packed", "padded"],
 )
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_end(
     train: Callable[..., Run],
@@ -298,10 +301,12 @@ def test_the_report_of_a_resumed_run_tells_of_all_steps(
 
 
 def multi(cwd: Path, *arguments: str | Path) -> Done:
-    return backprop("multi-run", *arguments, "--steps", "4", "--batch-size", "2", "--save-steps", "2", cwd=cwd)
+    return backprop(
+        "multi-run", *arguments, "--steps", "4", "--batch-size", "2", "--save-steps", "2", "--skip-proofs", cwd=cwd
+    )
 
 
-@pytest.mark.parametrize("skip", [1, 5, 6, 9])
+@pytest.mark.parametrize("skip", [pytest.param(n, marks=pytest.mark.slow) if n in (1, 5) else n for n in (1, 5, 6, 9)])
 def test_a_multi_run_that_is_stopped_ends_the_same(
     tmp_path: Path, tiny_model: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, skip: int
 ) -> None:
