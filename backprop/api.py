@@ -28,12 +28,12 @@ class Trainer:
         self._say = say
         self._run: Path | None = None
 
-    def train(self, data: str | Path | Iterable[str | Path], **options: Any) -> Path:
-        """Fine-tune on ``data`` and return the run directory."""
+    def train(self, data: str | Path | Iterable[str | Path] = (), **options: Any) -> Path:
+        """Fine-tune on ``data`` and return the run directory. Without data, `from_run` names a run to do again."""
         from backprop.verbs.train import train
 
         config = self._config(data, options)
-        with stopping.armed(), Console() as console:
+        with stopping.armed(end_process=False), Console() as console:
             return self._kept(train(config, say=self._say or console), config)
 
     def multi_run(
@@ -53,7 +53,7 @@ class Trainer:
             options["steps"] = steps_per_run
         config = self._config(dataset, options)
         runs = MultiRunConfig(runs=num_runs, samples=samples_per_run, merge_mode=merge_mode)
-        with stopping.armed(), Console() as console:
+        with stopping.armed(end_process=False), Console() as console:
             return self._kept(multi_run(config, runs, say=self._say or console), config)
 
     def export(self, format: str = "gguf", *, quantization: str | Iterable[str] = (), **options: Any) -> list[Path]:
@@ -61,7 +61,7 @@ class Trainer:
         from backprop.verbs.export import export
 
         config = _build(ExportConfig, {"format": format, "quantization": quantization, **options})
-        with stopping.armed(), Console() as console:
+        with stopping.armed(end_process=False), Console() as console:
             return export(self._trained(), config, say=self._say or console)
 
     def save(self, folder: str | Path) -> Path:
@@ -116,6 +116,6 @@ def _as_declared(kind: Any, name: str, value: Any) -> Any:
     if name == "data" or isinstance(default, tuple):
         values = (value,) if isinstance(value, str | Path) else tuple(value)
         return tuple(str(one) if isinstance(one, Path) else one for one in values)
-    if name == "output" and isinstance(value, str):
+    if name in ("output", "from_run") and isinstance(value, str):
         return Path(value)
-    return str(value) if name == "model" and isinstance(value, Path) else value
+    return str(value) if name in ("model", "resume") and isinstance(value, Path) else value

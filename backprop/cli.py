@@ -120,6 +120,8 @@ def doctor(config: DoctorConfig = PLAIN_DOCTOR, *, voice: Voice = PLAIN_VOICE) -
 def _call(work: Callable[[Sink], Sequence[Path]], voice: Voice) -> int:
     """Run a verb, tell its end on the right stream and to the CI job around it, and give its exit code."""
     told: list[Event] = []
+    if voice.junit is not None:
+        check_writable(voice.junit)
     with Console(detail="quiet" if voice.quiet else "verbose" if voice.verbose else "normal") as console:
         sinks = [told.append, console, *([_annotate] if os.environ.get("GITHUB_ACTIONS") == "true" else [])]
         if voice.json:
@@ -151,11 +153,23 @@ def _call(work: Callable[[Sink], Sequence[Path]], voice: Voice) -> int:
             raise
         else:
             code = 0
-        code = _hand_over(told, voice, seconds=time.monotonic() - started) or code
+        handed = _hand_over(told, voice, seconds=time.monotonic() - started)
+        code = code or handed
     if code == 0 and not voice.json:
         for path in paths:
             print(path, file=_stdout())
     return code
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written at the end, before any work.
+
+    Raises:
+        UsageError: If it is a folder, or would be in none that can be written.
+    """
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"`{path}` cannot be a file", hint="give `--junit` a file in a folder that can be written")
 
 
 def _annotate(event: Event) -> None:
@@ -253,9 +267,10 @@ def run(tokens: Sequence[str]) -> int:
         code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         known = [name for name in tokens[:1] if name in COMMANDS]
-        return _usage(str(error).splitlines()[0], " ".join(["backprop", *known, "--help"]), as_json)
+        refused = UsageError(str(error).splitlines()[0], hint=" ".join(["backprop", *known, "--help"]))
+        return _refuse(refused, tokens, as_json)
     except UsageError as error:
-        return _usage(error.message, error.hint or "", as_json)
+        return _refuse(error, tokens, as_json)
     except KeyboardInterrupt as interrupt:
         stopped = stopping.accept(interrupt)
         return _usage(stopped.message, stopped.hint or "", as_json, code=stopped.code)
@@ -266,6 +281,23 @@ def run(tokens: Sequence[str]) -> int:
 def _register_completion() -> None:
     """Add `--install-completion`, whose import is a tenth of the time that the other commands start in."""
     app.register_install_completion_command()
+
+
+def _refuse(error: UsageError, tokens: Sequence[str], as_json: bool) -> int:
+    """Tell of a command that cannot be, also in the JUnit file that it asked for."""
+    file = _option_of(tokens, "--junit")
+    if file is not None:
+        with contextlib.suppress(UsageError):
+            check_writable(Path(file))
+            failed = Failed(code=error.code, message=error.message, hint=error.hint or "")
+            _hand_over([failed], Voice(junit=Path(file), json=as_json), seconds=0.0)
+    return _usage(error.message, error.hint or "", as_json)
+
+
+def _option_of(tokens: Sequence[str], name: str) -> str | None:
+    """Find the value of an option without parsing the rest."""
+    value = next((tokens[i + 1] for i, token in enumerate(tokens[:-1]) if token == name), None)
+    return next((token.removeprefix(f"{name}=") for token in tokens if token.startswith(f"{name}=")), value)
 
 
 def _usage(message: str, hint: str, as_json: bool, *, code: int = UsageError.code) -> int:
@@ -289,9 +321,7 @@ def _yaml_of(tokens: Sequence[str]) -> list[Any]:
     Raises:
         UsageError: If the file is missing or not YAML.
     """
-    path = os.environ.get("BACKPROP_CONFIG")
-    path = next((tokens[i + 1] for i, token in enumerate(tokens[:-1]) if token == "--config"), path)
-    path = next((token.removeprefix("--config=") for token in tokens if token.startswith("--config=")), path)
+    path = _option_of(tokens, "--config") or os.environ.get("BACKPROP_CONFIG")
     if path is None:
         return []
     import yaml

@@ -143,7 +143,7 @@ class TrainConfig:
     """Between checkpoints. Default: 5 minutes."""
     keep_checkpoints: Annotated[int, Bounds(least=1, most=1000), Parameter(group=RUN)] = 2
     """Checkpoints that stay."""
-    max_minutes: Annotated[float | None, Positive, Parameter(group=RUN)] = None
+    max_minutes: Annotated[float | None, Bounds(above=0, most=525_600), Parameter(group=RUN)] = None
     """Stop in time, saved; run the same again to go on."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Leave out what takes time; the manifest says so."""
@@ -280,6 +280,7 @@ def _check_value(flag: str, value: object, kind: Any, bounds: Bounds | None) -> 
 
 
 def differences(old: dict[str, object], new: dict[str, object]) -> list[str]:
-    """Say, key by key, how two configurations differ."""
-    keys = [*old, *(key for key in new if key not in old)]
+    """Say, key by key, how two configurations differ. One of before an option existed had its default."""
+    defaults = {one.name: one.default for kind in (TrainConfig, MultiRunConfig) for one in fields(kind)}
+    keys = [*old, *(key for key in new if key not in old and new[key] != defaults.get(key))]
     return [f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in keys if old.get(key) != new.get(key)]

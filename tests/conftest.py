@@ -235,7 +235,14 @@ def train(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> Calla
     def train(rows: Sequence[Any] = UNEVEN, model: Path = tiny_model, **options: Any) -> Run:
         run = Run(tmp_path / "run", [])
         trainer = Trainer(str(model), say=run.said.append, output=run.folder)
-        defaults = {"steps": 3, "batch_size": 8, "lora_r": 4, "learning_rate": 1e-2, "overwrite": True}
+        defaults = {
+            "steps": 3,
+            "batch_size": 8,
+            "lora_r": 4,
+            "learning_rate": 1e-2,
+            "overwrite": True,
+            "resume": "never",
+        }
         try:
             trainer.train(write(list(rows)), **{**defaults, **options})
         except BackpropError as error:

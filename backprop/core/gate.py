@@ -48,6 +48,11 @@ class Gate:
     """Whether the bound itself is refused."""
     bound: float
 
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether the measure is one of held-out rows."""
+        return self.metric in _HELD_OUT
+
     def judge(self, measures: Mapping[str, float | None]) -> tuple[bool, str]:
         """Say whether the gate is met, and a sentence with the figure.
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: complete or absent, and never believed unread."""
 
-import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from backprop.events import JSON, Sink, Warned
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+NAME = re.compile(r"step-\d+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +49,10 @@ def write(parent: Path, state: Mapping[str, JSON], fill: Callable[[Path], None],
             (beside / STATE).write_text(json.dumps(state, allow_nan=True) + "\n")
             files = {path.name: _facts_of(path) for path in sorted(beside.iterdir())}
             (beside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
-        for old in _folders(parent)[:-keep]:
+        # Later ones are of a run that was begun from an earlier checkpoint again.
+        others = [other for other in _folders(parent) if other != folder]
+        later = [other for other in others if _step_of(other) > _step_of(folder)]
+        for old in (*later, *others[: len(others) - len(later)][: -(keep - 1) or None]):
             shutil.rmtree(old)
     return folder
 
@@ -64,12 +68,22 @@ def newest(parent: Path, *, say: Sink) -> Checkpoint | None:
     return None
 
 
+def newest_state(parent: Path) -> Mapping[str, Any]:
+    """Give the state of the newest checkpoint, if it is whole; empty otherwise. Nothing is removed or told."""
+    folders = _folders(parent)
+    if not folders or _damage(folders[-1]):
+        return {}
+    return cast(Mapping[str, Any], json.loads((folders[-1] / STATE).read_text()))
+
+
 def read(folder: Path) -> Checkpoint:
     """Read a checkpoint, and hold every file of it to its size and hash.
 
     Raises:
         UsageError: If it is none, or damaged.
     """
+    if not (folder / STATE).exists() and not (folder / MANIFEST).exists():
+        raise UsageError(f"`{folder}` is no checkpoint", hint="give `auto`, `never`, or a folder like step-000120")
     damage = _damage(folder)
     if damage:
         raise UsageError(f"the checkpoint `{folder}` is damaged: {damage}", hint="give another, or none")
@@ -95,8 +109,11 @@ def _facts_of(path: Path) -> dict[str, JSON]:
 
 
 def _folders(parent: Path) -> list[Path]:
-    """Give the checkpoints in order of their steps."""
-    found = [folder for folder in parent.glob("step-*") if folder.is_dir()] if parent.is_dir() else []
-    with contextlib.suppress(ValueError):
-        return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
-    return sorted(found)
+    """Give the checkpoints in order of their steps; what has another name is not ours."""
+    found = parent.iterdir() if parent.is_dir() else ()
+    named = {folder: NAME.fullmatch(folder.name) for folder in found if folder.is_dir()}
+    return sorted((folder for folder, match in named.items() if match), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

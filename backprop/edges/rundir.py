@@ -20,11 +20,12 @@ MANIFEST = "run.json"
 
 # What a run leaves in its directory; nothing else is ever removed.
 RUN_FILES = (
-    *("lora", "runs", "checkpoints", "export", "events.jsonl", "report.html", "crash.txt", "tensorboard", ".lock"),
+    *("lora", "runs", "checkpoints", "export", "events.jsonl", "report.html", "crash.txt", "tensorboard"),
     MANIFEST,
 )
-# What a write that did not end leaves: `whole` names them so.
-LEFTOVERS = (".*.part", ".*.old", ".export-*")
+# What a write that did not end leaves; no other program names files so.
+MARK = ".backprop-"
+LEFTOVERS = (f"{MARK}*.part", f"{MARK}*.old", f"{MARK}export-*")
 Found = Literal["nothing", "unfinished", "finished"]
 
 
@@ -59,15 +60,23 @@ def _found(directory: Path, identity: Mapping[str, object], *, overwrite: bool) 
         raise UsageError(
             f"`{directory}` holds files that are not of a run: {', '.join(left[:5])}", hint="choose another `--output`"
         )
-    if manifest is None or overwrite:
+    if manifest is None:
         return "nothing"
-    _refuse_other_run(directory, manifest, identity)
-    return "finished" if manifest.get("status") == "finished" else "unfinished"
+    finished = manifest.get("status") == "finished"
+    changed = _changed(manifest, identity)
+    if overwrite and (finished or changed):
+        return "nothing"
+    if changed:
+        raise UsageError(
+            f"`{directory}` holds another run, which differs in {'; '.join(changed)}",
+            hint="choose another `--output`, or add `--overwrite`",
+        )
+    return "finished" if finished else "unfinished"
 
 
 def _is_abandoned(names: Sequence[str]) -> bool:
     """Say whether a folder holds nothing but what a run left that was killed while it wrote its first file."""
-    return all(name == ".writable" or any(fnmatch(name, pattern) for pattern in LEFTOVERS) for name in names)
+    return all(name in (".writable", ".lock") or any(fnmatch(name, pattern) for pattern in LEFTOVERS) for name in names)
 
 
 @contextlib.contextmanager
@@ -111,7 +120,11 @@ def sweep(folder: Path) -> None:
     """Remove what writes left in ``folder`` that were killed."""
     for pattern in LEFTOVERS:
         for left in folder.glob(pattern):
-            remove(left)
+            name = left.name.removeprefix(MARK).rsplit(".", 2)[0]
+            if left.suffix == ".old" and not (folder / name).exists():
+                left.rename(folder / name)  # killed between the two renames of `_replace`
+            else:
+                remove(left)
 
 
 def _unusable(directory: Path, error: OSError) -> DiskError:
@@ -151,15 +164,11 @@ def locked(directory: Path) -> Generator[None]:
         os.close(descriptor)
 
 
-def _refuse_other_run(directory: Path, manifest: Mapping[str, object], identity: Mapping[str, object]) -> None:
+def _changed(manifest: Mapping[str, object], identity: Mapping[str, object]) -> list[str]:
     before = cast(dict[str, object], manifest["identity"])
     now = cast(dict[str, object], json.loads(json.dumps(identity)))
     changed = differences(before, now)
-    if changed:
-        raise UsageError(
-            f"`{directory}` holds another run, which differs in {'; '.join(changed)}",
-            hint="choose another `--output`, or add `--overwrite`",
-        )
+    return ["the rows of the data" if one.startswith("data_sha256: ") else one for one in changed]
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -204,7 +213,7 @@ def whole(path: Path) -> Generator[Path]:
     Raises:
         DiskError: If the disk is full or may not be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f"{MARK}{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(beside)
@@ -244,9 +253,9 @@ def _full(path: Path, error: OSError) -> DiskError:
 
 
 def _replace(beside: Path, path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and beside.is_dir():
         # A folder cannot be renamed over one that holds files.
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        old = path.with_name(f"{MARK}{path.name}.{os.getpid()}.old")
         os.rename(path, old)
         os.rename(beside, path)
         shutil.rmtree(old)
@@ -320,6 +329,12 @@ def read_events(directory: Path) -> list[Event]:
         if event is not None:
             found.append(event)
     return found
+
+
+def size_of(directory: Path, names: Sequence[str]) -> int:
+    """Give the bytes of these files and folders in a run directory."""
+    files = (path for name in names for path in [directory / name, *(directory / name).rglob("*")])
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def sha256_of(path: Path) -> str:

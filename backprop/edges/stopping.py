@@ -43,33 +43,44 @@ if hasattr(signal, "SIGALRM"):  # not on Windows
 class _State:
     armed: bool = False
     asked: type[KeyboardInterrupt] | None = None
-    accepted: bool = False
-    """Whether the program is ending because of it."""
-    deadline: float = float("inf")
     rescue: Callable[[], None] | None = None
     last_words: list[LastWords] = field(default_factory=list[LastWords])
     saving: threading.RLock = field(default_factory=threading.RLock)
     over: threading.Event = field(default_factory=threading.Event)
 
 
+class _OfThread(threading.local):
+    """What belongs to the one run of a thread."""
+
+    holds = 0
+    deadline = float("inf")
+    ending = False
+    """Whether its work is over, or ending because of an interrupt: none is raised any more."""
+
+
 _state = _State()
-_of_thread = threading.local()
+_here = _OfThread()
 
 
 @contextmanager
-def armed() -> Generator[None]:
-    """Listen while the block runs. Only the main thread can; elsewhere, and inside another such block, do nothing."""
+def armed(*, end_process: bool = True) -> Generator[None]:
+    """Listen while the block runs. Only the main thread can; elsewhere, and inside another such block, do nothing.
+
+    Args:
+        end_process: Whether to end the process where the program does not hear; not in a notebook, which has more to do.
+    """
     global _state
     if _state.armed or not _is_main():
         yield
         return
-    _state = _State(armed=True)
+    _state, _here.ending = _State(armed=True), False
     heard = [number for number in KINDS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _hear) for number in heard}
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader, _state), daemon=True).start()
+    if end_process:
+        threading.Thread(target=_watch, args=(reader, _state), daemon=True).start()
     try:
         yield
     finally:
@@ -78,12 +89,14 @@ def armed() -> Generator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(writer)
+        if not end_process:
+            os.close(reader)
         _state = _State()
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
     _state.asked = _state.asked or KINDS[number]
-    if _holds() == 0 and not _state.accepted:
+    if _here.holds == 0 and not _here.ending:
         raise _state.asked
 
 
@@ -101,7 +114,7 @@ def held() -> Generator[None]:
 def hold() -> None:
     """Let interrupts wait until `release`; nor is the process ended from another thread meanwhile."""
     _state.saving.acquire()
-    _of_thread.holds = _holds() + 1
+    _here.holds += 1
 
 
 def release() -> None:
@@ -112,17 +125,13 @@ def release() -> None:
 
 def let_go() -> None:
     """End all holds, as after a failure inside them."""
-    _let_go(_holds())
+    _let_go(_here.holds)
 
 
 def _let_go(count: int) -> None:
     for _ in range(count):
-        _of_thread.holds = _holds() - 1
+        _here.holds -= 1
         _state.saving.release()
-
-
-def _holds() -> int:
-    return getattr(_of_thread, "holds", 0)
 
 
 def _is_main() -> bool:
@@ -131,28 +140,28 @@ def _is_main() -> bool:
 
 def check() -> None:
     """Raise an interrupt that waits, or that a library swallowed."""
-    if _state.armed and not _is_main():
-        return  # the watcher saves while the main thread is asked to end
-    if _state.asked is None and time.monotonic() > _state.deadline:
-        _state.asked = OutOfTime
-    if _state.asked is not None and _holds() == 0 and not _state.accepted:
+    if _here.holds or _here.ending:
+        return
+    if time.monotonic() > _here.deadline:
+        raise OutOfTime
+    if _is_main() and _state.asked is not None:
         raise _state.asked
 
 
 def accept(interrupt: KeyboardInterrupt) -> Interrupted | Stopped:
     """Give the error that ``interrupt`` means; from here on the program is ending, and none is raised any more."""
-    _state.accepted = True
+    _here.ending = True
     let_go()
     return _error_of(type(interrupt))
 
 
 def finished() -> None:
     """Raise no interrupt any more: the work is done, and told."""
-    _state.accepted = True
+    _here.ending = True
 
 
 def _error_of(kind: type[KeyboardInterrupt]) -> Interrupted | Stopped:
-    hint = "run the same command again: it goes on from what is saved"
+    hint = "run the same command again: what is saved is not done again"
     if issubclass(kind, Terminated):
         return Stopped("stopped by SIGTERM", hint=hint)
     if issubclass(kind, OutOfTime):
@@ -162,21 +171,26 @@ def _error_of(kind: type[KeyboardInterrupt]) -> Interrupted | Stopped:
 
 @contextmanager
 def time_limit(minutes: float | None) -> Generator[None]:
-    """Raise `OutOfTime` in the block when ``minutes`` are over."""
-    if not _state.armed:
-        _state.asked, _state.accepted = None, False  # what an earlier block in another thread left
+    """Give the work of the block ``minutes``, in whatever thread it runs.
+
+    Raises:
+        Stopped: When they are over.
+    """
+    _here.ending = False
     if minutes is None:
         yield
         return
-    _state.deadline = time.monotonic() + 60 * minutes
-    in_time = _state.armed and hasattr(signal, "setitimer")
-    if in_time:
+    _here.deadline = time.monotonic() + 60 * minutes
+    at_once = _state.armed and _is_main() and hasattr(signal, "setitimer")
+    if at_once:
         signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
     try:
         yield
+    except OutOfTime as interrupt:
+        raise accept(interrupt) from None
     finally:
-        _state.deadline = float("inf")
-        if in_time:
+        _here.deadline = float("inf")
+        if at_once:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -233,7 +247,7 @@ def _read(reader: int) -> int | None:
 
 def _end(state: _State, number: int, *, save: bool) -> None:
     if save and state.saving.acquire(timeout=SAVING_MOST_S):
-        if state.over.wait(0.5):  # it was only saving
+        if state.over.wait(2):  # it was only saving
             return
         with contextlib.suppress(Exception):
             if state.rescue is not None:

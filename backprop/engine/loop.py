@@ -17,7 +17,7 @@ from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize
 from backprop.engine.exam import Exam, Prove
 from backprop.engine.load import HfTokenizer, adapter_state, set_adapter_state
-from backprop.engine.snapshot import Progress, Saver, Stand, best_of, restore
+from backprop.engine.snapshot import Progress, Saver, Stand, best_of, refuse_other, restore
 from backprop.engine.validation import Validation
 from backprop.errors import Diverged, HardwareError, TrainingError
 from backprop.events import Eval, Proved, Resumed, RolledBack, Sink, Warned
@@ -50,6 +50,7 @@ def fit(
     config: TrainConfig,
     plan: Plan,
     folder: Path,
+    data_sha256: str,
     say: Sink,
     save: Callable[[], None],
     held_out: Sequence[Example] = (),
@@ -59,6 +60,7 @@ def fit(
 
     Args:
         folder: Where `checkpoints/` and a tracker's files go.
+        data_sha256: Hash of ``examples``; a checkpoint of others is refused.
         save: Writes the adapter as it is; called as soon as it is trained, before anything else can go wrong.
         run: The number of this run in a multi-run.
 
@@ -74,7 +76,9 @@ def fit(
     prove = _prover(say, run)
     with _hardware_told(plan):
         size = _pass_size(model, config, plan, prove, say)
-        trained = _Training(model, tokenizer, examples, held_out, config, plan, size, folder, prove, say, run)
+        trained = _Training(
+            model, tokenizer, examples, held_out, config, plan, size, folder, data_sha256, prove, say, run
+        )
         stand = trained.to_the_last_step()
         progress, validation = stand.progress, stand.validation
         save()
@@ -105,6 +109,7 @@ class _Training:
     plan: Plan
     size: PassSize
     folder: Path
+    data_sha256: str
     prove: Prove
     say: Sink
     run: int
@@ -117,7 +122,12 @@ class _Training:
         """
         rollback = self.config.on_divergence == "rollback"
         start = adapter_state(self.model) if rollback else {}
-        stand = self._stand(_checkpoint(self.config, self.folder, self.say))
+        checkpoint = checkpoints.newest(self.folder / "checkpoints", say=self.say)
+        if checkpoint is None and self.config.resume not in ("auto", "never"):
+            checkpoint = checkpoints.read(Path(self.config.resume))
+        if checkpoint is not None:
+            refuse_other(checkpoint, self.config, self.plan, self.data_sha256)
+        stand = self._stand(checkpoint)
         for left in reversed(range(MOST_ROLLBACKS + 1)):
             try:
                 return self._train(stand)
@@ -132,7 +142,15 @@ class _Training:
 
         steps = StepPasses(self.examples, self.config, self.plan, stand.size, first=stand.progress.step)
         saver = Saver(
-            self.folder / "checkpoints", self.config, self.plan, self.model, stand, steps, say=self.say, run=self.run
+            self.folder / "checkpoints",
+            self.config,
+            self.plan,
+            self.model,
+            stand,
+            steps,
+            data_sha256=self.data_sha256,
+            say=self.say,
+            run=self.run,
         )
         describe = _describe(self.tokenizer, self.examples)
         watch = Watch(
@@ -168,6 +186,12 @@ class _Training:
         size = self.size
         if before and before["size"]["packing"] == size.packing:
             size = PassSize(**before["size"])
+            if self.config.micro_batch is not None:  # as the hint of an out-of-memory error says
+                size = replace(
+                    size,
+                    examples=min(size.examples, self.size.examples),
+                    tokens=min(size.tokens, self.size.tokens),
+                )
         examined = known or before.get("exam")
         exam = Exam(
             self.model,
@@ -182,10 +206,17 @@ class _Training:
         validation = Validation(self.model, exam.held_out_loss, patience=patience, say=self.say, run=self.run)
         if checkpoint is None:
             progress = Progress.start(len(self.examples))
+            progress.skipped_proofs = self.config.skip_proofs
             if exam.loss_before is not None and not examined:
                 self.say(Eval(step=0, loss=exam.loss_before, run=self.run))
         else:
-            progress = restore(checkpoint, self.model, self.plan, num_examples=len(self.examples))
+            progress = restore(checkpoint, self.model)
+            if progress.skipped_proofs and not self.config.skip_proofs:
+                self.say(
+                    Warned(
+                        message="this run began with `--skip-proofs`: what is compared with its start stays unproved"
+                    )
+                )
             if known is None:
                 self.say(Resumed(step=checkpoint.step, path=str(checkpoint.folder), run=self.run))
             validation.restore(before["validation"], best_of(checkpoint))
@@ -204,12 +235,6 @@ def _saved_when_stopped(saver: Saver) -> Generator[None]:
         raise
     finally:
         stopping.let_go()
-
-
-def _checkpoint(config: TrainConfig, folder: Path, say: Sink) -> Checkpoint | None:
-    if config.resume not in ("auto", "never"):
-        return checkpoints.read(Path(config.resume))
-    return checkpoints.newest(folder / "checkpoints", say=say)
 
 
 @contextmanager

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 ADAPTER, OPTIMIZER, PROGRESS = "adapter_model.safetensors", "optimizer.safetensors", "progress.safetensors"
 # What must be the same for a checkpoint to go on; the rest of a plan changes no result.
 DECIDED = ("max_length", "batch_size", "steps", "learning_rate", "lora_alpha", "dtype")
+GIVEN = (
+    *("seed", "scheduler", "warmup", "weight_decay", "loss_on", "method", "early_stopping"),
+    *("lora_r", "rslora", "lora_plus", "lora_dropout", "target_modules"),
+)
 # Saving costs at most this share of the time.
 MOST_SAVING = 0.02
 SAVE_EVERY_S = 300.0
@@ -46,6 +50,8 @@ class Progress:
     """Of all steps; evaluations and proofs are not counted."""
     ended: bool = False
     """Whether no step is to follow."""
+    skipped_proofs: bool = False
+    """Whether proofs were left out that can only be made at the start."""
     rate_share: float = 1.0
     """Of the planned rates; less after training diverged and went back."""
 
@@ -96,12 +102,14 @@ class Saver:
         stand: Stand,
         steps: Steps,
         *,
+        data_sha256: str,
         say: Sink,
         run: int,
     ) -> None:
         self._folder, self._config, self._plan, self._say, self._run = folder, config, plan, say, run
         self._model, self._steps, self.progress = model, steps, stand.progress
         self._exam, self.validation = stand.exam, stand.validation
+        self._data_sha256 = data_sha256
         self.optimizer: Any = None
         self._saved = (self.progress.step, self.progress.ended)
         self._saved_at, self._cost = time.monotonic(), 0.0
@@ -130,10 +138,17 @@ class Saver:
     def _state(self) -> dict[str, JSON]:
         done = self.progress
         figures: dict[str, JSON] = {"tokens": done.tokens, "seconds": done.seconds, "ended": done.ended}
-        figures["rate_share"] = done.rate_share
+        figures |= {"rate_share": done.rate_share, "skipped_proofs": done.skipped_proofs}
         measured = {"exam": self._exam.to_json(), "validation": self.validation.to_json()}
         size = asdict(self._steps.size)
-        return {"format": 1, "step": done.step, "plan": decided(self._plan), "size": size, **figures, **measured}
+        return {
+            "format": 1,
+            "step": done.step,
+            "run": decided(self._config, self._plan, self._data_sha256),
+            "size": size,
+            **figures,
+            **measured,
+        }
 
     def _fill(self, folder: Path) -> None:
         import torch
@@ -147,30 +162,37 @@ class Saver:
         save_file({"losses": losses, "seen": self.progress.seen, **best}, folder / PROGRESS)
 
 
-def decided(plan: Plan) -> dict[str, JSON]:
-    """Give the choices of a plan that a checkpoint depends on."""
-    return {name: getattr(plan, name).value for name in DECIDED}
+def decided(config: TrainConfig, plan: Plan, data_sha256: str) -> dict[str, JSON]:
+    """Give what must be the same for a checkpoint to go on."""
+    given = {name: getattr(config, name) for name in GIVEN}
+    return {
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in given.items()},
+        **{name: getattr(plan, name).value for name in DECIDED},
+        "data": data_sha256,
+    }
 
 
-def restore(checkpoint: Checkpoint, model: Any, plan: Plan, *, num_examples: int) -> Progress:
-    """Put a checkpoint's adapter into ``model``, and give how far it was.
+def refuse_other(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, data_sha256: str) -> None:
+    """Refuse a checkpoint of another run.
 
     Raises:
-        UsageError: If it is of another plan or other data.
+        UsageError: Naming what differs.
     """
-    from safetensors.torch import load_file
-
-    now = decided(plan)
-    before = cast(Mapping[str, JSON], checkpoint.state["plan"])
+    before, now = cast(Mapping[str, JSON], checkpoint.state["run"]), decided(config, plan, data_sha256)
     changed = [f"{name}: {before.get(name)} before, {now[name]} now" for name in now if before.get(name) != now[name]]
-    kept = load_file(checkpoint.folder / PROGRESS)
-    if len(kept["seen"]) != num_examples:
-        changed.append(f"examples: {len(kept['seen'])} before, {num_examples} now")
+    changed = ["the rows of the data" if one.startswith("data: ") else one for one in changed]
     if changed:
         raise UsageError(
             f"`{checkpoint.folder}` is of another run, which differs in {'; '.join(changed)}",
             hint="give what it had, or begin anew with `--resume never`",
         )
+
+
+def restore(checkpoint: Checkpoint, model: Any) -> Progress:
+    """Put a checkpoint's adapter into ``model``, and give how far it was."""
+    from safetensors.torch import load_file
+
+    kept = load_file(checkpoint.folder / PROGRESS)
     set_adapter_state(model, load_file(checkpoint.folder / ADAPTER))
     state = checkpoint.state
     return Progress(
@@ -180,6 +202,7 @@ def restore(checkpoint: Checkpoint, model: Any, plan: Plan, *, num_examples: int
         seconds=float(state["seconds"]),
         ended=bool(state["ended"]),
         rate_share=float(state["rate_share"]),
+        skipped_proofs=bool(state["skipped_proofs"]),
     )
 
 

@@ -198,6 +198,26 @@ class Watch(TrainerCallback):
         )
 
 
+class Curves(TrainerCallback):
+    """TensorBoard's files, whose steps go on where an earlier process stopped."""
+
+    def __init__(self, folder: Path, *, first: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._first = first
+        self._writer: Any = SummaryWriter(log_dir=str(folder), purge_step=first + 1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Write what the trainer logs of a step."""
+        for name, value in (logs or {}).items() if logs and "loss" in logs else ():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(f"train/{name}", value, self._first + state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
 class StepTrainer(SFTTrainer):
     """SFTTrainer whose batch is a whole optimizer step, and whose loss is the mean over all trained tokens of the step.
 
@@ -228,7 +248,7 @@ class StepTrainer(SFTTrainer):
         self._checkpoint = start.checkpoint
         self.remove_callback(PrinterCallback)
         if config.report_to == "tensorboard":
-            self.add_callback(_tensorboard(folder / "tensorboard"))
+            self.add_callback(Curves(folder / "tensorboard", first=steps.first))
 
     def get_train_dataloader(self) -> Any:
         """Give the steps in order, each as it is."""
@@ -335,10 +355,3 @@ def memory_bytes() -> int:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _tensorboard(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations.integration_utils import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))

@@ -52,6 +52,7 @@ def train_one(
             config=config,
             plan=plan,
             folder=output,
+            data_sha256=prepared.train_sha256,
             say=say,
             save=save,
             held_out=prepared.held_out,

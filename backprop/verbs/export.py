@@ -1,6 +1,7 @@
 """`backprop export`: from an adapter to a file that runs, asked once before success is claimed."""
 
 import json
+import os
 import time
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,6 +33,8 @@ class Adapter:
     question: str
     run: Path | None
     """The run directory it stands in; None for an adapter by itself."""
+    sha256: str
+    """Of its weights."""
 
 
 def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
@@ -52,10 +55,11 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
         llama_cpp.bindings()
     _make_room(adapter)
     with ExitStack() as stack:
-        stack.enter_context(rundir.locked(adapter.output))
+        for folder in {adapter.output.resolve(), *([adapter.run.resolve()] if adapter.run else [])}:
+            stack.enter_context(rundir.locked(folder))
         rundir.sweep(adapter.output)
         done = {} if config.overwrite else _refuse_others(adapter, targets)
-        if adapter.run is not None:
+        if adapter.run is not None and os.access(adapter.run, os.W_OK):
             log = stack.enter_context(rundir.event_log(adapter.run))
             stack.enter_context(_told_to_the_end(log))
             say = tee(say, log)
@@ -93,6 +97,9 @@ def _told_to_the_end(log: Sink) -> Generator[None]:
             yield
     except BackpropError as error:
         end(error)
+        raise
+    except Exception as error:
+        end(BackpropError(f"a bug: {error!r}"))
         raise
     except KeyboardInterrupt as interrupt:
         stopped = stopping.accept(interrupt)
@@ -134,8 +141,21 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
     question = config.question or manifest.get("question") or DEFAULT_QUESTION
     name = (run if manifest else folder).resolve().name
     return Adapter(
-        folder=folder, base=model.path, output=output, name=name, question=question, run=run if manifest else None
+        folder=folder,
+        base=model.path,
+        output=output,
+        name=name,
+        question=question,
+        run=run if manifest else None,
+        sha256=_adapter_hash(folder),
     )
+
+
+def _adapter_hash(folder: Path) -> str:
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UsageError(f"`{weights}` is missing", hint="give a run directory, or a whole adapter")
+    return rundir.sha256_of(weights)
 
 
 def _base_of_run(manifest: Mapping[str, Any]) -> str:
@@ -179,28 +199,24 @@ def _refuse_others(adapter: Adapter, targets: Mapping[str, Path]) -> dict[str, E
         if not target.exists():
             continue
         record = records.get(target.name) or {}
-        known = record.get("adapter") == _adapter_hash(adapter) and record.get("question") == adapter.question
+        known = record.get("adapter") == adapter.sha256 and record.get("question") == adapter.question
         if not known or record.get("sha256") != _hash_of(target):
             raise UsageError(f"`{target}` is there already", hint="add `--overwrite`, or choose another `--output`")
         done[kind] = Exported(**record["told"])
     return done
 
 
-def _record(adapter: Adapter, target: Path, told: Exported) -> None:
-    """Write down what was exported: the same command need not do it again."""
+def _record(adapter: Adapter, target: Path, beside: Path, told: Exported) -> None:
+    """Write down what is about to stand at ``target``: the same command need not do it again."""
     path = adapter.output / RECORDS
     records = json.loads(path.read_text()) if path.is_file() else {}
     records[target.name] = {
-        "adapter": _adapter_hash(adapter),
+        "adapter": adapter.sha256,
         "question": adapter.question,
-        "sha256": _hash_of(target),
+        "sha256": _hash_of(beside),
         "told": asdict(told),
     }
     rundir.write_text(path, json.dumps(records, indent=2) + "\n")
-
-
-def _adapter_hash(adapter: Adapter) -> str:
-    return rundir.sha256_of(adapter.folder / "adapter_model.safetensors")
 
 
 def _hash_of(target: Path) -> str:
@@ -235,16 +251,15 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
         answer = merge.ask(folder, adapter.question, trust_remote_code=config.trust_remote_code)
         if not answer:
             raise ExportError("the exported model gave no answer", hint="ask another `--question`")
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    told = Exported(
-        path=str(target),
-        format="safetensors",
-        quantization="bf16",
-        size_bytes=size,
-        question=adapter.question,
-        answer=answer,
-    )
-    _record(adapter, target, told)
+        told = Exported(
+            path=str(target),
+            format="safetensors",
+            quantization="bf16",
+            size_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            question=adapter.question,
+            answer=answer,
+        )
+        _record(adapter, target, folder, told)
     say(told)
 
 
@@ -252,7 +267,7 @@ def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCo
     from backprop.engine import loop, merge
 
     loop.quieten()
-    with TemporaryDirectory(prefix=".export-", dir=adapter.output) as scratch:
+    with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
         checkpoint = Path(scratch) / "merged"
         say(Phase(name="merging the adapter"))
         merge.merge(adapter.base, adapter.folder, checkpoint, trust_remote_code=config.trust_remote_code)
@@ -275,13 +290,13 @@ def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCo
                         f"the {kind} file gave no answer to {adapter.question!r}",
                         hint="ask another `--question`, or train longer",
                     )
-            told = Exported(
-                path=str(target),
-                format="gguf",
-                quantization=kind,
-                size_bytes=target.stat().st_size,
-                question=adapter.question,
-                answer=answer.text,
-            )
-            _record(adapter, target, told)
+                told = Exported(
+                    path=str(target),
+                    format="gguf",
+                    quantization=kind,
+                    size_bytes=beside.stat().st_size,
+                    question=adapter.question,
+                    answer=answer.text,
+                )
+                _record(adapter, target, beside, told)
             say(told)

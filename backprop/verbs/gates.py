@@ -7,7 +7,7 @@ from backprop.config import TrainConfig
 from backprop.core import gate
 from backprop.core.data.formats import Conversation, judge, parse_columns
 from backprop.core.data.render import Example
-from backprop.errors import TrainingError
+from backprop.errors import TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Sink
 from backprop.verbs.prepare import Prepared, rows_of
 
@@ -25,6 +25,20 @@ def read_gates(config: TrainConfig) -> tuple[Conversation, ...]:
         return ()
     rows = (row for source in config.gate_data for row in rows_of(source, offline=config.offline))
     return judge(rows, parse_columns(config.column)).conversations
+
+
+def refuse_gates_without_figures(config: TrainConfig, *, held_out: bool) -> None:
+    """Refuse a gate on what will not be measured, before any work.
+
+    Raises:
+        UsageError: Naming it.
+    """
+    for text in config.gate:
+        if gate.parse_gate(text).needs_held_out and not held_out:
+            raise UsageError(
+                f"`--gate {text}` needs held-out rows, and there are none",
+                hint="add `--eval-data held-out.jsonl` or `--eval-fraction 0.1`",
+            )
 
 
 def check_gates(config: TrainConfig, prepared: Prepared, model: Any, figures: Mapping[str, JSON], *, say: Sink) -> None:

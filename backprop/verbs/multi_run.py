@@ -13,7 +13,7 @@ from backprop.config import MergeMode, MultiRunConfig, TrainConfig
 from backprop.core import slao
 from backprop.core.data.formats import Conversation, Judged, judge, parse_columns
 from backprop.core.data.split import hold_out
-from backprop.edges import rundir
+from backprop.edges import rundir, stopping
 from backprop.errors import DataError, UsageError
 from backprop.events import JSON, Eval, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
@@ -53,7 +53,14 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
     Returns:
         The run directory; the merged adapter is in its `lora/`, each run's own in `runs/NNN/lora/`.
     """
+    with stopping.time_limit(config.max_minutes):
+        return _multi_run(config, options, say)
+
+
+def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
     check_packages(config)
+    if config.resume not in ("auto", "never"):
+        raise UsageError("`--resume FOLDER` is for train", hint="`--resume auto` goes on where the runs were stopped")
     if config.eval_data:
         raise UsageError(
             "`--eval-data` cannot be given to multi-run: each part is measured on rows of its own",
@@ -85,12 +92,13 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
             rows = [len(part.judged.conversations) for part in parts]
             session.say(Phase(name=f"{len(parts)} runs on {rows} rows, merged by {mode}"))
             session.say(show_examples(first))
+        else:
+            check_disk(config, prepared)
         if config.rehearse:
             rehearse(config, first, say=session.say)
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
-        check_disk(config, prepared)
         session.claim(first, question=first_question(parts[0].judged.conversations))
         session.finish(_fold(config, options, prepared, mode, say=session.say))
     return config.output

@@ -35,6 +35,8 @@ class Prepared:
     gate_rows: tuple[Example, ...] = ()
     """Of old tasks, which must not get worse."""
     plan: Plan
+    train_sha256: str
+    """Of the tokens and masks that are trained on."""
     hardware: Hardware
     disk_bytes: int
     """What the run will write, at most."""
@@ -131,6 +133,7 @@ def prepare(
         held_out=held_examples,
         gate_rows=gate_examples,
         plan=plan,
+        train_sha256=digest(train.examples),
         hardware=hardware,
         disk_bytes=disk_bytes(config, shape),
     )

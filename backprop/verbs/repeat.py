@@ -1,6 +1,5 @@
 """`train --from-run`: a finished run done again, and how far the two are the same."""
 
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from backprop.edges import rundir
 from backprop.errors import TrainingError, UsageError
 from backprop.events import JSON, Repeated, Sink, Step, Warned
 from backprop.verbs.prepare import Prepared
-from backprop.verbs.session import NOT_IDENTITY, versions
+from backprop.verbs.session import NOT_IDENTITY, other_versions
 
 
 def settings_of(config: TrainConfig) -> TrainConfig:
@@ -35,6 +34,8 @@ def settings_of(config: TrainConfig) -> TrainConfig:
     known = {field.name for field in fields(config)} - {*NOT_IDENTITY, "from_run"}
     settings = {name: value for name, value in manifest["config"].items() if name in known}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    if config.micro_batch is None:
+        settings["micro_batch"] = manifest["plan"]["micro_batch"]["value"]
     return replace(config, **settings, from_run=None)
 
 
@@ -54,30 +55,27 @@ def refuse_other_inputs(run: Path, prepared: Prepared, fingerprint: str, *, say:
         raise UsageError(
             f"{' and '.join(changed)} changed since the run in `{run}`", hint="bring back what it was trained on"
         )
-    before: Mapping[str, str] = manifest.get("versions") or {}
-    others = [
-        f"{name} {before.get(name)} before, {now} now" for name, now in versions().items() if before.get(name) != now
-    ]
+    others = other_versions(manifest.get("versions") or {})
     if others:
         say(Warned(message=f"other versions than in `{run}`: {'; '.join(others)}"))
 
 
-def compare_with(run: Path, losses: tuple[float, ...], adapter_sha256: str, *, say: Sink) -> dict[str, JSON]:
-    """Compare a run with the one that it did again, and give what was found.
+def compare_with(original: Path, losses: tuple[float, ...], *, run: Path, say: Sink) -> dict[str, JSON]:
+    """Compare a run and its losses with the one that it did again, and give what was found.
 
     Raises:
         TrainingError: If they are different.
     """
-    result = _finished(run).get("result") or {}
-    old = Record(str(result["adapter_sha256"]), losses_of(run))
-    found = compare(old, Record(adapter_sha256, losses))
-    say(Repeated(kind=found.kind, found=found.sentence(), path=str(run), largest=found.largest))
+    result = _finished(original).get("result") or {}
+    adapter = rundir.sha256_of(run / "lora" / "adapter_model.safetensors")
+    found = compare(Record(str(result["adapter_sha256"]), losses_of(original)), Record(adapter, losses))
+    say(Repeated(kind=found.kind, found=found.sentence(), path=str(original), largest=found.largest))
     if found.kind == "different":
         raise TrainingError(
-            f"this run and `{run}` are {found.sentence()}",
+            f"this run and `{original}` are {found.sentence()}",
             hint="compare versions, hardware and environment in their run.json; on a GPU, both need `--deterministic`",
         )
-    return {"repeats": str(run), "repeated": found.kind, "found": found.sentence()}
+    return {"repeats": str(original), "repeated": found.kind, "found": found.sentence()}
 
 
 def losses_of(run: Path) -> tuple[float, ...]:

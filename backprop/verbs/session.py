@@ -14,7 +14,7 @@ from typing import Any
 import backprop
 from backprop import report
 from backprop.config import MultiRunConfig, TrainConfig
-from backprop.edges import rundir, stopping
+from backprop.edges import checkpoints, rundir, stopping
 from backprop.edges.hub import ModelSource
 from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
 from backprop.events import (
@@ -33,8 +33,9 @@ from backprop.events import (
     Sampled,
     Sink,
     Step,
+    Warned,
 )
-from backprop.verbs.prepare import Prepared, digest
+from backprop.verbs.prepare import Prepared
 
 # Packages whose version changes what a run does.
 VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes")
@@ -112,11 +113,12 @@ class Session:
             _refuse_other_model(self.directory, before, prepared.model)
             self._earlier = rundir.read_events(self.directory)
             self._manifest["started_again"] = int(before.get("started_again", 0)) + 1
+            self._tell_other_versions(before.get("versions") or {})
         self._manifest |= {
             "model": {**asdict(prepared.model), "revision": _revision(prepared.model)},
             "plan": {name: asdict(choice) for name, choice in prepared.plan.choices().items()},
             "question": question,
-            "examples_sha256": digest(prepared.train.examples),
+            "examples_sha256": prepared.train_sha256,
             "hardware": asdict(prepared.hardware),
             "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         }
@@ -130,12 +132,27 @@ class Session:
         """What the run said, also before it was interrupted."""
         return [*self._kept, *self._own]
 
+    def _tell_other_versions(self, before: Mapping[str, str]) -> None:
+        others = other_versions(before)
+        if others:
+            self._manifest["versions_before"] = dict(before)
+            self.say(Warned(message=f"this run goes on with other versions: {'; '.join(others)}"))
+
     def meet(self, finished: Mapping[str, Any]) -> None:
         """Take notice that the directory holds this very run, finished: only other gates leave something to do."""
         settings = finished.get("config") or {}
         gates = [list(self._manifest["config"].get(name, ())) for name in GATES]
         self.done = gates == [list(settings.get(name) or ()) for name in GATES]
         self._keep = True
+        if not self.done and not self._has_last_checkpoint():
+            raise UsageError(
+                f"`{self.directory}` holds this run, finished with other gates, and its last checkpoint is gone",
+                hint="leave the gates as they were, choose another `--output`, or add `--overwrite`",
+            )
+
+    def _has_last_checkpoint(self) -> bool:
+        last = checkpoints.newest_state(self.directory / "checkpoints")
+        return bool(last.get("ended"))
 
     def end_again(self) -> None:
         """Tell once more how this very run ended, if what it delivered is still there.
@@ -143,7 +160,8 @@ class Session:
         Raises:
             UsageError: If it is not.
         """
-        result = (rundir.read_manifest(self.directory) or {}).get("result") or {}
+        manifest = rundir.read_manifest(self.directory) or {}
+        result = manifest.get("result") or {}
         adapter = self.directory / "lora" / "adapter_model.safetensors"
         if not adapter.is_file() or rundir.sha256_of(adapter) != result.get("adapter_sha256"):
             raise UsageError(
@@ -151,6 +169,13 @@ class Session:
                 hint="choose another `--output`, or add `--overwrite`",
             )
         self.say(Phase(name="this very run is finished already: nothing to do"))
+        for kind, key in ((Proved, "proofs"), (Gated, "gates")):
+            for one in manifest.get(key) or ():
+                self.say(kind(**one))
+        told = rundir.read_events(self.directory)
+        if not (told and isinstance(told[-1], RunFinished)):  # killed before its last word, or exported since
+            with suppress(DiskError), rundir.event_log(self.directory) as log:
+                log(RunFinished(command=self._command, output=str(self.directory), seconds=0.0, result=result))
         self.finish(result)
 
     def finish(self, result: Mapping[str, JSON]) -> None:
@@ -268,7 +293,7 @@ def running(
     session = Session(config, command, manifest, say)
     if found == "finished":
         session.meet(rundir.read_manifest(config.output) or {})
-    with session.stack, stopping.ends_with(session.interrupted), stopping.time_limit(config.max_minutes):
+    with session.stack, stopping.ends_with(session.interrupted):
         try:
             session.say(RunStarted(command=command, output=str(config.output), version=backprop.__version__))
             yield session
@@ -284,6 +309,13 @@ def running(
         except BaseException as error:
             session.crash(error)
             raise
+
+
+def other_versions(before: Mapping[str, str]) -> list[str]:
+    """Say which packages are of other versions than ``before``."""
+    return [
+        f"{name} {before.get(name)} before, {now} now" for name, now in versions().items() if before.get(name) != now
+    ]
 
 
 def versions() -> dict[str, str]:

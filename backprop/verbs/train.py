@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backprop.config import TrainConfig
-from backprop.edges import device
+from backprop.edges import checkpoints, device, rundir, stopping
 from backprop.errors import DiskError, PackageError
 from backprop.events import Sink
 from backprop.verbs.adapter import measures, train_one
-from backprop.verbs.gates import check_gates, read_gates
+from backprop.verbs.gates import check_gates, read_gates, refuse_gates_without_figures
 from backprop.verbs.prepare import Prepared, fingerprint_of, first_question, prepare, read_data, show_examples
 from backprop.verbs.rehearsal import rehearse
-from backprop.verbs.repeat import compare_with, refuse_other_inputs, settings_of
+from backprop.verbs.repeat import compare_with, losses_of, refuse_other_inputs, settings_of
 from backprop.verbs.session import running
 
 
@@ -25,15 +25,24 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
     Raises:
         BackpropError: Of the kind that names what the user can mend.
     """
+    with stopping.time_limit(config.max_minutes):
+        return _train(config, say)
+
+
+def _train(config: TrainConfig, say: Sink) -> Path:
     original = config.from_run
     if original is not None:
         config = settings_of(config)
     check_packages(config)
+    check_resume(config)
     gate_rows = read_gates(config)
     judged, held_out = read_data(config)
+    refuse_gates_without_figures(config, held_out=bool(held_out))
     fingerprint = fingerprint_of([*judged.conversations, *held_out])
     with running(config, command="train", fingerprint=fingerprint, say=say) as session:
         if session.done:
+            if original is not None:
+                compare_with(original, losses_of(config.output), say=session.say, run=config.output)
             session.end_again()
             return config.output
         prepared = prepare(config, judged, held_out, gate_rows=gate_rows, say=session.say)
@@ -41,20 +50,31 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
             refuse_other_inputs(original, prepared, fingerprint, say=session.say)
         if config.dry_run:
             session.say(show_examples(prepared))
+        else:
+            check_disk(config, [prepared])
         if config.rehearse:
             rehearse(config, prepared, say=session.say)
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
-        check_disk(config, [prepared])
         session.claim(prepared, question=first_question(judged.conversations))
         model, fit = train_one(config, prepared, output=config.output, say=session.say)
         result = measures(fit, config.output)
         check_gates(config, prepared, model, {**result, "seconds": fit.seconds}, say=session.say)
         if original is not None:
-            result |= compare_with(original, fit.losses, str(result["adapter_sha256"]), say=session.say)
+            result |= compare_with(original, fit.losses, say=session.say, run=config.output)
         session.finish(result)
     return config.output
+
+
+def check_resume(config: TrainConfig) -> None:
+    """Refuse a `--resume` that is no checkpoint, before any work.
+
+    Raises:
+        UsageError: Saying what is wrong with it.
+    """
+    if config.resume not in ("auto", "never"):
+        checkpoints.read(Path(config.resume))
 
 
 def check_disk(config: TrainConfig, prepared: Sequence[Prepared]) -> None:
@@ -63,10 +83,11 @@ def check_disk(config: TrainConfig, prepared: Sequence[Prepared]) -> None:
     Raises:
         DiskError: With both figures.
     """
-    free, need = device.disk_free_bytes(config.output), sum(part.disk_bytes for part in prepared)
+    need = sum(part.disk_bytes for part in prepared)
+    free = device.disk_free_bytes(config.output) + rundir.size_of(config.output, ("lora", "checkpoints", "runs"))
     if free < need:
         raise DiskError(
-            f"this writes up to {need / 2**30:.2f} GiB to `{config.output}`, and {free / 2**30:.2f} GiB are free",
+            f"this writes up to {need / 2**20:,.1f} MiB to `{config.output}`, and there is room for {free / 2**20:,.1f}",
             hint="make room, choose another `--output`, or give a smaller `--keep-checkpoints`",
         )
 

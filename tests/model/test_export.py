@@ -75,8 +75,8 @@ def test_an_export_that_was_stopped_goes_on_and_a_finished_one_is_done(
     last = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["code"]) == ("error", 130)
     assert not list((tmp_path / "run" / "export").glob(".*"))
-    (tmp_path / "run" / "export" / ".export-killed").mkdir()
-    (tmp_path / "run" / "export" / ".run-q5_k_m.gguf.7.part").write_text("half")
+    (tmp_path / "run" / "export" / ".backprop-export-killed").mkdir()
+    (tmp_path / "run" / "export" / ".backprop-run-q5_k_m.gguf.7.part").write_text("half")
     first = (tmp_path / "run" / "export" / "run-f16.gguf").stat()
     went_on = backprop(*command, "--json", cwd=tmp_path)
     assert went_on.returncode == 0, went_on.stderr

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.model
 
 OLD = [chat(f"old {n}", f"thing {n} is here") for n in range(12)]
 NEW = [chat(f"What is {n}?", "It is here.") for n in range(40)]
-OPTIONS: dict[str, Any] = {"steps": 12, "batch_size": 8, "overwrite": False, "skip_proofs": True}
+OPTIONS: dict[str, Any] = {"steps": 12, "batch_size": 8, "overwrite": False, "resume": "auto", "skip_proofs": True}
 
 
 def gates(run: Run) -> dict[str, tuple[bool, str]]:
@@ -54,8 +54,13 @@ def test_a_stricter_gate_on_a_finished_run_is_judged(train: Callable[..., Run]) 
     assert not stricter.all(events.Step)
 
 
-def test_a_gate_without_its_figure_is_not_met(train: Callable[..., Run]) -> None:
-    assert "eval_loss was not measured" in train(**OPTIONS, gate=("eval_loss<100",)).failed.message
+def test_a_gate_without_its_figure_is_refused_before_any_work(train: Callable[..., Run]) -> None:
+    run = train(**OPTIONS, gate=("eval_loss<100",))
+    assert (run.failed.code, run.failed.message) == (
+        2,
+        "`--gate eval_loss<100` needs held-out rows, and there are none",
+    )
+    assert not run.folder.exists()
 
 
 def test_a_gate_that_cannot_be_read_is_refused_before_any_work(train: Callable[..., Run]) -> None:
@@ -179,8 +184,31 @@ def test_a_junit_file_that_cannot_be_written_is_no_success(
     data = write(UNEVEN)
     command = ["train", "--data", data, "--model", tiny_model, "--steps", "1"]
     done = backprop(*command, "--junit", data / "x.xml", cwd=tmp_path)
-    assert done.returncode == 9
-    assert "x.xml` cannot be written" in done.stderr
+    assert done.returncode == 2
+    assert "x.xml` cannot be a file" in done.stderr
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine").write_text("x")
+    assert backprop("doctor", "--junit", "results", cwd=tmp_path).returncode == 2
+    assert (tmp_path / "results" / "mine").read_text() == "x"
+    assert backprop("train", "--junit", "refused.xml", "--steps", "0", cwd=tmp_path).returncode == 2
+    assert list(ElementTree.parse(tmp_path / "refused.xml").iter("error"))
+
+
+def test_a_job_that_is_run_again_gets_its_proofs_and_gates_again(train: Callable[..., Run]) -> None:
+    first = train(**OPTIONS, gate=("steps>=12",))
+    again = train(**OPTIONS, gate=("steps>=12",))
+    assert again.all(events.Proved)
+    assert {proof.name for proof in again.all(events.Proved)} == {proof.name for proof in first.all(events.Proved)}
+    assert again.all(events.Gated) == first.all(events.Gated)
+
+
+def test_other_gates_on_a_finished_run_without_its_checkpoints_train_nothing_anew(train: Callable[..., Run]) -> None:
+    run = train(**OPTIONS)
+    shutil.rmtree(run.folder / "checkpoints")
+    other = train(**OPTIONS, gate=("steps>=12",))
+    assert other.failed.code == 2
+    assert "its last checkpoint is gone" in other.failed.message
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "finished"
 
 
 def test_doctor_gives_junit_too(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_by_default_it_stops(train: Callable[..., Run], monkeypatch: pytest.Monk
 def test_a_run_that_is_stopped_after_going_back_keeps_its_rate(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {**OPTIONS, "overwrite": False}
+    given = {**OPTIONS, "overwrite": False, "resume": "auto"}
     real, count = trainer.Watch._count, [0]
 
     def stop(watch: Any, loss: float) -> None:

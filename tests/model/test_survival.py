@@ -16,7 +16,14 @@ from backprop.verbs import train as train_verb
 pytestmark = pytest.mark.model
 
 EVAL = [chat(f"question {n}", "word " * (n + 2)) for n in range(3)]
-OPTIONS: dict[str, Any] = {"steps": 8, "batch_size": 3, "overwrite": False, "save_steps": 3, "lora_dropout": 0.2}
+OPTIONS: dict[str, Any] = {
+    "steps": 8,
+    "batch_size": 3,
+    "overwrite": False,
+    "resume": "auto",
+    "save_steps": 3,
+    "lora_dropout": 0.2,
+}
 OPTIONS["skip_proofs"] = True  # they take most of the time of so short a run
 
 
@@ -149,14 +156,22 @@ def test_never_begins_anew_and_a_folder_begins_from_it(
         interrupt_at(patch, "the examination")
         stopped = train(**OPTIONS)
     shutil.copytree(stopped.folder / "checkpoints" / "step-000006", tmp_path / "kept")
-    anew = train(**OPTIONS, resume="never")
+    anew = train(**{**OPTIONS, "resume": "never"})
     assert not anew.all(events.Resumed)
     shutil.rmtree(anew.folder)
-    from_folder = train(**OPTIONS, resume=str(tmp_path / "kept"))
+    kept = {"resume": str(tmp_path / "kept")}
+    from_folder = train(**{**OPTIONS, **kept})
     assert [event.step for event in from_folder.all(events.Resumed)] == [6]
     assert from_folder.losses == anew.losses[6:]
-    other = train(**{**OPTIONS, "learning_rate": 1e-3, "overwrite": True}, resume=str(tmp_path / "kept"))
-    assert "learning_rate: 0.01 before, 0.001 now" in other.failed.message
+    for change, said in (
+        ({"learning_rate": 1e-3}, "learning_rate: 0.01 before, 0.001 now"),
+        ({"lora_r": 2}, "lora_r: 4 before, 2 now"),
+        ({"seed": 1}, "seed: 42 before, 1 now"),
+        ({"rows": UNEVEN[1:]}, "the rows of the data"),
+        ({"resume": "atuo"}, "`atuo` is no checkpoint"),
+    ):
+        other = train(**{**OPTIONS, **kept, "overwrite": True, **change})
+        assert said in other.failed.message
 
 
 def test_changed_data_are_refused_with_what_differs(
@@ -165,7 +180,7 @@ def test_changed_data_are_refused_with_what_differs(
     with monkeypatch.context() as patch:
         interrupt_at(patch, "the fifth step")
         train(**OPTIONS)
-    assert "data_sha256" in train(rows=UNEVEN[:-1], **OPTIONS).failed.message
+    assert "the rows of the data" in train(rows=UNEVEN[:-1], **OPTIONS).failed.message
     assert not train(**OPTIONS).all(events.Failed)
 
 
@@ -175,7 +190,11 @@ def test_a_smaller_micro_batch_may_go_on(
     with monkeypatch.context() as patch:
         interrupt_at(patch, "the fifth step")
         train(**OPTIONS)
+    sizes: list[Any] = []
+    real = batches.passes
+    monkeypatch.setattr(trainer, "passes", lambda examples, size: sizes.append(size) or real(examples, size))
     assert train(**OPTIONS, micro_batch=1).all(events.Resumed)
+    assert {size.examples for size in sizes} == {1}
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -264,7 +283,7 @@ def test_a_disk_too_small_is_refused_before_any_work(
     monkeypatch.setattr("backprop.edges.device.disk_free_bytes", lambda path: 10 * 2**20)
     run = train(**OPTIONS)
     assert run.failed.code == 9
-    assert "0.01 GiB are free" in run.failed.message
+    assert "there is room for 10.0" in run.failed.message
     assert not run.folder.exists()
 
 
@@ -306,7 +325,7 @@ def multi(cwd: Path, *arguments: str | Path) -> Done:
     )
 
 
-@pytest.mark.parametrize("skip", [pytest.param(n, marks=pytest.mark.slow) if n in (1, 5) else n for n in (1, 5, 6, 9)])
+@pytest.mark.parametrize("skip", [pytest.param(n, marks=pytest.mark.slow) if n in (1, 5) else n for n in (1, 5, 6)])
 def test_a_multi_run_that_is_stopped_ends_the_same(
     tmp_path: Path, tiny_model: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, skip: int
 ) -> None:
@@ -323,7 +342,7 @@ def test_a_multi_run_that_is_stopped_ends_the_same(
 
     monkeypatch.setattr(trainer.Watch, "_count", stop)
     stopped = multi(tmp_path, *data, "-o", "stopped")
-    assert stopped.returncode == (130 if skip < 9 else 0), stopped.stderr
+    assert stopped.returncode == 130, stopped.stderr
     assert multi(tmp_path, *data, "-o", "stopped").returncode == 0
     results = [json.loads((tmp_path / name / "run.json").read_text())["result"] for name in ("undisturbed", "stopped")]
     assert results[0] == results[1]

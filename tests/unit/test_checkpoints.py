@@ -30,6 +30,13 @@ def test_the_newest_is_found_by_its_step_and_old_ones_go(tmp_path: Path) -> None
     assert newest(tmp_path) == (1_000_001, "")
 
 
+def test_a_copy_under_another_name_is_not_ours(tmp_path: Path) -> None:
+    put(tmp_path, 3).rename(tmp_path / "step-000003-keep")
+    for step in (6, 9, 12):
+        put(tmp_path, step, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003-keep", "step-000012"]
+
+
 def test_without_checkpoints_there_is_none(tmp_path: Path) -> None:
     assert newest(tmp_path / "nosuch") == (None, "")
 
@@ -77,7 +84,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_half_written(tmp_path: Pa
 
     def fill(folder: Path) -> None:
         (folder / "weights").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors tells of it
 
     with pytest.raises(DiskError, match="No space left"):
         checkpoints.write(tmp_path, {"step": 6}, fill, keep=1)

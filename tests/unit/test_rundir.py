@@ -43,8 +43,8 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
 def test_the_same_run_interrupted_goes_on_or_starts_from_a_clean_folder(tmp_path: Path) -> None:
     claim_and_finish(tmp_path / "run", status="interrupted")
     (tmp_path / "run" / "checkpoints").mkdir()
-    (tmp_path / "run" / ".lora.1.part").mkdir()
-    (tmp_path / "run" / "checkpoints" / ".step-000003.1.part").mkdir()
+    (tmp_path / "run" / ".backprop-lora.1.part").mkdir()
+    (tmp_path / "run" / "checkpoints" / ".backprop-step-000003.1.part").mkdir()
     with rundir.claim(tmp_path / "run", ME, overwrite=False, keep=True) as goes_on:
         assert goes_on
     kept = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
@@ -53,8 +53,44 @@ def test_the_same_run_interrupted_goes_on_or_starts_from_a_clean_folder(tmp_path
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_files_of_other_programs_are_not_swept(tmp_path: Path) -> None:
+    for name in (".bashrc.old", ".download.part", ".export-mine"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".backprop-lora.7.old").mkdir()
+    (tmp_path / ".backprop-x.gguf.7.part").write_text("half")
+    rundir.sweep(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".bashrc.old", ".download.part", ".export-mine", "lora"}
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DiskError, match="cannot be written"):
+        rundir.write_text(tmp_path / "mine", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_lock_file_outlives_the_claim(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    claim(tmp_path)
+    assert (tmp_path / ".lock").is_file()
+
+
+def test_overwrite_goes_on_with_the_very_same_run(tmp_path: Path) -> None:
+    claim_and_finish(tmp_path / "run", status="interrupted")
+    assert rundir.check(tmp_path / "run", ME, overwrite=True) == "unfinished"
+    assert rundir.check(tmp_path / "run", {**ME, "steps": 4}, overwrite=True) == "nothing"
+
+
+def test_an_option_that_is_new_has_its_default_in_an_older_run(tmp_path: Path) -> None:
+    claim_and_finish(tmp_path / "run", status="interrupted")
+    assert rundir.check(tmp_path / "run", {**ME, "on_divergence": "stop"}, overwrite=False) == "unfinished"
+    with pytest.raises(UsageError, match="on_divergence"):
+        rundir.check(tmp_path / "run", {**ME, "on_divergence": "rollback"}, overwrite=False)
+
+
 def test_a_run_killed_at_its_first_file_leaves_a_folder_that_is_free(tmp_path: Path) -> None:
-    (tmp_path / ".run.json.1.part").write_text("{")
+    (tmp_path / ".backprop-run.json.1.part").write_text("{")
     (tmp_path / ".writable").write_text("")
     claim(tmp_path)
     assert list(tmp_path.iterdir()) == []
