@@ -132,7 +132,7 @@ class TrainConfig:
     output: Annotated[Path, Parameter(group=RUN, name=["--output", "-o"])] = Path("output")
     """The run directory."""
     overwrite: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
-    """Replace what an earlier run left in `--output`."""
+    """Replace another or a finished run in `--output`."""
     dry_run: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Plan, data ledger, three examples; no training."""
     rehearse: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
