@@ -236,7 +236,7 @@ def _make_room(adapter: Adapter) -> None:
     need, free = weights * BYTES_PER_WEIGHT, device.disk_free_bytes(adapter.output)
     if free < need:
         raise DiskError(
-            f"export needs about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
+            f"export writes up to {need / 2**20:,.0f} MiB to `{adapter.output}`, and {free / 2**20:,.0f} MiB are free",
             hint="make room, or `--output`",
         )
 
