@@ -1,5 +1,6 @@
 """Small real doubles: a tokenizer of letters, a tiny random Llama with the SmolLM2 tokenizer, the command line in process."""
 
+import functools
 import io
 import json
 import os
@@ -34,21 +35,24 @@ def _clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 @pytest.fixture(scope="session", autouse=True)
 def _every_event_fits_the_schema() -> Iterator[None]:
     """Hold every event that any test writes to the schema of its kind."""
-    import jsonschema
-
     from backprop.edges import rundir
-
-    schema: Any = events.schema()
-    schemas = {one["title"]: jsonschema.Draft202012Validator(one) for one in schema["oneOf"]}
 
     def checked(event: events.Event) -> dict[str, events.JSON]:
         written = events.to_json(event)
-        schemas[str(written["event"])].validate(json.loads(json.dumps(written)))
+        _validators()[str(written["event"])].validate(json.loads(json.dumps(written)))
         return written
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rundir, "to_json", checked)
         yield
+
+
+@functools.cache
+def _validators() -> dict[str, Any]:
+    import jsonschema
+
+    schema: Any = events.schema()
+    return {one["title"]: jsonschema.Draft202012Validator(one) for one in schema["oneOf"]}
 
 
 class LetterTokenizer:

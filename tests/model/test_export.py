@@ -59,6 +59,7 @@ def test_a_file_that_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> N
     assert (tmp_path / "run-q4_k_m.gguf").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_export_that_was_stopped_goes_on_and_a_finished_one_is_done(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def test_an_export_that_was_stopped_goes_on_and_a_finished_one_is_done(
     }
 
 
+@pytest.mark.slow
 def test_files_of_another_adapter_are_not_taken_for_its_own(run: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -34,6 +34,7 @@ def test_gates_that_are_met_are_told_and_kept(train: Callable[..., Run], write: 
     assert "<h2>Gates</h2>" in (run.folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_unmet_gate_is_exit_6_each_time_and_a_looser_one_needs_no_training(train: Callable[..., Run]) -> None:
     run = train(**OPTIONS, gate=("final_loss<0.001", "steps>=12"))
     assert run.failed.code == 6
@@ -47,6 +48,7 @@ def test_an_unmet_gate_is_exit_6_each_time_and_a_looser_one_needs_no_training(tr
     assert not looser.all(events.Step)
 
 
+@pytest.mark.slow
 def test_a_stricter_gate_on_a_finished_run_is_judged(train: Callable[..., Run]) -> None:
     assert not train(**OPTIONS).all(events.Failed)
     stricter = train(**OPTIONS, gate=("final_loss<0.001",))
@@ -70,6 +72,7 @@ def test_a_gate_that_cannot_be_read_is_refused_before_any_work(train: Callable[.
     assert not run.folder.exists()
 
 
+@pytest.mark.slow
 def test_new_tasks_must_be_shown_to_be_better_and_old_ones_not_worse(
     train: Callable[..., Run], write: Callable[..., Path]
 ) -> None:
@@ -83,6 +86,7 @@ def test_new_tasks_must_be_shown_to_be_better_and_old_ones_not_worse(
     assert "12 rows" in found["old tasks are not worse"][1]
 
 
+@pytest.mark.slow
 def test_old_tasks_that_got_worse_are_exit_6(
     train: Callable[..., Run], write: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -105,6 +109,7 @@ def test_a_run_done_again_is_equal_bit_for_bit(train: Callable[..., Run], tmp_pa
     assert lines[-1]["result"]["repeated"] == "equal"
 
 
+@pytest.mark.slow
 def test_a_run_done_again_that_differs_says_from_which_step_on(
     train: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +125,7 @@ def test_a_run_done_again_that_differs_says_from_which_step_on(
     assert "different from step 5 on" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -139,6 +145,7 @@ def test_a_run_that_cannot_be_done_again_is_refused(
     assert said in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -194,6 +201,7 @@ def test_a_junit_file_that_cannot_be_written_is_no_success(
     assert list(ElementTree.parse(tmp_path / "refused.xml").iter("error"))
 
 
+@pytest.mark.slow
 def test_a_job_that_is_run_again_gets_its_proofs_and_gates_again(train: Callable[..., Run]) -> None:
     first = train(**OPTIONS, gate=("steps>=12",))
     again = train(**OPTIONS, gate=("steps>=12",))
@@ -202,6 +210,7 @@ def test_a_job_that_is_run_again_gets_its_proofs_and_gates_again(train: Callable
     assert again.all(events.Gated) == first.all(events.Gated)
 
 
+@pytest.mark.slow
 def test_other_gates_on_a_finished_run_without_its_checkpoints_train_nothing_anew(train: Callable[..., Run]) -> None:
     run = train(**OPTIONS)
     shutil.rmtree(run.folder / "checkpoints")

@@ -52,6 +52,7 @@ def test_training_goes_back_to_a_checkpoint_and_on_with_half_the_rate(
     assert ", 8 steps, " in (run.folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_it_goes_back_to_the_start(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +64,7 @@ def test_without_a_checkpoint_it_goes_back_to_the_start(
     assert not run.all(events.Failed)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_leads_there_twice_is_left_for_the_one_before(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +74,7 @@ def test_a_checkpoint_that_leads_there_twice_is_left_for_the_one_before(
     assert not run.all(events.Failed)
 
 
+@pytest.mark.slow
 def test_after_three_times_it_is_exit_6(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     diverge(monkeypatch, calls=set(range(2, 100)))
     run = train(**OPTIONS)
@@ -79,6 +82,7 @@ def test_after_three_times_it_is_exit_6(train: Callable[..., Run], monkeypatch: 
     assert [back.rate_share for back in run.all(events.RolledBack)] == [0.5, 0.25, 0.125]
 
 
+@pytest.mark.slow
 def test_by_default_it_stops(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     diverge(monkeypatch, calls={5})
     run = train(**{**OPTIONS, "on_divergence": "stop"})
@@ -86,6 +90,7 @@ def test_by_default_it_stops(train: Callable[..., Run], monkeypatch: pytest.Monk
     assert not run.all(events.RolledBack)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_after_going_back_keeps_its_rate(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

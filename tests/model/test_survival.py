@@ -89,13 +89,18 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
 
 
 PLACES = ("loading", "the first step", "the fifth step", "an evaluation", "the examination", "saving the adapter")
+MOST_TELLING = ("the fifth step", "the examination")
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize(
+    "where", [place if place in MOST_TELLING else pytest.param(place, marks=pytest.mark.slow) for place in PLACES]
+)
 @pytest.mark.parametrize(
     "options",
-    [{"early_stopping": 3, "skip_proofs": False}, {"packing": False, "lora_plus": 4.0}],
-    ids=["packed", "padded"],
+    [
+        pytest.param({"early_stopping": 3, "skip_proofs": False}, id="packed"),
+        pytest.param({"packing": False, "lora_plus": 4.0}, id="padded", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_end(
     train: Callable[..., Run],
@@ -126,6 +131,7 @@ def test_a_finished_run_is_done_and_stays_untouched(train: Callable[..., Run]) -
     assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_adapter_changed_since_is_no_success(train: Callable[..., Run]) -> None:
     path = train(**OPTIONS).folder / "lora" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -149,6 +155,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(
     assert facts(resumed) == undisturbed
 
 
+@pytest.mark.slow
 def test_never_begins_anew_and_a_folder_begins_from_it(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -174,6 +181,7 @@ def test_never_begins_anew_and_a_folder_begins_from_it(
         assert said in other.failed.message
 
 
+@pytest.mark.slow
 def test_changed_data_are_refused_with_what_differs(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -184,6 +192,7 @@ def test_changed_data_are_refused_with_what_differs(
     assert not train(**OPTIONS).all(events.Failed)
 
 
+@pytest.mark.slow
 def test_a_smaller_micro_batch_may_go_on(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -197,7 +206,7 @@ def test_a_smaller_micro_batch_may_go_on(
     assert {size.examples for size in sizes} == {1}
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_full_memory_is_one_event_and_changes_no_loss(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, packing: bool
 ) -> None:
@@ -220,6 +229,7 @@ def test_a_full_memory_is_one_event_and_changes_no_loss(
     assert run.losses == pytest.approx(undisturbed.losses, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_memory_that_is_full_in_the_backward_pass_is_no_other(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +269,7 @@ def test_a_memory_too_small_for_one_example_is_exit_5(
     assert train(**OPTIONS).failed.code == 5
 
 
+@pytest.mark.slow
 def test_a_gpu_that_falls_off_is_exit_5_and_the_run_goes_on_later(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +319,7 @@ def test_a_sample_that_is_skipped_fails_the_run(train: Callable[..., Run], monke
     assert "every example is seen as often as planned" in failed.message
 
 
+@pytest.mark.slow
 def test_the_report_of_a_resumed_run_tells_of_all_steps(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -325,7 +337,8 @@ def multi(cwd: Path, *arguments: str | Path) -> Done:
     )
 
 
-@pytest.mark.parametrize("skip", [pytest.param(n, marks=pytest.mark.slow) if n in (1, 5) else n for n in (1, 5, 6)])
+@pytest.mark.slow
+@pytest.mark.parametrize("skip", [1, 5, 6])
 def test_a_multi_run_that_is_stopped_ends_the_same(
     tmp_path: Path, tiny_model: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, skip: int
 ) -> None:

@@ -20,6 +20,8 @@ from backprop.core.gate import (
 )
 from backprop.errors import UsageError
 
+pytestmark = pytest.mark.model  # for its time: thousands of resamplings
+
 
 @pytest.mark.parametrize(
     ("text", "metric", "below", "strict", "bound"),

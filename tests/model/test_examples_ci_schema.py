@@ -15,6 +15,8 @@ from conftest import ROOT
 
 from backprop.cli import ENVIRONMENT, app
 
+pytestmark = pytest.mark.model
+
 EXAMPLES = ROOT / "examples" / "ci"
 GITHUB, GITLAB = EXAMPLES / "github.yml", EXAMPLES / "gitlab.yml"
 SCHEMAS = [
