@@ -45,7 +45,7 @@ def test_the_job_stops_in_time_goes_on_and_exports(
         assert old in script
         script = script.replace(old, new)
     job = {"DATA": str(write(ROWS)), "MODEL": str(tiny_model), "RUN": str(tmp_path / "run"), "GITHUB_ACTIONS": "true"}
-    soon = ran(script.replace("--max-minutes 120", "--max-minutes 0.15"), tmp_path, **job)
+    soon = ran(script.replace("--max-minutes 120", "--max-minutes 0.03"), tmp_path, **job)
     assert soon.returncode == 0, soon.stderr
     assert "::notice title=not finished::" in soon.stdout
     done = ran(script, tmp_path, **job)
