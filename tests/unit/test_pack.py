@@ -49,3 +49,10 @@ def test_passes_and_seeds_have_orders_of_their_own_and_steps_can_be_asked_for_ag
     assert one.of_step(0) == SampleOrder(num_examples=50, batch_size=50, seed=1).of_step(0)
     # Cut into other steps, the same examples follow each other.
     assert SampleOrder(num_examples=50, batch_size=7, seed=1).of_step(0) == one.of_step(0)[:7]
+
+
+@given(num_examples=st.integers(1, 30), batch_size=st.integers(1, 12), num_steps=st.integers(0, 30))
+def test_how_often_each_is_seen_is_what_the_steps_say(num_examples: int, batch_size: int, num_steps: int) -> None:
+    order = SampleOrder(num_examples=num_examples, batch_size=batch_size, seed=7)
+    seen = Counter(number for step in range(num_steps) for number in order.of_step(step))
+    assert order.times_seen(num_steps) == [seen[number] for number in range(num_examples)]
