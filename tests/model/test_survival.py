@@ -100,7 +100,9 @@ MOST_TELLING = ("the fifth step", "the examination")
     [
         pytest.param({"early_stopping": 3, "skip_proofs": False}, id="packed"),
         pytest.param({"packing": False, "lora_plus": 4.0}, id="padded", marks=pytest.mark.slow),
-        pytest.param({"early_stopping": 50, "learning_rate": 0.5}, id="best", marks=pytest.mark.slow),
+        pytest.param(
+            {"early_stopping": 50, "learning_rate": 0.05, "scheduler": "constant"}, id="best", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_end(
