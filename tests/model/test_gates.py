@@ -99,6 +99,7 @@ def test_old_tasks_that_got_worse_are_exit_6(
     assert "old tasks are not worse: old rows: loss changed by " in run.failed.message
 
 
+@pytest.mark.slow
 def test_a_run_done_again_is_equal_bit_for_bit(train: Callable[..., Run], tmp_path: Path) -> None:
     first = train(**OPTIONS, lora_dropout=0.2)
     done = backprop("train", "--from-run", first.folder, "-o", "again", "--json", cwd=tmp_path)

@@ -56,6 +56,7 @@ def test_the_delivered_adapter_is_the_slao_merge_of_the_runs_on_disk_measured_on
     assert any(not delivered[name].equal(trained[2][name]) for name in delivered), "the last run is not the merge"
 
 
+@pytest.mark.slow
 def test_each_run_starts_from_the_last_fine_tuned_adapter_never_from_the_merged(
     multi_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +77,7 @@ def test_each_run_starts_from_the_last_fine_tuned_adapter_never_from_the_merged(
         assert all(start[name].allclose(expected[name], atol=1e-6) for name in expected), f"run {number + 1}"
 
 
+@pytest.mark.slow
 def test_sequential_delivers_the_last_run(multi_run: Callable[..., Path]) -> None:
     run = multi_run("--merge-mode", "sequential")
     delivered, last = adapter(run), adapter(run / "runs" / "003")

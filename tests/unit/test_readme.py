@@ -1,19 +1,10 @@
 """The README says what the program does."""
 
 import re
-import subprocess
-import sys
 
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-
-
-def test_the_help_texts_are_those_of_the_program() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "readme", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_tree_names_every_module() -> None:
