@@ -200,29 +200,28 @@ def _bars(buckets: Sequence[tuple[int, int, int]]) -> str:
 
 
 def _proofs(proofs: Sequence[Mapping[str, object]]) -> list[str]:
-    if not proofs:
-        return []
-    body = "".join(
-        f"<tr><td>{escape(str(proof['name']))}</td>"
-        + ("<td>passed</td>" if proof["ok"] else '<td class="failed">failed</td>')
-        + f'<td>{escape(str(proof["found"]))}</td><td class="number">{escape(_shown(proof["seconds"]))}</td></tr>'
-        for proof in proofs
-    )
-    head = "<tr><th>name</th><th>result</th><th>found</th><th>seconds</th></tr>"
-    return ["<h2>Proofs</h2>", f'<div class="scroll"><table>{head}{body}</table></div>']
+    rows = [(proof["name"], proof["ok"], proof["found"], _shown(proof["seconds"])) for proof in proofs]
+    return _verdicts("Proofs", ("name", "result", "found", "seconds"), rows, words=("passed", "failed"))
 
 
 def _gates(gates: Sequence[Mapping[str, object]]) -> list[str]:
-    if not gates:
+    rows = [(gate["gate"], gate["ok"], gate["found"]) for gate in gates]
+    return _verdicts("Gates", ("gate", "result", "found"), rows, words=("met", "not met"))
+
+
+def _verdicts(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, words: tuple[str, str]
+) -> list[str]:
+    """Write a table whose second column says whether something holds, and whose fourth, if any, is a number."""
+    if not rows:
         return []
-    body = "".join(
-        f"<tr><td>{escape(str(gate['gate']))}</td>"
-        + ("<td>met</td>" if gate["ok"] else '<td class="failed">not met</td>')
-        + f"<td>{escape(str(gate['found']))}</td></tr>"
-        for gate in gates
-    )
-    head = "<tr><th>gate</th><th>result</th><th>found</th></tr>"
-    return ["<h2>Gates</h2>", f'<div class="scroll"><table>{head}{body}</table></div>']
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    body = ""
+    for name, ok, found, *number in rows:
+        result = f"<td>{words[0]}</td>" if ok else f'<td class="failed">{words[1]}</td>'
+        figures = "".join(f'<td class="number">{escape(str(one))}</td>' for one in number)
+        body += f"<tr><td>{escape(str(name))}</td>{result}<td>{escape(str(found))}</td>{figures}</tr>"
+    return [f"<h2>{title}</h2>", f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>']
 
 
 def _samples(samples: Sequence[Mapping[str, object]]) -> list[str]:
