@@ -310,6 +310,7 @@ def test_the_length_is_that_of_the_longest_row_also_beyond_2048(
     assert read.longest > 3000
 
 
+@pytest.mark.slow
 def test_without_proofs_the_same_is_trained_and_what_does_not_hold_is_not_called_proved(
     train: Callable[..., Run], changed: Callable[..., Path]
 ) -> None:

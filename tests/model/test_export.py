@@ -25,6 +25,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trainer.train(folder / "data.jsonl", steps=100, batch_size=4, lora_r=16, learning_rate=1e-2)
 
 
+@pytest.mark.slow
 def test_gguf_answers_as_it_was_trained_and_stops_and_the_run_tells_of_it(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     done = backprop("export", "run", "-q", "f16", "-q", "q5_k_m", "--json", cwd=tmp_path)

@@ -84,6 +84,7 @@ def test_sequential_delivers_the_last_run(multi_run: Callable[..., Path]) -> Non
     assert all(delivered[name].equal(last[name]) for name in delivered)
 
 
+@pytest.mark.slow
 def test_chunks_of_one_data_set_use_every_row_and_are_sequential(
     multi_run: Callable[..., Path], write: Callable[..., Path]
 ) -> None:
@@ -95,6 +96,7 @@ def test_chunks_of_one_data_set_use_every_row_and_are_sequential(
     assert json.loads((run / "runs" / "002" / "metrics.json").read_text())["steps"] == 3
 
 
+@pytest.mark.slow
 def test_slao_on_chunks_of_one_data_set_is_told_to_be_neutral(
     multi_run: Callable[..., Path], write: Callable[..., Path]
 ) -> None:

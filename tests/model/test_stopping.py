@@ -110,6 +110,7 @@ with stopping.armed(), stopping.ends_with(lambda error: say("last words", error.
     assert ran(program) == (75, "saved\nlast words 75\n")
 
 
+@pytest.mark.slow
 def test_a_failing_rescue_does_not_keep_the_program_alive() -> None:
     program = """
 with stopping.armed(), stopping.ends_with(lambda error: 1 / 0), stopping.rescued_by(lambda: 1 / 0):

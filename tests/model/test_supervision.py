@@ -71,11 +71,16 @@ def test_recomputing_activations_changes_no_loss(train: Callable[..., Run], monk
 @pytest.mark.parametrize(
     ("kind", "options", "packs"),
     [
-        ("Mistral", {"sliding_window": 4}, True),
-        ("Qwen3", {}, True),
-        ("Gemma2", {"sliding_window": 4, "attn_logit_softcapping": 50.0}, False),
+        pytest.param("Mistral", {"sliding_window": 4}, True, id="a window shorter than the rows"),
+        pytest.param("Qwen3", {}, True, id="norms on queries and keys", marks=pytest.mark.slow),
+        pytest.param(
+            "Gemma2",
+            {"sliding_window": 4, "attn_logit_softcapping": 50.0},
+            False,
+            id="capped scores",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["a window shorter than the rows", "norms on queries and keys", "capped scores"],
 )
 def test_other_architectures_train_the_same_packed_or_padded_or_say_why_not(
     train: Callable[..., Run], tmp_path: Path, tiny_model: Path, kind: str, options: dict[str, Any], packs: bool
@@ -122,6 +127,7 @@ def test_packing_is_proved_even_where_proofs_are_skipped(
     assert json.loads((run.folder / "run.json").read_text())["result"]["packing"] is False
 
 
+@pytest.mark.slow
 def test_held_out_rows_longer_than_all_others_are_measured_whole(
     train: Callable[..., Run], write: Callable[..., Path]
 ) -> None:

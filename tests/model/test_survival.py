@@ -89,11 +89,11 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
 
 
 PLACES = ("loading", "the first step", "the fifth step", "an evaluation", "the examination", "saving the adapter")
-MOST_TELLING = ("the fifth step", "the examination")
+MOST_TELLING = "the examination"  # all that is trained is in the checkpoint, and nothing of the end
 
 
 @pytest.mark.parametrize(
-    "where", [place if place in MOST_TELLING else pytest.param(place, marks=pytest.mark.slow) for place in PLACES]
+    "where", [place if place == MOST_TELLING else pytest.param(place, marks=pytest.mark.slow) for place in PLACES]
 )
 @pytest.mark.parametrize(
     "options",
@@ -141,6 +141,7 @@ def test_a_finished_run_whose_adapter_changed_since_is_no_success(train: Callabl
     assert "is not what it wrote" in train(**OPTIONS).failed.message
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,11 +159,13 @@ def test_a_second_run_in_the_same_directory_is_refused(finished: tuple[Path, Don
     assert (run / "run.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_gives_the_same_bits(train: Callable[..., Path]) -> None:
     one, two = adapter(train("one")), adapter(train("two"))
     assert all(one[name].equal(two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_another_seed_starts_from_another_adapter_and_takes_the_rows_in_another_order(
     train: Callable[..., Path],
 ) -> None:

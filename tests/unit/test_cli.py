@@ -1,8 +1,6 @@
 """The command line: three faces of an option, exit codes, and every kind of bad input."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import chat
 
-from backprop.__main__ import PAGES, prepared_page, uncoloured
+from backprop.__main__ import PAGES, prepared_page
 from backprop.cli import COMMANDS, run
 from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
 
@@ -114,14 +112,6 @@ def test_a_missing_file_is_exit_3(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert left_behind(tmp_path) == set()
 
 
-def test_a_hundred_megabytes_on_one_line_are_exit_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with (tmp_path / "long.jsonl").open("wb") as file:
-        file.truncate(100 * 2**20)
-    code, error = fails(capsys, "train", "--data", "long.jsonl")
-    assert code == 3
-    assert "line 1 is longer than 32 MiB" in error
-
-
 def test_an_output_that_is_a_file_is_exit_9(
     capsys: pytest.CaptureFixture[str], write: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -220,13 +210,6 @@ def test_an_unknown_command_is_answered_with_the_list(capsys: pytest.CaptureFixt
     assert error.endswith("hint: backprop --help\n")
 
 
-def test_completion_is_installed_for_the_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert run(["--install-completion", "--shell", "bash"]) == 0
-    scripts = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".bashrc"]
-    assert any("multi-run" in path.read_text() for path in scripts)
-
-
 def test_help_fits_two_screens() -> None:
     lines = {page.stem: page.read_text().count("\n") for page in PAGES.iterdir()}
     assert set(lines) == {"backprop", *COMMANDS}
@@ -236,16 +219,6 @@ def test_help_fits_two_screens() -> None:
 def test_help_is_drawn_anew_where_no_page_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--json", "--help"]) == 0
     assert "--min-vram" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", [[], ["train"], ["multi-run"], ["export"], ["doctor"]], ids=str)
-def test_help_is_shown_from_a_prepared_page_without_loading_the_command_line(command: list[str]) -> None:
-    program = "import sys; from backprop.__main__ import main; main(); assert 'cyclopts' not in sys.modules"
-    page = prepared_page([*command, "--help"])
-    assert page
-    shown = subprocess.run([sys.executable, "-c", program, *command, "-h"], capture_output=True, text=True, check=True)
-    assert shown.stdout == uncoloured(page.read_text())
-    assert "Usage: backprop" in shown.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""Starting the program: what is loaded and when, the prepared pages of help, and what takes a process or a large file to see."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from backprop.__main__ import prepared_page, uncoloured
+from backprop.cli import run
+
+pytestmark = pytest.mark.model  # for its time: nothing here needs torch
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "numpy",
+    "peft",
+    "trl",
+    "huggingface_hub",
+    "gguf",
+    "llm",
+    "rich.progress",
+    "pynvml",
+)
+
+
+def loaded_by(code: str) -> set[str]:
+    program = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import backprop, backprop.edges.demo_model; backprop.Trainer",
+        "from backprop.cli import run; run(['--help']); run(['train', '--help']); "
+        "assert run(['train', '--data', 'no-such-file.jsonl']) == 3",
+    ],
+    ids=["import", "help and a typo in the data"],
+)
+def test_nothing_heavy_is_loaded(code: str) -> None:
+    loaded = loaded_by(code)
+    assert not [name for name in HEAVY if name in loaded]
+    assert "backprop.api" in loaded or "backprop.cli" in loaded
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["multi-run"], ["export"], ["doctor"]], ids=str)
+def test_help_is_shown_from_a_prepared_page_without_loading_the_command_line(command: list[str]) -> None:
+    program = "import sys; from backprop.__main__ import main; main(); assert 'cyclopts' not in sys.modules"
+    page = prepared_page([*command, "--help"])
+    assert page
+    shown = subprocess.run([sys.executable, "-c", program, *command, "-h"], capture_output=True, text=True, check=True)
+    assert shown.stdout == uncoloured(page.read_text())
+    assert "Usage: backprop" in shown.stdout
+
+
+def test_completion_is_installed_for_the_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(["--install-completion", "--shell", "bash"]) == 0
+    scripts = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".bashrc"]
+    assert any("multi-run" in path.read_text() for path in scripts)
+
+
+def test_a_hundred_megabytes_on_one_line_are_exit_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    with path.open("wb") as file:
+        file.truncate(100 * 2**20)
+    assert run(["train", "--data", str(path), "--output", str(tmp_path / "output")]) == 3
+    assert "line 1 is longer than 32 MiB" in capsys.readouterr().err
+
+
+def test_the_help_texts_are_those_of_the_program() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "readme", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
