@@ -4,14 +4,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 from conftest import ROOT
+from pyarrow import parquet
 
 from backprop.__main__ import prepared_page, uncoloured
 from backprop.cli import run
+from backprop.edges import rundir
+from backprop.edges.files import read_rows
+from backprop.errors import DataError, UsageError
 
 pytestmark = pytest.mark.model  # for its time: nothing here needs torch
 
+ROW = {"question": "a", "answer": "b"}
 HEAVY = (
     "torch",
     "transformers",
@@ -71,6 +77,33 @@ def test_a_hundred_megabytes_on_one_line_are_exit_3(capsys: pytest.CaptureFixtur
         file.truncate(100 * 2**20)
     assert run(["train", "--data", str(path), "--output", str(tmp_path / "output")]) == 3
     assert "line 1 is longer than 32 MiB" in capsys.readouterr().err
+
+
+def test_a_second_process_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from backprop.edges import rundir\n"
+        "with rundir.claim(Path(sys.argv[1]), {}, overwrite=False): print('held', flush=True); sys.stdin.read()"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdin
+    assert first.stdout
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(UsageError, match="another process is at work"):
+        rundir.check(tmp_path / "run", {}, overwrite=False)
+    first.kill()
+    first.wait()
+    rundir.check(tmp_path / "run", {}, overwrite=False)  # a dead process holds no lock
+
+
+def test_parquet_rows_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([ROW, ROW]), path)
+    assert [row.value for row in read_rows(str(path))] == [ROW, ROW]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="is not a whole parquet file"):
+        list(read_rows(str(path)))
 
 
 def test_the_help_texts_are_those_of_the_program() -> None:
