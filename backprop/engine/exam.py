@@ -1,8 +1,9 @@
 """What a model knows before training and after it: losses and answers, compared."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from backprop.core.data.render import Example
@@ -43,10 +44,14 @@ class Exam:
         self._proofs_too = proofs_too
         self._seen = examples[:MOST_EXAMINED] if proofs_too and not held_out else ()
         self._asked = proofs.askable(held_out or self._seen) if proofs_too else []
+        self._seconds_before = {"loss": 0.0, "answers": 0.0}
         if before is None:
+            started = time.monotonic()
             self.loss_before = self.held_out_loss()
             self._seen_before = mean_loss(model, self._seen, size) if self._seen else None
+            measured = time.monotonic()
             self._answers_before = self._answers()
+            self._seconds_before = {"loss": measured - started, "answers": time.monotonic() - measured}
         else:
             self.loss_before, self._seen_before = before["loss"], before["seen"]
             self._answers_before = proofs.Asked(**before["answers"]) if before["answers"] else None
@@ -79,18 +84,27 @@ class Exam:
             return ()
         made: list[Proved] = []
         before = self.loss_before if self._held_out else self._seen_before
-        after = mean_loss(self._model, self._seen, self._size) if self._seen else loss_after
-        if before is not None and after is not None:
-            made.append(prove(lambda: proofs.prove_learnt(before, after, held_out=bool(self._held_out))))
+
+        def learnt() -> Proved:
+            after = mean_loss(self._model, self._seen, self._size) if self._seen else loss_after
+            assert before is not None
+            assert after is not None
+            proof = proofs.prove_learnt(before, after, held_out=bool(self._held_out))
+            return replace(proof, seconds=self._seconds_before["loss"])
+
+        if before is not None:
+            made.append(prove(learnt))
+        started = time.monotonic()
         asked_before, asked_after = self._answers_before, self._answers()
         if asked_before and asked_after:
+            seconds = self._seconds_before["answers"] + time.monotonic() - started
             for prompt, old, new in zip(asked_after.questions, asked_before.answers, asked_after.answers, strict=True):
                 say(Sampled(prompt=prompt, before=old, after=new, run=run))
             stopping = proofs.prove_stopping(asked_before, asked_after, loss=last_loss)
             if stopping is None:
                 say(Warned(message="too little is learnt to tell whether answers will stop by themselves: none did"))
             else:
-                made.append(prove(lambda: stopping))
+                made.append(prove(lambda: replace(stopping, seconds=seconds)))
         return tuple(proof for proof in made if not proof.ok)
 
 

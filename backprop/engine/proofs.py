@@ -23,7 +23,7 @@ def timed(prove: Callable[[], Proved]) -> Proved:
     """Add the time that a proof took, in seconds."""
     started = time.monotonic()
     proof = prove()
-    return replace(proof, seconds=round(time.monotonic() - started, 3))
+    return replace(proof, seconds=round(proof.seconds + time.monotonic() - started, 3))
 
 
 def prove_isolation(model: Any, *, dtype: str = "float32") -> Proved:
