@@ -17,6 +17,9 @@ from backprop.events import Proved
 
 # Tokens of each of the two documents of the packing proof: enough for attention to mix, few enough to cost nothing.
 PROOF_TOKENS = 12
+# How far rounding moves the logits of a well-conditioned model, as a share of their norm; and what is no rounding.
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.02}
+MOST_ROUNDING = 0.5
 
 
 def timed(prove: Callable[[], Proved]) -> Proved:
@@ -29,7 +32,8 @@ def timed(prove: Callable[[], Proved]) -> Proved:
 def prove_isolation(model: Any, *, dtype: str = "float32") -> Proved:
     """Two documents in a row: changing the first must not move the logits of the second, nor may being packed.
 
-    Logits of a packed document may differ from those of the document alone by the rounding of the dtype only.
+    Logits of a packed document may differ from those of the document alone by rounding only. How far a model carries
+    rounding is its own affair (a deep random one in bfloat16: 6 %), so it is measured: by how much padding moves them.
 
     Args:
         dtype: What training computes in: kernels differ with it.
@@ -40,6 +44,7 @@ def prove_isolation(model: Any, *, dtype: str = "float32") -> Proved:
     generator = torch.Generator().manual_seed(0)
     draw = torch.randint(0, vocabulary, (3, PROOF_TOKENS), generator=generator).tolist()
     first, other, second = (Example(tuple(ids), (True,) * PROOF_TOKENS) for ids in draw)
+    longer = Example(first.ids + other.ids, first.mask + other.mask)
     name = "packed documents are isolated"
     try:
         with within_documents(model), computing(model, dtype):
@@ -48,15 +53,15 @@ def prove_isolation(model: Any, *, dtype: str = "float32") -> Proved:
         return Proved(name=name, ok=False, found=f"this architecture cannot attend within documents: {error}")
     with computing(model, dtype):
         alone = _logits(model, padded([second]))[0]
-    scale = float(alone.std())
-    leak = float((kept - moved).abs().max()) / scale
-    packing = float((kept - alone).abs().max()) / scale
-    rounding = 1e-3 if dtype == "float32" else 0.25
+        beside = _logits(model, padded([second, longer]))[0, :PROOF_TOKENS]
+    leak = float((kept - moved).abs().max() / alone.std())
+    packing, padding = (float((one - alone).norm() / alone.norm()) for one in (kept, beside))
+    allowed = min(max(ROUNDING[dtype], 4 * padding), MOST_ROUNDING)
     return Proved(
         name=name,
-        ok=leak <= 1e-6 and packing <= rounding,
+        ok=leak <= 1e-6 and packing <= allowed,
         found=f"changing the first document moves the second's logits by {leak:.1g} of their spread; "
-        f"packed and alone differ by {packing:.1g}",
+        f"being packed moves them by {packing:.1g}, being padded by {padding:.1g}",
     )
 
 
