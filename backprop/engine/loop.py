@@ -249,10 +249,11 @@ def _hardware_told(plan: Plan) -> Generator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        micro = plan.micro_batch.value
+        micro, longest = plan.micro_batch.value, plan.max_length.value
+        fewer = f"`--micro-batch {micro // 2}`, " if micro > 1 else ""
         raise HardwareError(
-            f"the GPU's memory is full with {micro} examples of up to {plan.max_length.value} tokens",
-            hint=f"add `--micro-batch {max(1, micro // 2)}`, a smaller `--max-length`, or `--method qlora`",
+            f"the GPU's memory is full with {micro} example{'s' * (micro > 1)} of up to {longest} tokens",
+            hint=f"add {fewer}a `--max-length` below {longest}, or `--method qlora`",
         ) from error
     except RuntimeError as error:
         if "CUDA error" not in str(error):

@@ -30,7 +30,7 @@ from backprop.engine.exam import Prove
 from backprop.engine.load import HfTokenizer
 from backprop.engine.proofs import Movement
 from backprop.engine.snapshot import Saver, Stand, restore_optimizer
-from backprop.errors import Diverged, TrainingError
+from backprop.errors import Diverged, HardwareError, TrainingError
 from backprop.events import Sink, Step, Warned
 
 
@@ -263,9 +263,13 @@ class StepTrainer(SFTTrainer):
             try:
                 loss = self._all_passes(model, inputs["step"], todo)
                 break
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if not self._steps.shrink():
-                    raise
+                    longest = self._plan.max_length.value
+                    raise HardwareError(
+                        f"the GPU's memory is too small for one example of up to {longest} tokens",
+                        hint=f"add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
+                    ) from error
             # Outside the handler, whose traceback keeps the activations.
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()

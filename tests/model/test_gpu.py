@@ -1,7 +1,6 @@
 """The same on a GPU. Skipped without one; docs/benchmarks.md has the last result with date and hardware."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -61,17 +60,6 @@ def test_multi_run_merges_on_the_gpu(tiny_model: Path, write: Callable[..., Path
     done = backprop_process("multi-run", *sources, "--model", tiny_model, *long, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "output")["result"]["runs"] == 2
-
-
-def test_too_little_memory_is_exit_5_with_what_to_change(
-    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
-) -> None:
-    shutil.copytree(tiny_model, tmp_path / "model")
-    rows = [chat("x", "word " * 400)] * 64
-    options = ["--batch-size", "4096", "--micro-batch", "4096", "--steps", "1"]
-    done = backprop_process("train", "--data", write(rows * 64), "--model", tmp_path / "model", *options, cwd=tmp_path)
-    assert done.returncode == 5, done.stderr
-    assert "--micro-batch 2048" in done.stderr
 
 
 def test_doctor_finds_the_gpu_and_multiplies_on_it(tmp_path: Path) -> None:
@@ -149,8 +137,8 @@ def test_a_killed_run_ends_with_the_same_bits(
 
 SHORT_OF_MEMORY = """
 import sys, torch
-from backprop import Trainer, events
-model, data, output, allowed = sys.argv[1:]
+from backprop import BackpropError, Trainer, events
+model, data, output, allowed, batch = sys.argv[1:]
 said = []
 
 def say(event):
@@ -161,12 +149,21 @@ def say(event):
         if allowed:
             torch.cuda.set_per_process_memory_fraction(int(allowed) / torch.cuda.mem_get_info()[1])
 
-options = dict(steps=3, batch_size=64, micro_batch=64, skip_proofs=True, deterministic=True)
-Trainer(model, say=say, output=output).train(data, **options)
+options = dict(steps=3, batch_size=int(batch), micro_batch=int(batch), skip_proofs=True, deterministic=True)
+try:
+    Trainer(model, say=say, output=output).train(data, **options)
+except BackpropError as error:
+    print(error.message, error.hint, file=sys.stderr)
+    sys.exit(error.code)
 print(torch.cuda.max_memory_reserved())
 print(sum("the memory was full in step" in event.message for event in said if isinstance(event, events.Warned)))
 print(*[event.loss for event in said if isinstance(event, events.Step)])
 """
+
+
+def short_of_memory(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-c", SHORT_OF_MEMORY, *arguments]
+    return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def test_a_full_memory_halves_the_pass_and_changes_no_loss(
@@ -176,8 +173,7 @@ def test_a_full_memory_halves_the_pass_and_changes_no_loss(
     data = write([chat(f"question {n}", "word " * 100) for n in range(64)])
 
     def trained(name: str, allowed: str) -> tuple[int, int, list[float]]:
-        argv = [sys.executable, "-c", SHORT_OF_MEMORY, tiny_model, data, tmp_path / name, allowed]
-        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = short_of_memory(tiny_model, data, tmp_path / name, allowed, "64", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         reserved, warned, losses = done.stdout.splitlines()[-3:]
         return int(reserved), int(warned), [float(loss) for loss in losses.split()]
@@ -189,3 +185,13 @@ def test_a_full_memory_halves_the_pass_and_changes_no_loss(
     assert warned == 1
     assert taken <= allowed
     assert halved == pytest.approx(losses, rel=1e-3)
+
+
+def test_too_little_memory_for_one_example_is_exit_5_with_what_to_change(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = write([chat("x", "word " * 400)])  # its logits alone are 80 MB
+    done = short_of_memory(tiny_model, data, tmp_path / "run", str(64 * 10**6), "1", cwd=tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert "the GPU's memory is" in done.stderr
+    assert "--max-length" in done.stderr

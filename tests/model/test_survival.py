@@ -270,7 +270,10 @@ def test_a_memory_too_small_for_one_example_is_exit_5(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(trainer, "sum_of_losses", no_card)
-    assert train(**OPTIONS).failed.code == 5
+    failed = train(**OPTIONS).failed
+    assert failed.code == 5
+    assert "too small for one example" in failed.message
+    assert "--max-length" in failed.hint
 
 
 @pytest.mark.slow
