@@ -5,6 +5,7 @@ Drawing a page anew takes some 300 ms, nearly all of it in libraries; `scripts/r
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,15 @@ def _end_at_signals() -> None:
     import signal
 
     def end(number: int, _: object) -> None:
-        os._exit(75 if number == signal.SIGTERM else 130)
+        # Written by hand: whatever would write it better may be half loaded.
+        code, by = (75, "SIGTERM") if number == signal.SIGTERM else (130, "Ctrl-C")
+        message, hint = f"stopped by {by}", "nothing was begun; run the same command again"
+        if "--json" in sys.argv or os.environ.get("BACKPROP_JSON", "").lower() in ("1", "true", "yes"):
+            moment = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+            head = f'{{"v": 1, "t": "{moment}", "event": "error", "code": {code}'
+            os.write(1, f'{head}, "message": "{message}", "hint": "{hint}"}}\n'.encode())
+        os.write(2, f"error: {message}\n\nhint: {hint}\n".encode())
+        os._exit(code)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:

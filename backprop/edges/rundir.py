@@ -258,10 +258,11 @@ def _replace(beside: Path, path: Path) -> None:
         old = path.with_name(f"{MARK}{path.name}.{os.getpid()}.old")
         os.rename(path, old)
         os.rename(beside, path)
+        _sync(path.parent)
         shutil.rmtree(old)
     else:
         os.replace(beside, path)
-    _sync(path.parent)
+        _sync(path.parent)
 
 
 def remove(path: Path) -> None:

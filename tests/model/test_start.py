@@ -1,9 +1,11 @@
 """Starting the program: what is loaded and when, the prepared pages of help, and what takes a process or a large file to see."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pyarrow
 import pytest
 from conftest import ROOT
@@ -14,6 +16,7 @@ from backprop.cli import run
 from backprop.edges import rundir
 from backprop.edges.files import read_rows
 from backprop.errors import DataError, UsageError
+from backprop.events import schema
 
 pytestmark = pytest.mark.model  # for its time: nothing here needs torch
 
@@ -62,6 +65,24 @@ def test_help_is_shown_from_a_prepared_page_without_loading_the_command_line(com
     shown = subprocess.run([sys.executable, "-c", program, *command, "-h"], capture_output=True, text=True, check=True)
     assert shown.stdout == uncoloured(page.read_text())
     assert "Usage: backprop" in shown.stdout
+
+
+@pytest.mark.parametrize(("sent", "code", "by"), [("SIGTERM", 75, "SIGTERM"), ("SIGINT", 130, "Ctrl-C")])
+def test_a_signal_before_the_command_line_is_loaded_is_told_too(sent: str, code: int, by: str) -> None:
+    program = (
+        "import os, signal, sys; from backprop import __main__ as start\n"
+        "sys.modules['backprop.cli'] = None; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"start._end_at_signals(); os.kill(os.getpid(), signal.{sent})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith(f"error: stopped by {by}\n\nhint: ")
+    (line,) = done.stdout.splitlines()
+    told = json.loads(line)
+    jsonschema.validate(told, schema())
+    assert (told["event"], told["code"], told["message"]) == ("error", code, f"stopped by {by}")
 
 
 def test_completion_is_installed_for_the_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

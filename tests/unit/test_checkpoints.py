@@ -1,5 +1,6 @@
 """Checkpoints on disk: complete or absent, and never believed unread."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,53 @@ def test_a_copy_under_another_name_is_not_ours(tmp_path: Path) -> None:
 
 def test_without_checkpoints_there_is_none(tmp_path: Path) -> None:
     assert newest(tmp_path / "nosuch") == (None, "")
+
+
+def test_a_power_cut_finds_only_what_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file or folder holds on the disk is what it held when it was last synced: nothing else is renamed or removed."""
+    on_disk: dict[str, object] = {}
+    steps: list[str] = []
+    real = {name: getattr(os, name) for name in ("fsync", "rename", "replace")}
+
+    def held(path: Path) -> object:
+        return sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        on_disk[str(path)] = held(path)
+        steps.append(f"sync {path.name}")
+        real["fsync"](descriptor)
+
+    def moved(name: str, source: Path, target: Path) -> None:
+        steps.append(f"{name} {'new' if source.name.endswith('.part') else 'old'}")
+        if source.name.endswith(".part"):
+            for path in (source, *source.rglob("*")):
+                assert on_disk[str(path)] == held(path)
+        real[name](source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, lambda source, target, name=name: moved(name, Path(source), Path(target)))
+    removed = checkpoints.rundir.shutil.rmtree
+    monkeypatch.setattr(
+        checkpoints.rundir.shutil, "rmtree", lambda path: (steps.append(f"remove {Path(path).name}"), removed(path))
+    )
+    parent = tmp_path / "checkpoints"
+    put(parent, 1, keep=1)
+    put(parent, 1, keep=1)  # over one of the same step, which a run may come to again
+    put(parent, 2, keep=1)
+    told = [step for step in steps if not step.startswith("sync") or step == "sync checkpoints"]
+    assert [step.replace(str(os.getpid()), "N") for step in told] == [
+        "replace new",
+        "sync checkpoints",
+        "rename old",
+        "rename new",
+        "sync checkpoints",
+        "remove .backprop-step-000001.N.old",
+        "replace new",
+        "sync checkpoints",
+        "remove step-000001",
+    ]
 
 
 def flip(path: Path) -> None:
