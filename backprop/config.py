@@ -204,6 +204,8 @@ class ExportConfig:
     """How GGUF weights are held. Repeatable: several files from one conversion. Default: q4_k_m."""
     question: Annotated[str | None, Parameter(group=EXPORT)] = None
     """What the exported model is asked before success is claimed. Default: the first question of the training data."""
+    verify: Annotated[bool, Parameter(group=EXPORT, negative="--no-verify", show_default=False)] = True
+    """Prove that each file is the model that was trained: its tokens, prompts, predictions and answers."""
     output: Annotated[Path | None, Parameter(group=EXPORT, name=["--output", "-o"])] = None
     """Where the files go. Default: `export/` in the run directory."""
     overwrite: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False

@@ -9,11 +9,11 @@ import os
 import shutil
 import sys
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backprop.core.data.formats import Message
+from backprop.core.fidelity import Reply
 from backprop.edges import process
 from backprop.edges.hub import cache_dir
 from backprop.errors import DiskError, ExportError, ToolError
@@ -90,7 +90,7 @@ def quantize(source: Path, target: Path, *, quantization: str) -> None:
     llama_cpp = bindings()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
-    parameters.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parameters.nthread = process.cpus()
     with _quiet():
         code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), parameters)
     if code != 0 and shutil.disk_usage(target.parent).free < source.stat().st_size:
@@ -125,35 +125,104 @@ def quantize_tiny(folder: Path) -> int:
     return target.stat().st_size
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What a model said, and whether it ended by itself."""
+class Loaded:
+    """A GGUF in memory, as any program that is built on llama.cpp sees it."""
 
-    text: str
-    stopped: bool
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def reply(self, messages: Sequence[Message], *, max_tokens: int = 64) -> Reply:
+        """Answer a conversation greedily, with the chat template in the file."""
+        with _quiet():
+            told = self._model.create_chat_completion(
+                messages=list(messages), temperature=0.0, repeat_penalty=1.0, max_tokens=max_tokens
+            )
+        choice = told["choices"][0]
+        return Reply(text=str(choice["message"]["content"] or "").strip(), stopped=choice["finish_reason"] == "stop")
+
+    def tokenize(self, text: str, *, plain: bool = False) -> list[int]:
+        """Tokenise a text as it is; or a plain one, with the tokens that the file adds."""
+        if not text and not plain:
+            return []
+        return [int(token) for token in self._model.tokenize(text.encode(), add_bos=plain, special=True)]
+
+    @property
+    def eos(self) -> int:
+        """The token that ends a text, as the file has it."""
+        return int(self._model.token_eos())
+
+    def render(self, messages: Sequence[Message], *, asks: bool) -> str | None:
+        """Apply the chat template in the file; None if it refuses these turns.
+
+        Raises:
+            ExportError: If the file has none.
+        """
+        from jinja2 import TemplateError
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        template = self._model.metadata.get("tokenizer.chat_template")
+        if template is None:
+            raise ExportError("the file has no chat template", hint="please report it")
+        inner = self._model._model
+        eos, bos = (
+            inner.token_get_text(token) if token >= 0 else "" for token in (inner.token_eos(), inner.token_bos())
+        )
+        formatter: Any = Jinja2ChatFormatter
+        try:
+            made = formatter(template, eos_token=eos, bos_token=bos, add_generation_prompt=asks)
+            return str(made(messages=list(messages)).prompt)
+        except (TemplateError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+            return None
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """Give the logits of a text, of shape (T, V), float32."""
+        with _quiet():
+            self._model.reset()
+            self._model.eval(list(ids))
+        return self._model.scores[: len(ids)].copy()
 
 
-def ask(gguf: Path, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64) -> list[Answer]:
-    """Load a GGUF and answer each conversation greedily, with the chat template in the file.
+@contextlib.contextmanager
+def loaded(gguf: Path, *, context: int = 1024, all_logits: bool = False) -> Generator[Loaded]:
+    """Load a GGUF for the length of the block.
+
+    Args:
+        context: Tokens that a conversation may have.
+        all_logits: Keep those of every position, for `Loaded.logits`.
 
     Raises:
         ExportError: If llama.cpp cannot load the file.
     """
     llama_cpp = bindings()
+    threads = process.cpus()
     with _quiet():
         try:
-            model = llama_cpp.Llama(str(gguf), n_ctx=1024, verbose=False, seed=0)
+            model = llama_cpp.Llama(
+                str(gguf),
+                n_ctx=context,
+                logits_all=all_logits,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+                seed=0,
+            )
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
             raise ExportError(f"llama.cpp cannot load `{gguf}`: {error}", hint="export it again") from error
-        answers: list[Answer] = []
-        for messages in conversations:
-            reply = model.create_chat_completion(messages=list(messages), temperature=0.0, max_tokens=max_tokens)
-            choice = reply["choices"][0]
-            answers.append(
-                Answer(text=str(choice["message"]["content"] or "").strip(), stopped=choice["finish_reason"] == "stop")
-            )
-        model.close()
-    return answers
+    try:
+        yield Loaded(model)
+    finally:
+        with _quiet():
+            model.close()
+
+
+def ask(gguf: Path, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64) -> list[Reply]:
+    """Load a GGUF and answer each conversation greedily, with the chat template in the file.
+
+    Raises:
+        ExportError: If llama.cpp cannot load the file.
+    """
+    with loaded(gguf) as model:
+        return [model.reply(messages, max_tokens=max_tokens) for messages in conversations]
 
 
 @contextlib.contextmanager

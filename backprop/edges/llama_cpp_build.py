@@ -109,8 +109,7 @@ def _unpack(source: Path, scratch: Path) -> None:
 
 def _build(source: Path, scratch: Path, wheels: Path) -> Path:
     env = {**os.environ, "CMAKE_ARGS": " ".join(CMAKE_FLAGS)}
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    env.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(cpus or 1))
+    env.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(process.cpus()))
     _pip("wheel", "--no-deps", "-w", str(scratch), str(source), env=env)
     wheel = next(scratch.glob("llama_cpp_python-*.whl"))
     with whole(wheels / wheel.name) as beside:

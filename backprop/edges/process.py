@@ -1,10 +1,16 @@
 """Other programs: run one to its end."""
 
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 from backprop.errors import ToolError
+
+
+def cpus() -> int:
+    """Count the CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(

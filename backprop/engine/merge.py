@@ -3,23 +3,30 @@
 from pathlib import Path
 from typing import Any, cast
 
-from backprop.engine.load import load_base
-from backprop.errors import ExportError
+from backprop.engine.load import HfTokenizer, load_base, load_tokenizer
+from backprop.errors import ExportError, ModelError
 
 
 def merge(base: str, adapter: Path, folder: Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> None:
     """Write the base model with the adapter merged in, and its tokenizer, to ``folder``.
 
-    The product is computed in float32 and stored as ``dtype``: merging in 16 bits would round the adapter away.
+    Raises:
+        ModelError: If the base cannot be loaded.
+        ExportError: If the adapter does not belong to it, or changes nothing.
+    """
+    model, tokenizer = load_adapted(base, adapter, trust_remote_code=trust_remote_code)
+    write_merged(model, tokenizer, folder, dtype=dtype)
+
+
+def load_adapted(base: str, adapter: Path, *, trust_remote_code: bool = False) -> tuple[Any, HfTokenizer]:
+    """Load the base model in float32 with the adapter beside its weights, and the adapter's tokenizer.
 
     Raises:
         ModelError: If the base cannot be loaded.
         ExportError: If the adapter does not belong to it, or changes nothing.
     """
-    import torch
     from peft import PeftModel
     from safetensors import SafetensorError
-    from transformers import AutoTokenizer
 
     model = load_base(base, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
     try:
@@ -31,17 +38,27 @@ def merge(base: str, adapter: Path, folder: Path, *, dtype: str = "float32", tru
     _check_keys(wrapped, adapter, base)
     if not any(bool(value.any()) for name, value in wrapped.named_parameters() if "lora_B" in name):
         raise ExportError(f"the adapter in `{adapter}` is all zero: nothing was learnt", hint="train it first")
-    merged: Any = wrapped.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
-    merged.save_pretrained(str(folder))
-    tokenizer: Any = AutoTokenizer
     try:
-        tokenizer = tokenizer.from_pretrained(str(adapter), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(str(adapter), trust_remote_code=trust_remote_code)
+    except ModelError as error:
         raise ExportError(
-            f"`{adapter}` has no tokenizer that can be loaded: {str(error)[:200]}",
+            f"`{adapter}` has no tokenizer that can be loaded: {error.message[:200]}",
             hint="copy the base model's beside it",
         ) from error
-    tokenizer.save_pretrained(str(folder))
+    return wrapped.eval(), tokenizer
+
+
+def write_merged(wrapped: Any, tokenizer: HfTokenizer, folder: Path, *, dtype: str = "float32") -> None:
+    """Write the model with its adapter merged in; ``wrapped`` is used up.
+
+    The product is computed in float32 and stored as ``dtype``: merging in 16 bits would round the adapter away.
+    """
+    import torch
+
+    merged: Any = wrapped.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
+    merged.save_pretrained(str(folder))
+    whole: Any = tokenizer.inner
+    whole.save_pretrained(str(folder))
 
 
 def _check_keys(wrapped: Any, adapter: Path, base: str) -> None:

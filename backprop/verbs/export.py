@@ -12,6 +12,8 @@ from typing import Any
 
 import backprop
 from backprop.config import ExportConfig
+from backprop.core.data.formats import Message
+from backprop.core.probes import by_itself
 from backprop.edges import device, hub, llama_cpp, rundir, stopping
 from backprop.errors import BackpropError, DiskError, ExportError, UsageError
 from backprop.events import Exported, Failed, Phase, RunFinished, RunStarted, Sink, tee
@@ -20,6 +22,8 @@ from backprop.events import Exported, Failed, Phase, RunFinished, RunStarted, Si
 BYTES_PER_WEIGHT = 7
 DEFAULT_QUANTIZATION = "q4_k_m"
 DEFAULT_QUESTION = "Hello! Who are you?"
+REJECTED = ".rejected"
+"""What the name of a file ends with that is not the model that was trained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +35,8 @@ class Adapter:
     output: Path
     name: str
     question: str
+    probes: list[list[Message]]
+    """Conversations to prove a copy with."""
     run: Path | None
     """The run directory it stands in; None for an adapter by itself."""
     sha256: str
@@ -146,6 +152,7 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         output=output,
         name=name,
         question=question,
+        probes=list(manifest.get("probes") or ()) or by_itself(),
         run=run if manifest else None,
         sha256=_adapter_hash(folder),
     )
@@ -265,16 +272,26 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
 
 def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> None:
     from backprop.engine import loop, merge
+    from backprop.engine.reference import refer
+    from backprop.verbs.verify import Verifier
 
     loop.quieten()
     with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
         checkpoint = Path(scratch) / "merged"
         say(Phase(name="merging the adapter"))
-        merge.merge(adapter.base, adapter.folder, checkpoint, trust_remote_code=config.trust_remote_code)
+        model, tokenizer = merge.load_adapted(adapter.base, adapter.folder, trust_remote_code=config.trust_remote_code)
+        verifier: Verifier | None = None
+        if config.verify:
+            say(Phase(name="asking the trained model what its copies will be asked"))
+            verifier = Verifier(refer(model, tokenizer, adapter.probes), adapter.output, say=say)
+        merge.write_merged(model, tokenizer, checkpoint)
+        del model
         say(Phase(name="converting to GGUF"))
         # Quantizing starts from 16 bits or more; a file that is wanted as it is serves as the source too.
         source = Path(scratch) / "f16.gguf"
         llama_cpp.convert(checkpoint, source, kind="f16")
+        if verifier:
+            verifier.check_source(source, adapter.output / f"{adapter.name}-f16.gguf{REJECTED}")
         for kind, target in targets.items():
             say(Phase(name=f"writing {kind}"))
             with rundir.whole(target) as beside:
@@ -284,6 +301,8 @@ def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCo
                     llama_cpp.convert(checkpoint, beside, kind=kind)
                 else:
                     llama_cpp.quantize(source, beside, quantization=kind)
+                if verifier:
+                    verifier.check(kind, beside, target.with_name(target.name + REJECTED))
                 answer = llama_cpp.ask(beside, [[{"role": "user", "content": adapter.question}]])[0]
                 if not answer.text:
                     raise ExportError(

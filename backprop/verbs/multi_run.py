@@ -23,6 +23,7 @@ from backprop.verbs.prepare import (
     fingerprint_of,
     first_question,
     prepare,
+    probes_of,
     read_data,
     rows_of,
     show_examples,
@@ -99,7 +100,8 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
-        session.claim(first, question=first_question(parts[0].judged.conversations))
+        conversations = parts[0].judged.conversations
+        session.claim(first, question=first_question(conversations), probes=probes_of(conversations, first.tokenizer))
         session.finish(_fold(config, options, prepared, mode, say=session.say))
     return config.output
 

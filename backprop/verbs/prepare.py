@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from backprop.config import TrainConfig
 from backprop.console import colour_spans
-from backprop.core.data.formats import Conversation, Judged, Row, judge, parse_columns
+from backprop.core.data.formats import Conversation, Judged, Message, Row, judge, parse_columns
 from backprop.core.data.inspect import Ledger, histogram, inspect
 from backprop.core.data.render import Encoded, Example, cut, encode_all
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import adapt, with_control_tokens
 from backprop.core.hardware import Hardware
 from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, disk_bytes, make_plan
+from backprop.core.probes import choose
 from backprop.edges import device, files, hub
 from backprop.errors import DataError, ModelError, UsageError
 from backprop.events import DataRead, Examples, Phase, PlanMade, Proved, Sink, Warned
@@ -292,6 +293,11 @@ def first_question(conversations: Sequence[Conversation]) -> str:
     """Give the first user turn; empty if there is none."""
     turns = (turn for conversation in conversations for turn in conversation.messages)
     return next((turn["content"] for turn in turns if turn["role"] == "user"), "")
+
+
+def probes_of(conversations: Sequence[Conversation], tokenizer: "HfTokenizer") -> list[list[Message]]:
+    """Choose what an exported file will be asked, in turns that the chat template takes."""
+    return [list(one.messages) for one in adapt(choose(conversations), tokenizer).conversations]
 
 
 def fingerprint_of(conversations: Sequence[Conversation]) -> str:

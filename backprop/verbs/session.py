@@ -5,7 +5,7 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import backprop
 from backprop import report
 from backprop.config import MultiRunConfig, TrainConfig
+from backprop.core.data.formats import Message
 from backprop.edges import checkpoints, rundir, stopping
 from backprop.edges.hub import ModelSource
 from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
@@ -98,8 +99,8 @@ class Session:
         """Whether the run directory is this run's own."""
         return self._log is not None
 
-    def claim(self, prepared: Prepared, *, question: str) -> None:
-        """Take the run directory, and write down what is known, with a question that export may ask.
+    def claim(self, prepared: Prepared, *, question: str, probes: Sequence[Sequence[Message]]) -> None:
+        """Take the run directory, and write down what is known, with what export is going to ask.
 
         Raises:
             UsageError: If it holds an interrupted run of another model.
@@ -118,6 +119,7 @@ class Session:
             "model": {**asdict(prepared.model), "revision": _revision(prepared.model)},
             "plan": {name: asdict(choice) for name, choice in prepared.plan.choices().items()},
             "question": question,
+            "probes": [list(messages) for messages in probes],
             "examples_sha256": prepared.train_sha256,
             "hardware": asdict(prepared.hardware),
             "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},

@@ -10,7 +10,15 @@ from backprop.errors import DiskError, PackageError
 from backprop.events import Sink
 from backprop.verbs.adapter import measures, train_one
 from backprop.verbs.gates import check_gates, read_gates, refuse_gates_without_figures
-from backprop.verbs.prepare import Prepared, fingerprint_of, first_question, prepare, read_data, show_examples
+from backprop.verbs.prepare import (
+    Prepared,
+    fingerprint_of,
+    first_question,
+    prepare,
+    probes_of,
+    read_data,
+    show_examples,
+)
 from backprop.verbs.rehearsal import rehearse
 from backprop.verbs.repeat import compare_with, losses_of, refuse_other_inputs, settings_of
 from backprop.verbs.session import running
@@ -57,7 +65,11 @@ def _train(config: TrainConfig, say: Sink) -> Path:
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
-        session.claim(prepared, question=first_question(judged.conversations))
+        session.claim(
+            prepared,
+            question=first_question(judged.conversations),
+            probes=probes_of(held_out or judged.conversations, prepared.tokenizer),
+        )
         model, fit = train_one(config, prepared, output=config.output, say=session.say)
         result = measures(fit, config.output)
         check_gates(config, prepared, model, {**result, "seconds": fit.seconds}, say=session.say)

@@ -1,0 +1,184 @@
+"""Is a copy the model that was trained? Token ids, prompts, next-token distributions and answers, compared.
+
+Distributions are logits of shape (T, V), float32; divergences are in nats. What may differ was measured on
+SmolLM2-135M-Instruct with a small adapter: docs/export.md has the figures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from backprop.events import Proved
+
+if TYPE_CHECKING:
+    import numpy
+
+    Logits = numpy.ndarray
+
+MOST_KL = {
+    "f32": 1e-4,
+    "f16": 1e-4,
+    "bf16": 5e-3,
+    "q8_0": 0.1,
+    "q6_k": 0.3,
+    "q5_k_m": 1.5,
+    "q5_k_s": 1.5,
+    "q4_k_m": 1.5,
+    "q4_k_s": 1.5,
+    "q3_k_m": 3.0,
+    "q2_k": 5.0,
+    "iq4_xs": 1.5,
+}
+"""Largest mean divergence that a file may have: of 16 and 32 bits from the trained model, of fewer from the 16-bit file."""
+
+LEAST_TOP1 = {"f32": 0.99, "f16": 0.99, "bf16": 0.97, "q8_0": 0.85}
+"""Smallest share of positions with the same likeliest token; of other types none is asked."""
+
+ADAPTER_SHARE = (0.95, 1.05)
+"""How much of the adapter may be in the 16-bit file: 0 is an adapter that was lost, 2 one that was merged twice."""
+
+# A divergence below this is no adapter to speak of: rounding would decide.
+LEAST_LEARNT = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Likeness:
+    """How far one model's next-token distributions are from another's, over all positions."""
+
+    mean_kl: float
+    p99_kl: float
+    top1: float
+    """Share of positions with the same likeliest token."""
+    positions: int
+
+    def __str__(self) -> str:
+        """Write all three in short."""
+        return (
+            f"KL {self.mean_kl:.2g} in the mean and {self.p99_kl:.2g} at the 99th percentile of {self.positions} "
+            f"positions, likeliest token equal in {self.top1:.1%}"
+        )
+
+
+def likeness(expected: Sequence["Logits"], found: Sequence["Logits"]) -> Likeness:
+    """Compare the logits of two models on the same texts: the divergence of ``found`` from ``expected``.
+
+    Raises:
+        ValueError: If the shapes differ: a vocabulary that was cut or padded.
+    """
+    import numpy
+
+    divergences: list[Logits] = []
+    same: list[Logits] = []
+    for one, other in zip(expected, found, strict=True):
+        if one.shape != other.shape:
+            raise ValueError(f"{one.shape} against {other.shape}")
+        p, q = _log_softmax(one), _log_softmax(other)
+        divergences.append((numpy.exp(p) * (p - q)).sum(axis=-1))
+        same.append(one.argmax(axis=-1) == other.argmax(axis=-1))
+    every = numpy.concatenate(divergences)
+    return Likeness(
+        mean_kl=float(every.mean()),
+        p99_kl=float(numpy.quantile(every, 0.99)),
+        top1=float(numpy.concatenate(same).mean()),
+        positions=int(every.size),
+    )
+
+
+def _log_softmax(logits: "Logits") -> "Logits":
+    import numpy
+
+    shifted = logits.astype(numpy.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - numpy.log(numpy.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def prove_equal(what: str, texts: Sequence[str], expected: Sequence[object], found: Sequence[object]) -> Proved:
+    """Hold the results of two implementations against each other, text by text; say where the first differs."""
+    pairs = list(zip(texts, expected, found, strict=True))
+    odd = [(text, one, other) for text, one, other in pairs if one != other]
+    told = f"{len(pairs) - len(odd)} of {len(pairs)} are equal"
+    if odd:
+        text, one, other = odd[0]
+        told += f"; first other: {text[:60]!r} gives {_around(one, other)} instead of {_around(other, one, swap=True)}"
+    return Proved(name=what, ok=not odd, found=told)
+
+
+def _around(one: object, other: object, *, swap: bool = False) -> str:
+    """Write the part of ``other`` where it first differs from ``one``."""
+    mine, theirs = (one, other) if not swap else (other, one)
+    if isinstance(mine, str) and isinstance(theirs, str):
+        start = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), 0)
+        return repr((mine if swap else theirs)[max(0, start - 10) : start + 30])
+    return str(mine if swap else theirs)[:60]
+
+
+def prove_likeness(kind: str, of: str, expected: Sequence["Logits"], found: Sequence["Logits"]) -> Proved:
+    """Hold a file's distributions to those of what it was made from.
+
+    Args:
+        kind: The file's type, as in `MOST_KL`.
+        of: What it was made from, in words.
+    """
+    name = f"the {kind} file predicts as {of}"
+    try:
+        measured = likeness(expected, found)
+    except ValueError as error:
+        return Proved(name=name, ok=False, found=f"the vocabularies differ: {error}")
+    most, least = MOST_KL[kind], LEAST_TOP1.get(kind, 0.0)
+    allowed = f"at most {most:g}" + (f" and at least {least:.0%}" if least else "")
+    ok = measured.mean_kl <= most and measured.top1 >= least
+    return Proved(name=name, ok=ok, found=f"{measured}; {allowed} allowed")
+
+
+def prove_adapter(base: Sequence["Logits"], trained: Sequence["Logits"], found: Sequence["Logits"]) -> Proved:
+    """The adapter is in the file, once: by what it did to the trained model's logits, projected onto it."""
+    name = "the adapter is in it, once"
+    try:
+        learnt = likeness(trained, base).mean_kl
+        share = _share(base, trained, found)
+    except ValueError as error:
+        return Proved(name=name, ok=False, found=f"the vocabularies differ: {error}")
+    if learnt < LEAST_LEARNT:
+        return Proved(name=name, ok=True, found=f"KL {learnt:.2g} from the base: too little was learnt to tell")
+    low, high = ADAPTER_SHARE
+    return Proved(
+        name=name,
+        ok=low <= share <= high,
+        found=f"{share:.3f} times what it did to the trained model (KL {learnt:.2g} from the base): {low:g} to {high:g} allowed",
+    )
+
+
+def _share(base: Sequence["Logits"], trained: Sequence["Logits"], found: Sequence["Logits"]) -> float:
+    """Give the length of (found - base) along (trained - base), in units of the latter; a constant added to all logits is no change."""
+    along, length = 0.0, 0.0
+    for zero, one, other in zip(base, trained, found, strict=True):
+        wanted, there = (array - array.mean(axis=-1, keepdims=True) for array in (one - zero, other - zero))
+        along += float((wanted * there).sum())
+        length += float((wanted * wanted).sum())
+    return along / length if length else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What a model answered greedily, and whether it ended by itself within the limit."""
+
+    text: str
+    stopped: bool
+
+
+# An answer starts alike if these first characters are the same; on close calls rounding may choose another word.
+SAME_START = 12
+
+
+def prove_replies(kind: str, questions: Sequence[str], expected: Sequence[Reply], found: Sequence[Reply]) -> Proved:
+    """Greedy answers stop where the trained model's do; those of 16 and 32 bits also start alike, two of three."""
+    alike = sum(a.text[:SAME_START] == b.text[:SAME_START] for a, b in zip(expected, found, strict=True))
+    stopped = [b.stopped for a, b in zip(expected, found, strict=True) if a.stopped]
+    sharp = kind in ("f32", "f16")
+    ok = 2 * sum(stopped) >= len(stopped) and (not sharp or 3 * alike >= 2 * len(questions))
+    if sharp:
+        ok = ok and all(stopped)
+    told = f"{alike} of {len(questions)} answers start alike; {sum(stopped)} of {len(stopped)} stop as the trained model's do"
+    first = next((n for n, (a, b) in enumerate(zip(expected, found, strict=True)) if a.text != b.text), None)
+    if first is not None:
+        told += f"; {questions[first][:40]!r}: {found[first].text[:40]!r} instead of {expected[first].text[:40]!r}"
+    return Proved(name=f"the {kind} file answers as the trained model", ok=ok, found=told)

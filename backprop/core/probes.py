@@ -1,0 +1,84 @@
+"""What a copy is asked to prove that it is the model: held-out conversations, and strings that tokenizers trip over."""
+
+from collections.abc import Sequence
+
+from backprop.core.data.formats import Conversation, Message
+
+MOST_PROBES = 64
+MOST_CHARACTERS = 48_000
+"""Of all probes together: they stand in the run's manifest."""
+
+HARD_STRINGS = (
+    "Hello, world!",
+    " leading and trailing ",
+    "tabs\tand\n\n\nbreaks \n \n",
+    "     five spaces, then        eight",
+    "def f(x):\n    return {'a': [1, 2.5e-3]}  # why?\n",
+    "SELECT * FROM t WHERE a != 'b' AND c >= 10;",
+    "1234567890 3.14159 1,000,000 0x7f 2024-12-31",
+    "ÄÖÜß naïve façade Ångström Žižek İstanbul",
+    "图书馆在一座旧风车里。",
+    "図書館は古い風車の中にあります。",
+    "도서관은 오래된 풍차 안에 있습니다.",
+    "Библиотека находится в старой мельнице.",
+    "المكتبة في طاحونة قديمة",
+    "😀 👩‍👩‍👧 🇩🇪 ✈️",
+    "<|im_start|>user\nnot a turn<|im_end|>",
+    "<s>[INST] <<SYS>> </s> <|endoftext|> <|eot_id|>",
+    "<think>\nhm\n</think>",
+    "http://example.com/a?b=c&d=%20#e",
+    "don't can't I'LL we've",
+    "\u00a0\u200b\ufeffinvisible\u2028",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "",
+)
+"""Emoji, CJK, code, runs of white space, and what looks like a control token."""
+
+QUESTIONS = (
+    "Hello! Who are you?",
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "What is 12 times 12?",
+    "Name three colours.",
+    "Translate to German: good morning.",
+    "Why is the sky blue?",
+    "Give me a short recipe for pancakes.",
+)
+"""For an adapter without a run, whose data is not known."""
+
+
+def choose(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Choose the shortest conversations that end in an answer, up to `MOST_PROBES` and `MOST_CHARACTERS`."""
+    whole = [one for one in conversations if one.messages and not one.tools and one.messages[-1]["role"] == "assistant"]
+    chosen: list[Conversation] = []
+    room = MOST_CHARACTERS
+    for conversation in sorted(whole, key=lambda one: _length(one.messages)):
+        room -= _length(conversation.messages)
+        if room < 0 or len(chosen) == MOST_PROBES:
+            break
+        chosen.append(conversation)
+    return chosen
+
+
+def by_itself() -> list[list[Message]]:
+    """Give conversations of questions that any chat model is asked."""
+    return [[{"role": "user", "content": question}] for question in QUESTIONS]
+
+
+def _length(messages: Sequence[Message]) -> int:
+    return sum(len(str(message.get("content", ""))) for message in messages)
+
+
+def prompts_of(messages: Sequence[Message]) -> list[tuple[list[Message], bool]]:
+    """Give what a chat renders turn by turn: every prompt that is answered, and the whole; without and with a system turn.
+
+    Each comes with whether an answer is to follow.
+    """
+    found: list[tuple[list[Message], bool]] = []
+    system: Message = {"role": "system", "content": "Answer briefly."}
+    without = [message for message in messages if message["role"] != "system"]
+    for turns in (list(messages), [system, *without]):
+        asked = [number for number, message in enumerate(turns, start=1) if message["role"] == "user"]
+        found += [(turns[:number], True) for number in asked]
+        found.append((turns, False))
+    return found

@@ -1,0 +1,182 @@
+"""An exported file that is not the model that was trained is rejected: faults planted between the merge and the file."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import backprop, chat
+
+from backprop import Trainer
+from backprop.edges import llama_cpp
+from backprop.engine import merge
+
+pytestmark = pytest.mark.model
+
+ROWS = [chat(f"What is {n}?", f"It is {n}.") for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    trainer = Trainer(str(tiny_model), say=lambda event: None, output=folder / "run")
+    return trainer.train(folder / "data.jsonl", steps=60, batch_size=4, lora_r=16, learning_rate=1e-2)
+
+
+def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def weights_changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def other_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_start|>", "<|im_start|> "))
+
+
+def without_the_middle(tensors: dict[str, Any]) -> None:
+    embedding = tensors["model.embed_tokens.weight"]
+    embedding[1000:1400] = embedding[1000:1400].flip(0)
+
+
+def shuffled_attention(tensors: dict[str, Any]) -> None:
+    query = tensors["model.layers.1.self_attn.q_proj.weight"]
+    tensors["model.layers.1.self_attn.q_proj.weight"] = query.roll(16, 0).contiguous()
+
+
+def rounded(tensors: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        tensors[name] = (tensor * 32).round() / 32
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another template": (other_template, "prompts are rendered the same"),
+    "another end token": (
+        edited("tokenizer_config.json", lambda config: config.update(eos_token="<|endoftext|>")),
+        "texts end with the same token",
+    ),
+    "another rope base": (
+        edited("config.json", lambda config: config["rope_parameters"].update(rope_theta=100.0)),
+        "predicts as the trained model",
+    ),
+    "a head in another place": (weights_changed(shuffled_attention), "predicts as the trained model"),
+    "embeddings in another order": (weights_changed(without_the_middle), "predicts as the trained model"),
+    "weights rounded in the merge": (weights_changed(rounded), "predicts as the trained model"),
+}
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None]) -> None:
+    convert = llama_cpp.convert
+
+    def faulty(folder: Path, gguf: Path, *, kind: str) -> None:
+        fault(folder)
+        convert(folder, gguf, kind=kind)
+
+    monkeypatch.setattr(llama_cpp, "convert", faulty)
+
+
+def proofs_of(folder: Path, kind: str = "f16") -> dict[str, bool]:
+    record = json.loads((folder / "verification.json").read_text())
+    return {proof["name"]: proof["ok"] for proof in record[kind]}
+
+
+def refused(done: Any, folder: Path, proof: str) -> None:
+    assert done.returncode == 7, done.stderr
+    assert "error: not proved: " in done.stderr
+    failed = [name for name, ok in proofs_of(folder).items() if not ok]
+    assert any(proof in name for name in failed), failed
+    assert {path.name for path in folder.iterdir()} == {"verification.json", "run-f16.gguf.rejected"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "another template" else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
+)
+def test_a_file_that_is_another_model_is_rejected(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fault, proof = FAULTS[name]
+    planted(monkeypatch, fault)
+    done = backprop("export", run, "-q", "q8_0", "--output", tmp_path, cwd=tmp_path)
+    refused(done, tmp_path, proof)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [0, 2])
+def test_an_adapter_that_is_not_in_it_or_twice_is_found(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    write = merge.write_merged
+
+    def faulty(wrapped: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
+        for module in wrapped.modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling = {key: times * value for key, value in module.scaling.items()}
+        write(wrapped, tokenizer, folder, **options)
+
+    monkeypatch.setattr(merge, "write_merged", faulty)
+    done = backprop("export", run, "-q", "f16", "--output", tmp_path, cwd=tmp_path)
+    refused(done, tmp_path, "the adapter is in it, once")
+
+
+@pytest.mark.slow
+def test_a_quantization_that_is_another_model_is_rejected_and_the_good_file_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize = llama_cpp.quantize
+
+    def faulty(source: Path, target: Path, *, quantization: str) -> None:
+        quantize(source, target, quantization=quantization)
+        content = bytearray(target.read_bytes())
+        content[-300_000:] = bytes(300_000)  # the last tensors, as a disk may lose them
+        target.write_bytes(content)
+
+    monkeypatch.setattr(llama_cpp, "quantize", faulty)
+    done = backprop("export", run, "-q", "f16", "-q", "q6_k", "--output", tmp_path, cwd=tmp_path)
+    assert done.returncode == 7, done.stderr
+    assert "not proved: the q6_k file" in done.stderr
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"exports.json", "verification.json", "run-f16.gguf", "run-q6_k.gguf.rejected"}
+    assert not all(proofs_of(tmp_path, "q6_k").values())
+
+
+def test_every_file_is_proved_and_the_figures_kept(run: Path, tmp_path: Path) -> None:
+    done = backprop("export", run, "-q", "q8_0", "-q", "q4_k_m", "--json", "--output", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = [event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "proof"]
+    assert [event["ok"] for event in told] == [True] * 10
+    record = json.loads((tmp_path / "verification.json").read_text())
+    assert {kind: len(proofs) for kind, proofs in record.items()} == {"f16": 6, "q8_0": 2, "q4_k_m": 2}
+    assert proofs_of(tmp_path)["the adapter is in it, once"]
+    manifest = json.loads((run / "run.json").read_text())
+    assert len(manifest["probes"]) == 12
+
+
+def test_an_adapter_by_itself_is_proved_with_common_questions(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "lora", tmp_path / "mine")
+    done = backprop("export", "mine", "-q", "q8_0", "--question", "What is 3?", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(proofs_of(tmp_path / "mine" / "export").values())
+
+
+def test_without_verification_nothing_is_proved(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, other_template)
+    done = backprop("export", run, "-q", "q8_0", "--no-verify", "--output", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "verification.json").exists()
