@@ -20,6 +20,7 @@ from backprop.events import (
     Phase,
     PlanMade,
     Proved,
+    Registered,
     Repeated,
     Resumed,
     RolledBack,
@@ -173,9 +174,9 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Phase():
             return f"{event.name} …"
         case Exported():
-            return (
-                f"{event.path}  {event.size_bytes / 2**20:,.0f} MiB\n  asked: {event.question}\n  said:  {event.answer}"
-            )
+            return f"{event.path}  {event.size_bytes / 2**20:,.0f} MiB{_asked(event)}"
+        case Registered():
+            return f"{'replaced' if event.replaced else 'registered'} {event.name} at {event.server}{_asked(event)}"
         case Checked():
             mark = "ok  " if event.ok else "FAIL"
             needed = "" if event.ok else f"  (needed: {event.needed})\n      mend: {event.mend}"
@@ -188,6 +189,10 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"backprop {event.version} {event.command}" if verbose else ""
         case _:
             return ""
+
+
+def _asked(event: Exported | Registered) -> str:
+    return f"\n  asked: {event.question}\n  said:  {event.answer}"
 
 
 def _line(text: str, *, most: int = 100) -> str:

@@ -62,6 +62,12 @@ class ExportError(BackpropError):
     code = 7
 
 
+class OllamaError(BackpropError):
+    """An Ollama server that is unreachable, refuses, or holds another model than it was given."""
+
+    code = 8
+
+
 class DiskError(BackpropError):
     """A disk that is full or may not be written."""
 

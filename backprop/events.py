@@ -201,6 +201,20 @@ class Exported:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Registered:
+    """An Ollama server holds a model under `name`, and it answered when asked."""
+
+    name: str
+    server: str
+    """Its address."""
+    size_bytes: int
+    replaced: bool
+    """Whether another model had that name before."""
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
     """One finding of doctor."""
 
@@ -248,6 +262,7 @@ Event = (
     | Warned
     | Phase
     | Exported
+    | Registered
     | Checked
     | RunFinished
     | Failed
@@ -271,6 +286,7 @@ KINDS: dict[type, str] = {
     Warned: "warning",
     Phase: "phase",
     Exported: "exported",
+    Registered: "registered",
     Checked: "check",
     RunFinished: "run_finished",
     Failed: "error",

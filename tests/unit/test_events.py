@@ -51,6 +51,7 @@ ONE_OF_EACH: list[events.Event] = [
     events.Warned(message="careful"),
     events.Phase(name="loading"),
     events.Exported(path="p", format="gguf", quantization="f16", size_bytes=3, question="q", answer="a"),
+    events.Registered(name="n", server="s", size_bytes=3, replaced=False, question="q", answer="a"),
     events.Checked(name="n", ok=False, found="f", needed="n", mend="m"),
     events.RunFinished(command="train", output="o", seconds=1.0, result={"loss": 1.0, "nested": [[1.0]]}),
     events.Failed(code=3, message="m", hint="h"),
