@@ -204,6 +204,14 @@ class ExportConfig:
     """How GGUF weights are held. Repeatable: several files from one conversion. Default: q4_k_m."""
     question: Annotated[str | None, Parameter(group=EXPORT)] = None
     """What the exported model is asked before success is claimed. Default: the first question of the training data."""
+    ollama: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False
+    """Register the first file with a running Ollama, and ask it there."""
+    ollama_name: Annotated[str | None, Parameter(group=EXPORT)] = None
+    """Its name there. Default: the name of the run directory."""
+    ollama_url: Annotated[str | None, Parameter(group=EXPORT)] = None
+    """Where Ollama listens. Default: `OLLAMA_HOST`, or this machine."""
+    system: Annotated[str | None, Parameter(group=EXPORT)] = None
+    """System prompt for Ollama. Default: what the chat template adds by itself."""
     verify: Annotated[bool, Parameter(group=EXPORT, negative="--no-verify", show_default=False)] = True
     """Prove that each file is the model that was trained: its tokens, prompts, predictions and answers."""
     output: Annotated[Path | None, Parameter(group=EXPORT, name=["--output", "-o"])] = None
@@ -219,6 +227,8 @@ class ExportConfig:
         check_fields(self)
         if self.format == "safetensors" and self.quantization:
             raise UsageError("`--quantization` is for GGUF", hint="leave it out, or leave out `--format safetensors`")
+        if self.format == "safetensors" and (self.ollama or self.ollama_name):
+            raise UsageError("Ollama takes GGUF", hint="leave out `--format safetensors`")
 
 
 @Parameter(name="*")

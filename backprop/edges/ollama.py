@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from backprop.console import without_escapes
-from backprop.edges.llama_cpp import Answer
+from backprop.core.fidelity import SAME_START, Reply
 from backprop.edges.ollama_http import CHUNK_BYTES, Server, fetch, fetch_lines, finds, is_broken, one_line, said, send
 from backprop.edges.rundir import sha256_of
 from backprop.errors import DiskError, OllamaError, UsageError
@@ -133,6 +133,7 @@ def register(
     parts: ModelParts,
     question: str,
     raw: bool = False,
+    expected: str = "",
     say: Sink,
 ) -> Registered:
     """Give a quantized GGUF to a server under ``name``, once it has shown there that it answers.
@@ -144,6 +145,7 @@ def register(
     Args:
         question: What the model is asked.
         raw: Whether to continue ``question`` as it is, instead of answering it as a chat.
+        expected: What llama.cpp answers with the same file; the beginning of the answer there must be the same.
 
     Raises:
         UsageError: If ``name`` cannot be.
@@ -167,6 +169,11 @@ def register(
             raise OllamaError(
                 f'the model gave no answer to "{one_line(question)}" in Ollama',
                 hint="ask another `--question`, or train longer",
+            )
+        if expected and answer.text[:SAME_START] != expected[:SAME_START]:
+            raise OllamaError(
+                f'Ollama answers "{one_line(answer.text)}" to "{one_line(question)}", and llama.cpp "{one_line(expected)}"',
+                hint="Ollama may have taken another chat template for it: give `--system`, or use llama.cpp",
             )
         replaced = has(server, name)
         fetch(server, "POST", "/api/copy", {"source": unproven, "destination": name})
@@ -321,7 +328,7 @@ def _stops(shown: Mapping[str, Any]) -> set[str]:
     return found
 
 
-def ask(server: Server, name: str, question: str, *, raw: bool = False, max_tokens: int = 64) -> Answer:
+def ask(server: Server, name: str, question: str, *, raw: bool = False, max_tokens: int = 64) -> Reply:
     """Let a model answer, always with its likeliest token, and let the server forget it afterwards.
 
     Args:
@@ -350,7 +357,7 @@ def ask(server: Server, name: str, question: str, *, raw: bool = False, max_toke
             f"Ollama at `{server.url}` did not end its answer: {said(server, str(dict(reply)))}",
             hint="look into its log",
         )
-    return Answer(text=text.strip(), stopped=reply.get("done_reason") == "stop")
+    return Reply(text=text.strip(), stopped=reply.get("done_reason") == "stop")
 
 
 def has(server: Server, name: str) -> bool:

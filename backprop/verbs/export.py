@@ -17,6 +17,7 @@ from backprop.core.probes import by_itself
 from backprop.edges import device, hub, llama_cpp, rundir, stopping
 from backprop.errors import BackpropError, DiskError, ExportError, UsageError
 from backprop.events import Exported, Failed, Phase, RunFinished, RunStarted, Sink, tee
+from backprop.verbs.register import destination, register
 
 # Room for the merged checkpoint in float32, its 16-bit GGUF and one quantized file, per weight: 4 + 2 + 1 bytes.
 BYTES_PER_WEIGHT = 7
@@ -59,6 +60,7 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
     if config.format == "gguf":
         llama_cpp.converter()
         llama_cpp.bindings()
+    where = destination(config, default_name=adapter.name)
     _make_room(adapter)
     with ExitStack() as stack:
         for folder in {adapter.output.resolve(), *([adapter.run.resolve()] if adapter.run else [])}:
@@ -83,6 +85,8 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
             if told is None or isinstance(error, DiskError):
                 raise
             raise told from error
+        if where:
+            register(where, next(iter(targets.values())), adapter.folder, adapter.question, config=config, say=say)
         seconds = round(time.monotonic() - started, 1)
         result = {"files": [str(path) for path in targets.values()]}
         stopping.finished()

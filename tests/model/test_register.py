@@ -1,0 +1,80 @@
+"""An exported file in Ollama, from the command line: a strict double answers with llama.cpp from the file it received."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import ollama_double as double_of
+import pytest
+from conftest import backprop, chat
+from ollama_double import OllamaDouble
+
+from backprop import Trainer
+from backprop.engine.load import load_tokenizer
+from backprop.verbs.register import default_system
+
+pytestmark = pytest.mark.model
+
+ROWS = [chat(f"What is {n}?", "It is here.") for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    trainer = Trainer(str(tiny_model), say=lambda event: None, output=folder / "run")
+    return trainer.train(folder / "data.jsonl", steps=60, batch_size=4, lora_r=16, learning_rate=1e-2)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[OllamaDouble]:
+    (tmp_path / "ollama").mkdir()
+    with double_of.llama_answerer(tmp_path / "ollama") as answer, OllamaDouble(answer) as one:
+        yield one
+
+
+def test_an_export_is_registered_and_answers_there_as_in_llama_cpp(
+    run: Path, tmp_path: Path, server: OllamaDouble
+) -> None:
+    command = ("export", run, "-q", "q8_0", "--output", tmp_path / "out", "--json", "--no-verify")
+    done = backprop(*command, "--ollama", "--ollama-name", "my-model", cwd=tmp_path, OLLAMA_HOST=server.url)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    (registered,) = [event for event in told if event["event"] == "registered"]
+    assert (registered["name"], registered["answer"]) == ("my-model", "It is here.")
+    assert set(server.models) == {"my-model:latest"}
+    model = server.models["my-model:latest"]
+    assert model.parameters["stop"] == ["<|im_end|>"]
+    assert "helpful AI assistant" in model.system
+    written = (tmp_path / "out" / "Modelfile").read_text()
+    assert written.startswith('FROM "./run-q8_0.gguf"\nPARAMETER stop "<|im_end|>"\nSYSTEM ')
+
+
+def test_a_server_that_answers_otherwise_is_exit_8_and_what_was_there_stays(run: Path, tmp_path: Path) -> None:
+    with OllamaDouble(lambda asked: "Something else.") as server:
+        command = ("export", run, "-q", "q8_0", "--output", tmp_path / "out", "--no-verify", "--ollama-name", "mine")
+        done = backprop(*command, cwd=tmp_path, OLLAMA_HOST=server.url)
+        assert done.returncode == 8, done.stderr
+        assert 'Ollama answers "Something else."' in done.stderr
+        assert "the same command then only registers it" in done.stderr
+        assert not server.models
+    assert (tmp_path / "out" / "run-q8_0.gguf").is_file()
+
+
+def test_what_ollama_cannot_take_is_refused_before_any_work(run: Path, tmp_path: Path) -> None:
+    command = ("export", run, "--output", tmp_path / "out")
+    assert backprop(*command, "--ollama-name", "../etc", cwd=tmp_path).returncode == 2
+    nobody = backprop(*command, "--ollama", "--ollama-url", "http://127.0.0.1:9", cwd=tmp_path)
+    assert nobody.returncode == 8, nobody.stderr
+    assert backprop(*command, "--format", "safetensors", "--ollama", cwd=tmp_path).returncode == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_system_turn_that_a_template_adds_is_found(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model), trust_remote_code=False)
+    assert default_system(tokenizer) == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    tokenizer.inner.chat_template = plain
+    assert default_system(tokenizer) == ""
+    tokenizer.inner.chat_template = "{{ raise_exception('no system') if messages[0].role == 'system' }}" + plain
+    assert default_system(tokenizer) == ""
