@@ -165,16 +165,7 @@ def register(
         verify(server, unproven, parts)
         say(Phase(name=f"asking {name} in Ollama"))
         answer = ask(server, unproven, question, raw=raw)
-        if not answer.text:
-            raise OllamaError(
-                f'the model gave no answer to "{one_line(question)}" in Ollama',
-                hint="ask another `--question`, or train longer",
-            )
-        if expected and answer.text[:SAME_START] != expected[:SAME_START]:
-            raise OllamaError(
-                f'Ollama answers "{one_line(answer.text)}" to "{one_line(question)}", and llama.cpp "{one_line(expected)}"',
-                hint="Ollama may have taken another chat template for it: give `--system`, or use llama.cpp",
-            )
+        _refuse_other_answer(answer.text, expected, question)
         replaced = has(server, name)
         fetch(server, "POST", "/api/copy", {"source": unproven, "destination": name})
     verify(server, name, parts)
@@ -188,6 +179,19 @@ def register(
     )
     say(registered)
     return registered
+
+
+def _refuse_other_answer(answer: str, expected: str, question: str) -> None:
+    if not answer:
+        raise OllamaError(
+            f'the model gave no answer to "{one_line(question)}" in Ollama',
+            hint="ask another `--question`, or train longer",
+        )
+    if expected and answer[:SAME_START] != expected[:SAME_START]:
+        raise OllamaError(
+            f'Ollama answers "{one_line(answer)}" to "{one_line(question)}", and llama.cpp "{one_line(expected)}"',
+            hint="Ollama may have taken another chat template for it: give `--system`, or use llama.cpp",
+        )
 
 
 @contextmanager

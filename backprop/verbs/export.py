@@ -75,16 +75,8 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
         for exported in done.values():
             say(exported)
         missing = {kind: path for kind, path in targets.items() if kind not in done}
-        try:
-            if config.format == "safetensors" and missing:
-                _export_safetensors(adapter, targets["safetensors"], config, say)
-            elif missing:
-                _export_gguf(adapter, missing, config, say)
-        except Exception as error:
-            told = rundir.disk_error(adapter.output, error)
-            if told is None or isinstance(error, DiskError):
-                raise
-            raise told from error
+        if missing:
+            _write(adapter, missing, config, say)
         if where:
             register(where, next(iter(targets.values())), adapter.folder, adapter.question, config=config, say=say)
         seconds = round(time.monotonic() - started, 1)
@@ -92,6 +84,19 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
         stopping.finished()
         say(RunFinished(command="export", output=str(adapter.output), seconds=seconds, result=result))
     return list(targets.values())
+
+
+def _write(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> None:
+    try:
+        if config.format == "safetensors":
+            _export_safetensors(adapter, targets["safetensors"], config, say)
+        else:
+            _export_gguf(adapter, targets, config, say)
+    except Exception as error:
+        told = rundir.disk_error(adapter.output, error)
+        if told is None or isinstance(error, DiskError):
+            raise
+        raise told from error
 
 
 @contextmanager
