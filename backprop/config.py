@@ -25,6 +25,7 @@ RUN = Group.create_ordered("Run")
 
 Method = Literal["lora", "qlora", "dora"]
 Scheduler = Literal["cosine", "linear", "constant"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 MergeMode = Literal["slao", "sequential", "average", "ema"]
 Quantization = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "iq4_xs"
@@ -135,8 +136,8 @@ class TrainConfig:
     """Replace another or a finished run in `--output`."""
     dry_run: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Plan, data ledger, three examples; no training."""
-    rehearse: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
-    """First go all the way to a GGUF with a small copy."""
+    rehearse: Annotated[bool | None, Parameter(group=RUN)] = None
+    """First go to a GGUF with a small copy. Default: if over 30 minutes are estimated."""
     resume: Annotated[str, Parameter(group=RUN)] = "auto"
     """`auto`, `never`, or the folder of a checkpoint."""
     save_steps: Annotated[int | None, Count, Parameter(group=RUN)] = None
@@ -155,8 +156,8 @@ class TrainConfig:
     """Old tasks: exit 6 if these rows got worse."""
     offline: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """No network at all."""
-    report_to: Annotated[Literal["none", "tensorboard"], Parameter(group=RUN)] = "none"
-    """Also write the curves for a tracker."""
+    report_to: Annotated[tuple[Tracker, ...], Parameter(group=RUN, negative="", show_default=False)] = ()
+    """Also write the curves for these trackers."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -25,6 +25,8 @@ class ModelShape:
     """What the plan needs of a model's configuration."""
 
     hidden_size: int
+    intermediate_size: int
+    """Width of the feed-forward part."""
     num_layers: int
     max_positions: int
     vocabulary: int
@@ -35,6 +37,8 @@ class DataShape:
     """What the plan needs of the data."""
 
     num_examples: int
+    num_tokens: int
+    """Of all examples together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -157,6 +157,8 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
     try:
         return ModelShape(
             hidden_size=int(config.hidden_size),
+            # Older architectures name none: it is four times the width there.
+            intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
             num_layers=int(config.num_hidden_layers),
             max_positions=int(config.max_position_embeddings),
             vocabulary=int(config.vocab_size),

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from backprop.engine.batches import PassSize
 from backprop.engine.exam import Exam, Prove
 from backprop.engine.load import HfTokenizer, adapter_state, set_adapter_state
 from backprop.engine.snapshot import Progress, Saver, Stand, best_of, refuse_other, restore
+from backprop.engine.trackers import Trackers
 from backprop.engine.validation import Validation
 from backprop.errors import Diverged, HardwareError, TrainingError
 from backprop.events import Eval, Proved, Resumed, RolledBack, Sink, Warned
@@ -138,7 +139,7 @@ class _Training:
         raise AssertionError
 
     def _train(self, stand: Stand) -> Stand:
-        from backprop.engine.trainer import StepPasses, StepTrainer, Watch
+        from backprop.engine.trainer import Curves, StepPasses, StepTrainer, Watch
 
         steps = StepPasses(self.examples, self.config, self.plan, stand.size, first=stand.progress.step)
         saver = Saver(
@@ -159,7 +160,10 @@ class _Training:
         trainer = StepTrainer(
             self.model, self.tokenizer, steps, self.config, self.plan, watch=watch, start=stand, folder=self.folder
         )
-        with _saved_when_stopped(saver):
+        # After the trainer, which makes the state that accelerate's trackers ask for.
+        trackers = Trackers(self.config, self.folder, first=steps.first, say=self.say)
+        trainer.add_callback(Curves(trackers))
+        with closing(trackers), _saved_when_stopped(saver):
             if not (stand.progress.ended or watch.evaluate_if_due()):
                 with within_documents(self.model) if stand.size.packing else nullcontext():
                     trainer.train()

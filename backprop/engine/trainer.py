@@ -30,6 +30,7 @@ from backprop.engine.exam import Prove
 from backprop.engine.load import HfTokenizer
 from backprop.engine.proofs import Movement
 from backprop.engine.snapshot import Saver, Stand, restore_optimizer
+from backprop.engine.trackers import Trackers
 from backprop.errors import Diverged, HardwareError, TrainingError
 from backprop.events import Sink, Step, Warned
 
@@ -199,23 +200,15 @@ class Watch(TrainerCallback):
 
 
 class Curves(TrainerCallback):
-    """TensorBoard's files, whose steps go on where an earlier process stopped."""
+    """Hands what the trainer logs of a step to the trackers."""
 
-    def __init__(self, folder: Path, *, first: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._first = first
-        self._writer: Any = SummaryWriter(log_dir=str(folder), purge_step=first + 1)
+    def __init__(self, trackers: Trackers) -> None:
+        self._trackers = trackers
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Write what the trainer logs of a step."""
-        for name, value in (logs or {}).items() if logs and "loss" in logs else ():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(f"train/{name}", value, self._first + state.global_step)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the file."""
-        self._writer.close()
+        """Pass on the figures of a step."""
+        if logs and "loss" in logs:
+            self._trackers.log(logs, step=state.global_step)
 
 
 class StepTrainer(SFTTrainer):
@@ -247,8 +240,6 @@ class StepTrainer(SFTTrainer):
         self._steps, self._watch, self._config, self._plan = steps, watch, config, plan
         self._checkpoint = start.checkpoint
         self.remove_callback(PrinterCallback)
-        if config.report_to == "tensorboard":
-            self.add_callback(Curves(folder / "tensorboard", first=steps.first))
 
     def get_train_dataloader(self) -> Any:
         """Give the steps in order, each as it is."""

@@ -28,7 +28,7 @@ from backprop.verbs.prepare import (
     rows_of,
     show_examples,
 )
-from backprop.verbs.rehearsal import rehearse
+from backprop.verbs.rehearsal import rehearse_if_due
 from backprop.verbs.session import running
 from backprop.verbs.train import check_disk, check_packages
 
@@ -95,8 +95,7 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             session.say(show_examples(first))
         else:
             check_disk(config, prepared)
-        if config.rehearse:
-            rehearse(config, first, say=session.say)
+        rehearse_if_due(config, prepared, goes_on=session.goes_on, say=session.say)
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output

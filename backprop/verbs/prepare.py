@@ -14,6 +14,7 @@ from backprop.core.data.inspect import Ledger, histogram, inspect
 from backprop.core.data.render import Encoded, Example, cut, encode_all
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import adapt, with_control_tokens
+from backprop.core.duration import estimate_seconds
 from backprop.core.hardware import Hardware
 from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, disk_bytes, make_plan
 from backprop.core.probes import choose
@@ -41,6 +42,8 @@ class Prepared:
     hardware: Hardware
     disk_bytes: int
     """What the run will write, at most."""
+    seconds: float
+    """What its steps will take, roughly."""
 
 
 def read_data(config: TrainConfig) -> tuple[Judged, tuple[Conversation, ...]]:
@@ -117,7 +120,7 @@ def prepare(
     held_examples = _cut_held_out(held, max_length.value, say, what="evaluation data")
     old_tasks = encode_all(adapt(gate_rows, tokenizer).conversations, tokenizer, loss_on=config.loss_on)
     gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
-    sizes = DataShape(num_examples=len(train.examples))
+    sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
     plan = make_plan(config, hardware, shape, sizes, model=chosen, max_length=max_length)
     say(_data_read(judged, held_out, train, ledger))
     choices = plan.choices()
@@ -137,6 +140,7 @@ def prepare(
         train_sha256=digest(train.examples),
         hardware=hardware,
         disk_bytes=disk_bytes(config, shape),
+        seconds=estimate_seconds(plan, shape, sizes, hardware),
     )
 
 

@@ -1,48 +1,83 @@
 """The rehearsal: all that a run will do, on a small copy of the model, so that hours never end in an export that cannot be."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from backprop.config import TrainConfig
+from backprop.core.duration import choose_rehearsal
 from backprop.core.plan import Choice
 from backprop.edges import llama_cpp, rundir
 from backprop.edges.hub import ModelSource
-from backprop.errors import BackpropError, ToolError, TrainingError
+from backprop.errors import BackpropError, ModelError, ToolError, TrainingError
 from backprop.events import Event, Phase, Proved, Resumed, Sink, Warned
 from backprop.verbs.adapter import train_one
 from backprop.verbs.prepare import Prepared
 
 STEPS, EXAMPLES = 3, 8
 QUANTIZATION = "q4_k_m"
+NAME = "the rehearsal went through"
 
 
-def rehearse(config: TrainConfig, prepared: Prepared, *, say: Sink) -> None:
-    """Train, merge, convert, quantize and ask a copy with two layers and random weights.
+def rehearse_if_due(config: TrainConfig, parts: Sequence[Prepared], *, goes_on: bool, say: Sink) -> None:
+    """Rehearse once what will take long or was asked for, and say why it is, or is not.
+
+    Args:
+        parts: The run, or all runs of a multi-run; the first is rehearsed.
+        goes_on: Whether this run began before: then it was rehearsed if that was due.
 
     Raises:
         BackpropError: Of the kind that the run itself would have ended with.
     """
+    due = choose_rehearsal(config, [part.seconds for part in parts], parts[0].hardware)
+    if goes_on and (config.rehearse is None or _went_through(config.output)):
+        say(Phase(name="no rehearsal: this run goes on"))
+    elif not due.value:
+        say(Phase(name=f"no rehearsal: {due.reason}"))
+    elif config.dry_run and config.rehearse is None:
+        say(Phase(name=f"a rehearsal would come first: {due.reason}"))
+    else:
+        _rehearse(config, parts[0], reason=due.reason, say=say)
+
+
+def _went_through(run: Path) -> bool:
+    return any(isinstance(event, Proved) and event.name == NAME for event in rundir.read_events(run))
+
+
+def _rehearse(config: TrainConfig, prepared: Prepared, *, reason: str, say: Sink) -> None:
+    """Train, merge, convert, quantize and ask a copy with two layers and random weights."""
+    from backprop.engine import loop
+    from backprop.engine.rehearsal import write_small_copy
+
     started = time.monotonic()
-    say(Phase(name="rehearsing on a small copy of the model"))
-    with TemporaryDirectory(prefix="backprop-rehearsal-") as room:
+    say(Phase(name=f"rehearsing on a small copy of the model: {reason}"))
+    path, code = prepared.model.path, config.trust_remote_code
+    with TemporaryDirectory(prefix="backprop-rehearsal-") as folder:
+        room = Path(folder)
         try:
-            done = _rehearse_in(Path(room), config, prepared, say)
+            write_small_copy(path, room / "model", prepared.tokenizer, trust_remote_code=code)
+        except ModelError as error:
+            if config.rehearse:
+                raise
+            say(Warned(message=f"not rehearsed: {error.message}"))
+            return
+        try:
+            done = _rehearse_in(room, config, prepared, say)
         except BackpropError as error:
             error.message = f"the rehearsal failed, before any training: {error.message}"
+            error.hint = "; ".join(filter(None, (error.hint, "to train all the same, add `--no-rehearse`")))
             raise
+        finally:
+            loop.release()
     seconds = round(time.monotonic() - started, 1)
-    say(Proved(name="the rehearsal went through", ok=True, found=done, seconds=seconds))
+    say(Proved(name=NAME, ok=True, found=done, seconds=seconds))
 
 
 def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink) -> str:
     from backprop.engine import merge
-    from backprop.engine.rehearsal import write_small_copy
 
-    write_small_copy(
-        prepared.model.path, room / "model", prepared.tokenizer, trust_remote_code=config.trust_remote_code
-    )
     examples = tuple(sorted(prepared.train.examples, key=lambda example: len(example.ids))[:EXAMPLES])
     small = replace(
         prepared,
@@ -52,7 +87,9 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
         plan=replace(prepared.plan, steps=Choice(STEPS, "rehearsal"), batch_size=Choice(2, "rehearsal")),
     )
     # The copy has learnt nothing: what it knows proves nothing.
-    quick = replace(config, skip_proofs=True, early_stopping=None, save_steps=1, keep_checkpoints=STEPS, resume="auto")
+    quick = replace(
+        config, report_to=(), skip_proofs=True, early_stopping=None, save_steps=1, keep_checkpoints=STEPS, resume="auto"
+    )
     train_one(quick, small, output=room, say=_silent)
     rundir.remove(room / "checkpoints" / f"step-{STEPS:06d}")
     resumed: list[Event] = []
@@ -64,7 +101,7 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
         llama_cpp.converter()
         llama_cpp.bindings()
     except ToolError as error:
-        say(Warned(message=f"the way to a GGUF was not rehearsed: {error.message}"))
+        say(Warned(message=f"the way to a GGUF was not rehearsed: {error.message}: `{error.hint}`"))
         return f"{STEPS} steps, a checkpoint, going on from it, and the merge"
     llama_cpp.convert(room / "merged", room / "f16.gguf", kind="f16")
     llama_cpp.quantize(room / "f16.gguf", room / "small.gguf", quantization=QUANTIZATION)

@@ -77,6 +77,8 @@ class Session:
         self._earlier: list[Event] = []
         self.done = False
         """Whether the directory holds this very run, finished."""
+        self.goes_on = False
+        """Whether this very run began before."""
         self._started = time.monotonic()
         self.stack = ExitStack()
 
@@ -293,6 +295,7 @@ def running(
         "versions": versions(),
     }
     session = Session(config, command, manifest, say)
+    session.goes_on = (found != "nothing" and config.resume != "never") or config.resume not in ("auto", "never")
     if found == "finished":
         session.meet(rundir.read_manifest(config.output) or {})
     with session.stack, stopping.ends_with(session.interrupted):

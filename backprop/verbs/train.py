@@ -1,12 +1,13 @@
 """`backprop train`: from rows to an adapter."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from backprop.config import TrainConfig
 from backprop.edges import checkpoints, device, rundir, stopping
-from backprop.errors import DiskError, PackageError
+from backprop.errors import DiskError, PackageError, UsageError
 from backprop.events import Sink
 from backprop.verbs.adapter import measures, train_one
 from backprop.verbs.gates import check_gates, read_gates, refuse_gates_without_figures
@@ -19,7 +20,7 @@ from backprop.verbs.prepare import (
     read_data,
     show_examples,
 )
-from backprop.verbs.rehearsal import rehearse
+from backprop.verbs.rehearsal import rehearse_if_due
 from backprop.verbs.repeat import compare_with, losses_of, refuse_other_inputs, settings_of
 from backprop.verbs.session import running
 
@@ -60,8 +61,7 @@ def _train(config: TrainConfig, say: Sink) -> Path:
             session.say(show_examples(prepared))
         else:
             check_disk(config, [prepared])
-        if config.rehearse:
-            rehearse(config, prepared, say=session.say)
+        rehearse_if_due(config, [prepared], goes_on=session.goes_on, say=session.say)
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
@@ -104,17 +104,37 @@ def check_disk(config: TrainConfig, prepared: Sequence[Prepared]) -> None:
         )
 
 
-# The packages that an option needs beyond the core, by the extra that brings them.
-NEEDED = {"qlora": ("bitsandbytes", "standard"), "tensorboard": ("tensorboard", "monitoring")}
+# The packages that an option needs beyond the core, and what brings them.
+NEEDED = {
+    "qlora": ("bitsandbytes", "pip install 'backprop[standard]'"),
+    "tensorboard": ("tensorboard", "pip install 'backprop[monitoring]'"),
+    "wandb": ("wandb", "pip install wandb"),
+    "trackio": ("trackio", "pip install trackio"),
+    "mlflow": ("mlflow", "pip install mlflow"),
+}
+# The variables of trackers that name a place on the network, or let them speak to one.
+NETWORK = {
+    "wandb": ("WANDB_MODE",),
+    "trackio": ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"),
+    "mlflow": ("MLFLOW_TRACKING_URI",),
+}
+LOCAL = ("", "offline", "disabled", "dryrun")
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Refuse options whose package is not installed, before any work.
+    """Refuse options whose package is not installed, and trackers that would break `--offline`, before any work.
 
     Raises:
         PackageError: Naming the package and the command that brings it.
+        UsageError: Naming the variable.
     """
-    for option in (config.method, config.report_to):
-        package, extra = NEEDED.get(option, ("json", ""))
+    for option in (config.method, *config.report_to):
+        package, command = NEEDED.get(option, ("json", ""))
         if importlib.util.find_spec(package) is None:
-            raise PackageError(f"`{option}` needs the package `{package}`", hint=f"pip install 'backprop[{extra}]'")
+            raise PackageError(f"`{option}` needs the package `{package}`", hint=command)
+    for variable in (one for name in config.report_to for one in NETWORK.get(name, ())):
+        value = os.environ.get(variable, "")
+        if config.offline and not (value in LOCAL or value.startswith(("sqlite:", "file:", "/", "."))):
+            raise UsageError(
+                f"`{variable}` lets a tracker use the network, which `--offline` forbids", hint=f"unset {variable}"
+            )

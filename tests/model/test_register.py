@@ -50,6 +50,7 @@ def test_an_export_is_registered_and_answers_there_as_in_llama_cpp(
     assert written.startswith('FROM "./run-q8_0.gguf"\nPARAMETER stop "<|im_end|>"\nSYSTEM ')
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_otherwise_is_exit_8_and_what_was_there_stays(run: Path, tmp_path: Path) -> None:
     with OllamaDouble(lambda asked: "Something else.") as server:
         command = ("export", run, "-q", "q8_0", "--output", tmp_path / "out", "--no-verify", "--ollama-name", "mine")

@@ -13,7 +13,7 @@ from backprop import Trainer
 from backprop.edges import llama_cpp
 from backprop.engine import merge
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 ROWS = [chat(f"What is {n}?", f"It is {n}.") for n in range(12)]
 
@@ -105,9 +105,7 @@ def refused(done: Any, folder: Path, proof: str) -> None:
     assert {path.name for path in folder.iterdir()} == {"verification.json", "run-f16.gguf.rejected"}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "another template" else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
-)
+@pytest.mark.parametrize("name", FAULTS)
 def test_a_file_that_is_another_model_is_rejected(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -117,7 +115,6 @@ def test_a_file_that_is_another_model_is_rejected(
     refused(done, tmp_path, proof)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("times", [0, 2])
 def test_an_adapter_that_is_not_in_it_or_twice_is_found(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
@@ -135,7 +132,6 @@ def test_an_adapter_that_is_not_in_it_or_twice_is_found(
     refused(done, tmp_path, "the adapter is in it, once")
 
 
-@pytest.mark.slow
 def test_a_quantization_that_is_another_model_is_rejected_and_the_good_file_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from backprop.core.plan import Choice, DataShape, ModelShape, Plan, choose_max_l
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import GIB, PRESETS
 
-SMALL = ModelShape(hidden_size=576, num_layers=30, max_positions=8192, vocabulary=49152)
+SMALL = ModelShape(hidden_size=576, intermediate_size=1536, num_layers=30, max_positions=8192, vocabulary=49152)
 
 
 def machine(*gpu_gib: float) -> Hardware:
@@ -24,7 +24,7 @@ def plan(config: TrainConfig | None = None, *, examples: int = 100, hardware: Ha
         config or TrainConfig(data=("x",)),
         hardware or machine(),
         SMALL,
-        DataShape(num_examples=examples),
+        DataShape(num_examples=examples, num_tokens=100 * examples),
         model=Choice("m", ""),
         max_length=Choice(100, ""),
     )
@@ -66,12 +66,12 @@ def test_epochs_become_steps() -> None:
 @pytest.mark.parametrize(("width", "expected"), [(2000, 5e-4), (576, 1.3e-3), (4096, 2.9e-4)])
 def test_the_rate_falls_with_the_width(width: int, expected: float) -> None:
     # 5e-4 * (2000 / width) ** 0.781, to two digits.
-    shape = ModelShape(hidden_size=width, num_layers=1, max_positions=1, vocabulary=1)
+    shape = ModelShape(hidden_size=width, intermediate_size=1, num_layers=1, max_positions=1, vocabulary=1)
     made = make_plan(
         TrainConfig(data=("x",)),
         machine(),
         shape,
-        DataShape(num_examples=10),
+        DataShape(num_examples=10, num_tokens=100),
         model=Choice("m", ""),
         max_length=Choice(10, ""),
     )

@@ -1,0 +1,59 @@
+"""How long a run will take, before it starts: enough to tell minutes from hours, and no more."""
+
+from collections.abc import Sequence
+
+from backprop.config import TrainConfig
+from backprop.core.hardware import Hardware
+from backprop.core.plan import BF16_CAPABILITY, Choice, DataShape, ModelShape, Plan
+from backprop.presets import GIB
+
+# Operations per weight and token: a product and a sum, each in the pass forward and in that of the gradients back to the
+# adapters; frozen weights have no gradient of their own. Checkpointing goes forward once more.
+FORWARD = BACKWARD = 2
+
+# All rates are low, since a needless rehearsal costs less than a missed one. A core: SmolLM2 135M in float32 on two, whose
+# 138 to 301 tokens a second (docs/benchmarks.md) are 40 to 90 GFLOP/s for each.
+CPU_RATE = 45e9
+# A GPU, per GiB of its memory: the data sheets from RTX 3060 to B200 name 2 to 12 TFLOP/s in bfloat16 for each GiB, and
+# training reaches a part of that; an H100, 0.8 to 1.5 (docs/benchmarks.md). Without bfloat16, a quarter.
+GPU_RATE = 0.5e12
+GPU_RATE_FLOAT32 = GPU_RATE / 4
+
+# A run that is estimated above this is rehearsed, unless it was said otherwise.
+REHEARSED_ABOVE_S = 30 * 60
+
+
+def rate_of(hardware: Hardware) -> float:
+    """Give the operations per second that are assumed of this machine."""
+    if not hardware.gpus:
+        return CPU_RATE * hardware.num_cpus
+    gpu = hardware.gpus[0]
+    return (GPU_RATE if gpu.capability >= BF16_CAPABILITY else GPU_RATE_FLOAT32) * gpu.memory_bytes / GIB
+
+
+def estimate_seconds(plan: Plan, shape: ModelShape, data: DataShape, hardware: Hardware) -> float:
+    """Estimate the time of a run's steps; evaluations, proofs and attention over long rows are not counted."""
+    # As if every head had keys of its own: rather too many.
+    block = shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
+    weights = shape.num_layers * block + shape.hidden_size * shape.vocabulary
+    tokens = plan.steps.value * plan.batch_size.value * data.num_tokens / data.num_examples
+    per_weight = FORWARD + BACKWARD + (FORWARD if plan.checkpointing.value else 0)
+    return tokens * weights * per_weight / rate_of(hardware)
+
+
+def choose_rehearsal(config: TrainConfig, seconds: Sequence[float], hardware: Hardware) -> Choice[bool]:
+    """Rehearse what would take long.
+
+    Args:
+        seconds: Estimates of the run, or of each of several.
+    """
+    if config.rehearse is not None:
+        return Choice(config.rehearse, "set by `--rehearse`" if config.rehearse else "set by `--no-rehearse`")
+    whole = sum(seconds)
+    device = "GPU" if hardware.gpus else "CPU"
+    minutes = f"{whole / 60:,.0f} minutes" if whole >= 60 else "under a minute"
+    found = f"{minutes} are estimated, at {rate_of(hardware) / 1e9:,.0f} GFLOP/s of this {device}"
+    limit = f"{REHEARSED_ABOVE_S // 60} minutes"
+    if whole > REHEARSED_ABOVE_S:
+        return Choice(True, f"{found}, more than {limit}")
+    return Choice(False, f"{found}, at most {limit}")

@@ -1,0 +1,85 @@
+"""How long a run will take, and whether it is rehearsed for that."""
+
+from dataclasses import replace
+
+import pytest
+
+from backprop.config import TrainConfig
+from backprop.core.duration import REHEARSED_ABOVE_S, choose_rehearsal, estimate_seconds
+from backprop.core.hardware import Gpu, Hardware
+from backprop.core.plan import Choice, DataShape, ModelShape, make_plan
+from backprop.presets import GIB
+
+CONFIG = TrainConfig(data=("x",), steps=3, batch_size=8)
+TWO_CORES = Hardware(gpus=(), driver="", num_cpus=2, memory_bytes=16 * GIB, platform="Linux x86_64")
+SMOLLM2 = ModelShape(hidden_size=576, intermediate_size=1536, num_layers=30, max_positions=8192, vocabulary=49152)
+RANDOM_1B = ModelShape(hidden_size=2048, intermediate_size=8192, num_layers=16, max_positions=8192, vocabulary=49152)
+
+
+def gpu(gib: int, capability: tuple[int, int] = (9, 0)) -> Hardware:
+    card = Gpu(name="a GPU", uuid="1", memory_bytes=gib * GIB, memory_free_bytes=gib * GIB, capability=capability)
+    return replace(TWO_CORES, gpus=(card,))
+
+
+def estimate(
+    hardware: Hardware, shape: ModelShape, *, steps: int = 3, tokens: int = 50, examples: int = 10, batch: int = 8
+) -> float:
+    """Estimate steps of 8 examples, each of ``tokens`` tokens."""
+    data = DataShape(num_examples=examples, num_tokens=examples * tokens)
+    config = replace(CONFIG, steps=steps, batch_size=batch)
+    plan = make_plan(config, hardware, shape, data, model=Choice("m", ""), max_length=Choice(100, ""))
+    return estimate_seconds(plan, shape, data, hardware)
+
+
+def test_the_estimate_is_operations_over_rate() -> None:
+    # Two layers of 10 * (40 + 120) weights and 1000 of logits, 1200 tokens: 4 operations each on two cores of 45 GFLOP/s;
+    # 6 with checkpointing, on a GPU of 8 GiB at half a TFLOP/s for each.
+    shape = ModelShape(hidden_size=10, intermediate_size=40, num_layers=2, max_positions=100, vocabulary=100)
+    assert estimate(TWO_CORES, shape) == pytest.approx(4 * 4200 * 1200 / 90e9, rel=1e-12)
+    assert estimate(gpu(8), shape) == pytest.approx(6 * 4200 * 1200 / 4e12, rel=1e-12)
+    assert estimate(gpu(8, (7, 5)), shape) == pytest.approx(6 * 4200 * 1200 / 1e12, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "shape", "measured"),
+    [
+        # Tokens per second, from docs/benchmarks.md.
+        pytest.param(TWO_CORES, SMOLLM2, 270, id="two cores"),
+        pytest.param(gpu(80), RANDOM_1B, 20_150, id="H100, packed"),
+        pytest.param(gpu(80), RANDOM_1B, 15_000, id="H100, LoRA"),
+        pytest.param(gpu(80), RANDOM_1B, 11_000, id="H100, QLoRA"),
+    ],
+)
+def test_runs_that_were_measured_are_estimated_at_their_time_or_up_to_four_times_it(
+    hardware: Hardware, shape: ModelShape, measured: float
+) -> None:
+    took = 100 * 8 * 50 / measured
+    assert took <= estimate(hardware, shape, steps=100) <= 4 * took
+
+
+def test_each_pass_over_more_rows_of_any_length_takes_longer() -> None:
+    once = estimate(TWO_CORES, SMOLLM2, steps=10)
+    assert estimate(TWO_CORES, SMOLLM2, steps=20) == pytest.approx(2 * once)
+    assert estimate(TWO_CORES, SMOLLM2, steps=10, tokens=100) == pytest.approx(2 * once)
+    assert estimate(TWO_CORES, SMOLLM2, steps=10, batch=16, examples=20) == pytest.approx(2 * once)
+
+
+def test_a_run_over_half_an_hour_is_rehearsed_and_the_reason_has_all_figures() -> None:
+    just = choose_rehearsal(CONFIG, [REHEARSED_ABOVE_S], TWO_CORES)
+    over = choose_rehearsal(CONFIG, [45 * 60], TWO_CORES)
+    assert (just.value, over.value) == (False, True)
+    assert over.reason == "45 minutes are estimated, at 90 GFLOP/s of this CPU, more than 30 minutes"
+    assert "of this GPU, at most 30 minutes" in choose_rehearsal(CONFIG, [5], gpu(8)).reason
+
+
+def test_the_runs_of_a_multi_run_are_estimated_together() -> None:
+    assert choose_rehearsal(CONFIG, 3 * [11 * 60], TWO_CORES).value
+    assert not choose_rehearsal(CONFIG, 2 * [11 * 60], TWO_CORES).value
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_the_user_says_comes_first(asked: bool) -> None:
+    for seconds in (1, 1e6):
+        choice = choose_rehearsal(replace(CONFIG, rehearse=asked), [seconds], TWO_CORES)
+        assert choice.value is asked
+        assert choice.reason.startswith("set by `--")
