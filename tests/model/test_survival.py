@@ -306,7 +306,7 @@ def test_a_disk_too_small_is_refused_before_any_work(
 
 
 def test_the_time_limit_saves_and_is_exit_75(train: Callable[..., Run]) -> None:
-    options = {**OPTIONS, "steps": 100_000}
+    options = {**OPTIONS, "steps": 100_000, "rehearse": False}
     run = train(**options, max_minutes=0.05)
     assert run.failed.code == 75
     assert "`--max-minutes`" in run.failed.message

@@ -404,7 +404,7 @@ def test_a_signal_leaves_nothing_half_written_and_another_command_is_refused(
     tmp_path: Path, write: Callable[..., Path], tiny_model: Path, sent: signal.Signals, code: int, name: str
 ) -> None:
     command = [sys.executable, "-m", "backprop", "train", "--data", str(write(ROWS)), "--model", str(tiny_model)]
-    command += ["--steps", "100000", "--verbose"]
+    command += ["--steps", "100000", "--verbose", "--no-rehearse"]
     process = start(command, cwd=tmp_path)
     assert process.stderr
     for line in process.stderr:
