@@ -175,6 +175,7 @@ def test_a_first_step_with_a_rate_of_zero_is_exit_6(train: Callable[..., Run], m
     assert "not proved: the adapter moves, and nothing else: 0 of 28 adapter matrices moved" in failed.message
 
 
+@pytest.mark.slow
 def test_a_run_that_makes_the_model_worse_is_exit_6_but_its_adapter_is_kept(
     train: Callable[..., Run], write: Callable[..., Path]
 ) -> None:

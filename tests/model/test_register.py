@@ -33,6 +33,7 @@ def server(tmp_path: Path) -> Iterator[OllamaDouble]:
         yield one
 
 
+@pytest.mark.slow
 def test_an_export_is_registered_and_answers_there_as_in_llama_cpp(
     run: Path, tmp_path: Path, server: OllamaDouble
 ) -> None:

@@ -76,6 +76,7 @@ def test_a_short_run_is_not_rehearsed_and_says_why(train: Callable[..., Run]) ->
     assert "rehears" not in run.warned
 
 
+@pytest.mark.slow
 def test_a_long_run_is_rehearsed_by_itself_and_ends_with_the_same_adapter(
     train: Callable[..., Run], long_run: None, no_llama_cpp: None
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_dry_run_only_says_that_a_rehearsal_would_come(train: Callable[..., Ru
     assert rehearsals(run)[0].endswith("more than 30 minutes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_is_not_rehearsed_again(
     train: Callable[..., Run],

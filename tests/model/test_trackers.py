@@ -165,6 +165,7 @@ def test_a_run_that_goes_on_counts_its_steps_on_and_a_stopped_one_closes_its_tra
     assert [step for step, _ in figures(tracked("wandb"))] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_tells_no_tracker(
     train: Callable[..., Run], tracked: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
