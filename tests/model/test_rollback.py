@@ -33,6 +33,7 @@ def diverge(monkeypatch: pytest.MonkeyPatch, *, calls: set[int]) -> None:
     monkeypatch.setattr(trainer, "sum_of_losses", planted)
 
 
+@pytest.mark.slow
 def test_training_goes_back_to_a_checkpoint_and_on_with_half_the_rate(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -305,6 +305,7 @@ def test_a_disk_too_small_is_refused_before_any_work(
     assert not run.folder.exists()
 
 
+@pytest.mark.slow
 def test_the_time_limit_saves_and_is_exit_75(train: Callable[..., Run]) -> None:
     options = {**OPTIONS, "steps": 100_000, "rehearse": False}
     run = train(**options, max_minutes=0.05)

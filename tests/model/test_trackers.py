@@ -146,6 +146,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
     assert len(figures(tracked("mlflow"))) == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_counts_its_steps_on_and_a_stopped_one_closes_its_trackers(
     train: Callable[..., Run], tracked: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:

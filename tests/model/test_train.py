@@ -270,6 +270,7 @@ def test_only_the_adapter_is_trained_and_all_of_it_moves(train: Callable[..., Pa
     assert not [name for name in trained if "embed" in name or "lm_head" in name]
 
 
+@pytest.mark.slow
 def test_with_lora_plus_b_learns_faster_by_the_ratio(train: Callable[..., Path]) -> None:
     """Adam's first step has the length of the rate."""
     options = {"steps": 1, "learning_rate": 1e-3, "scheduler": "constant", "warmup": 0.0}

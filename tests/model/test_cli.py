@@ -12,6 +12,8 @@ from backprop.__main__ import PAGES, prepared_page
 from backprop.cli import COMMANDS, run
 from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
 
+pytestmark = pytest.mark.model  # for its time: nothing here needs torch
+
 GOOD = [chat("hi", "ho")]
 
 

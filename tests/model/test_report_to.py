@@ -8,6 +8,9 @@ import pytest
 
 from backprop.cli import run
 
+pytestmark = pytest.mark.model  # for its time: nothing here needs torch
+
+
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
