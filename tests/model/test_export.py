@@ -34,7 +34,7 @@ def test_gguf_answers_as_it_was_trained_and_stops_and_the_run_tells_of_it(run: P
     exported = [event for event in printed if event["event"] == "exported"]
     assert [event["quantization"] for event in exported] == ["f16", "q5_k_m"]
     files = sorted(path.name for path in (tmp_path / "run" / "export").iterdir())
-    assert files == ["exports.json", "run-f16.gguf", "run-q5_k_m.gguf"]
+    assert files == ["exports.json", "run-f16.gguf", "run-q5_k_m.gguf", "verification.json"]
     for event in exported:
         assert event["question"] == "What is 0?", "not the first question of the training data"
         assert event["answer"] == "It is here.", event
@@ -94,6 +94,7 @@ def test_an_export_that_was_stopped_goes_on_and_a_finished_one_is_done(
         "exports.json",
         "run-f16.gguf",
         "run-q5_k_m.gguf",
+        "verification.json",
     }
 
 
