@@ -196,6 +196,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def trained_run(model: Path, folder: Path, rows: Sequence[Any], *, steps: int) -> Path:
+    """Train the tiny model on ``rows`` until it has learnt them, quietly, and give the run directory."""
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = Trainer(str(model), say=lambda event: None, output=folder / "run")
+    return trainer.train(folder / "data.jsonl", steps=steps, batch_size=4, lora_r=16, learning_rate=1e-2)
+
+
 @pytest.fixture(scope="session")
 def loaded(tiny_model: Path) -> Any:
     """The tiny model in memory; copy it before changing anything."""

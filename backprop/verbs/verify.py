@@ -45,11 +45,7 @@ class Verifier:
         known = self._reference
         self._say(Phase(name="verifying the 16-bit file"))
         proofs: list[Proved] = []
-
-        def prove(proof: Callable[[], Proved]) -> None:
-            proofs.append(timed(proof))
-            self._say(proofs[-1])
-
+        prove = self._prover(proofs)
         with llama_cpp.loaded(gguf, context=CONTEXT, all_logits=True) as model:
             prove(
                 lambda: fidelity.prove_equal(
@@ -84,13 +80,21 @@ class Verifier:
             return
         self._say(Phase(name=f"verifying {kind}"))
         known, proofs = self._reference, list[Proved]()
+        prove = self._prover(proofs)
         with llama_cpp.loaded(gguf, context=CONTEXT, all_logits=True) as model:
             found = [model.logits(ids) for ids in known.sequences]
-            proofs.append(timed(lambda: fidelity.prove_likeness(kind, "the 16-bit file", self._of_source, found)))
-            self._say(proofs[-1])
-            proofs.append(timed(lambda: self._prove_replies(kind, model)))
-            self._say(proofs[-1])
+            prove(lambda: fidelity.prove_likeness(kind, "the 16-bit file", self._of_source, found))
+            prove(lambda: self._prove_replies(kind, model))
         self._settle(kind, proofs, gguf, rejected)
+
+    def _prover(self, proofs: list[Proved]) -> Callable[[Callable[[], Proved]], None]:
+        """Give a function that times a proof, tells it and adds it to ``proofs``."""
+
+        def prove(proof: Callable[[], Proved]) -> None:
+            proofs.append(timed(proof))
+            self._say(proofs[-1])
+
+        return prove
 
     def _prove_replies(self, kind: str, model: llama_cpp.Loaded) -> Proved:
         from backprop.engine.reference import ANSWER_TOKENS

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import backprop, chat
+from conftest import backprop, chat, trained_run
 
-from backprop import Trainer
 from backprop.edges import llama_cpp
 from backprop.engine import merge
 
@@ -20,10 +19,7 @@ ROWS = [chat(f"What is {n}?", f"It is {n}.") for n in range(12)]
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    trainer = Trainer(str(tiny_model), say=lambda event: None, output=folder / "run")
-    return trainer.train(folder / "data.jsonl", steps=60, batch_size=4, lora_r=16, learning_rate=1e-2)
+    return trained_run(tiny_model, tmp_path_factory.mktemp("trained"), ROWS, steps=60)
 
 
 def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
