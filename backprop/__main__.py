@@ -3,6 +3,7 @@
 Drawing a page anew takes some 300 ms, nearly all of it in libraries; `scripts/readme` draws them once.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -36,9 +37,13 @@ def _end_at_signals() -> None:
         if "--json" in sys.argv or os.environ.get("BACKPROP_JSON", "").lower() in ("1", "true", "yes"):
             moment = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
             head = f'{{"v": 1, "t": "{moment}", "event": "error", "code": {code}'
-            os.write(1, f'{head}, "message": "{message}", "hint": "{hint}"}}\n'.encode())
-        os.write(2, f"error: {message}\n\nhint: {hint}\n".encode())
+            tell(1, f'{head}, "message": "{message}", "hint": "{hint}"}}\n')
+        tell(2, f"error: {message}\n\nhint: {hint}\n")
         os._exit(code)
+
+    def tell(descriptor: int, text: str) -> None:
+        with contextlib.suppress(OSError):  # who read it has gone
+            os.write(descriptor, text.encode())
 
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:

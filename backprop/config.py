@@ -214,7 +214,7 @@ class ExportConfig:
     system: Annotated[str | None, Parameter(group=EXPORT)] = None
     """System prompt for Ollama. Default: what the chat template adds by itself."""
     verify: Annotated[bool, Parameter(group=EXPORT, negative="--no-verify", show_default=False)] = True
-    """Prove that each file is the model that was trained: its tokens, prompts, predictions and answers."""
+    """Prove that each GGUF is the model that was trained: its tokens, prompts, predictions and answers."""
     output: Annotated[Path | None, Parameter(group=EXPORT, name=["--output", "-o"])] = None
     """Where the files go. Default: `export/` in the run directory."""
     overwrite: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False
@@ -230,6 +230,9 @@ class ExportConfig:
             raise UsageError("`--quantization` is for GGUF", hint="leave it out, or leave out `--format safetensors`")
         if self.format == "safetensors" and (self.ollama or self.ollama_name):
             raise UsageError("Ollama takes GGUF", hint="leave out `--format safetensors`")
+        if (self.ollama_url or self.system is not None) and not (self.ollama or self.ollama_name):
+            flag = "--ollama-url" if self.ollama_url else "--system"
+            raise UsageError(f"`{flag}` is for `--ollama`", hint="add `--ollama`, or leave it out")
 
 
 @Parameter(name="*")

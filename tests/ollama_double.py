@@ -52,6 +52,7 @@ METHOD_OF = {
 }
 OPTIONS: dict[str, type | tuple[type, ...]] = {
     "temperature": (int, float),
+    "repeat_penalty": (int, float),
     "seed": int,
     "num_predict": int,
     "num_ctx": int,
@@ -575,6 +576,7 @@ def llama_answerer(folder: Path) -> Iterator[Answerer]:
         model = loaded[asked.model.digest]
         settings = {
             "temperature": float(asked.options.get("temperature", 0.8)),
+            "repeat_penalty": float(asked.options.get("repeat_penalty", 1.1)),  # Ollama's own default
             "max_tokens": asked.options.get("num_predict", 64),
             "stop": asked.model.parameters.get("stop", []),
         }

@@ -132,11 +132,20 @@ class Loaded:
         self._model = model
 
     def reply(self, messages: Sequence[Message], *, max_tokens: int = 64) -> Reply:
-        """Answer a conversation greedily, with the chat template in the file."""
-        with _quiet():
-            told = self._model.create_chat_completion(
-                messages=list(messages), temperature=0.0, repeat_penalty=1.0, max_tokens=max_tokens
-            )
+        """Answer a conversation greedily, with the chat template in the file.
+
+        Raises:
+            ExportError: If the template refuses these turns, or they are too long.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            with _quiet():
+                told = self._model.create_chat_completion(
+                    messages=list(messages), temperature=0.0, repeat_penalty=1.0, max_tokens=max_tokens
+                )
+        except (TemplateError, ValueError) as error:
+            raise ExportError(f"llama.cpp cannot be asked this: {error}", hint="ask another `--question`") from error
         choice = told["choices"][0]
         return Reply(text=str(choice["message"]["content"] or "").strip(), stopped=choice["finish_reason"] == "stop")
 
@@ -208,6 +217,8 @@ def loaded(gguf: Path, *, context: int = 1024, all_logits: bool = False) -> Gene
             )
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
             raise ExportError(f"llama.cpp cannot load `{gguf}`: {error}", hint="export it again") from error
+    if "chat_template.default" in model._chat_handlers:  # else a well-known template is replaced by one that is like it
+        model.chat_format = "chat_template.default"
     try:
         yield Loaded(model)
     finally:

@@ -187,6 +187,8 @@ def _refuse_other_answer(answer: str, expected: str, question: str) -> None:
             f'the model gave no answer to "{one_line(question)}" in Ollama',
             hint="ask another `--question`, or train longer",
         )
+    # What a model says to itself first, Ollama keeps apart.
+    answer, expected = (re.sub(r"^\s*<think>.*?</think>\s*", "", text, flags=re.DOTALL) for text in (answer, expected))
     if expected and answer[:SAME_START] != expected[:SAME_START]:
         raise OllamaError(
             f'Ollama answers "{one_line(answer)}" to "{one_line(question)}", and llama.cpp "{one_line(expected)}"',
@@ -345,7 +347,7 @@ def ask(server: Server, name: str, question: str, *, raw: bool = False, max_toke
         "model": name,
         "stream": False,
         "keep_alive": 0,
-        "options": {"temperature": 0, "seed": 0, "num_predict": max_tokens},
+        "options": {"temperature": 0, "seed": 0, "repeat_penalty": 1.0, "num_predict": max_tokens},
     }
     if raw:
         reply = fetch(server, "POST", "/api/generate", {**fields, "prompt": question, "raw": True}, slow=True)

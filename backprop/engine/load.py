@@ -158,7 +158,7 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
         return ModelShape(
             hidden_size=int(config.hidden_size),
             # Older architectures name none: it is four times the width there.
-            intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
+            intermediate_size=_widest(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
             num_layers=int(config.num_hidden_layers),
             max_positions=int(config.max_position_embeddings),
             vocabulary=int(config.vocab_size),
@@ -168,6 +168,11 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
             f"`{path}` is of an unsupported architecture: its configuration has no {error.name}",
             hint="choose a model with attention and positions, such as a preset",
         ) from error
+
+
+def _widest(size: Any) -> int:
+    """Give the size of the widest layer; some architectures have one for each."""
+    return max(map(int, size)) if isinstance(size, list | tuple) else int(size)
 
 
 def _code_hint(error: Exception) -> str:

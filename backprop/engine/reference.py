@@ -35,7 +35,7 @@ class Reference:
     """What `trained` and `base` hold the logits of: one array (T, V) for each."""
     trained: list[Any]
     base: list[Any]
-    questions: list[str]
+    questions: list[list[Message]]
     replies: list[Reply]
 
 
@@ -44,14 +44,21 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
     whole: Any = tokenizer.inner
     prompts = [one for messages in conversations for one in prompts_of(messages)]
     rendered = [render(tokenizer, messages, asks=asks) for messages, asks in prompts]
-    chats = [render(tokenizer, messages, asks=messages[-1]["role"] == "user") for messages in conversations]
-    texts = [*(text for text in chats if text != REFUSED), *HARD_STRINGS]
+    chats = [
+        (render(tokenizer, messages, asks=messages[-1]["role"] == "user"), messages[-1]["role"] == "assistant")
+        for messages in conversations
+    ]
+    answered = [ends for text, ends in chats if text != REFUSED]
+    texts = [*(text for text, _ in chats if text != REFUSED), *HARD_STRINGS]
     ids = [[token.id for token in tokenizer.tokenize(text)] for text in texts]
     sequences: list[list[int]] = []
     for one in sorted(ids[: len(texts) - len(HARD_STRINGS)], key=len):
-        if sum(map(len, sequences)) < MOST_TOKENS and len(one) > 1:
-            sequences.append(one[:TOKENS_OF_ONE])
-    questions = _questions(conversations)
+        room = min(TOKENS_OF_ONE, MOST_TOKENS - sum(map(len, sequences)))
+        if room > 1 and len(one) > 1:
+            sequences.append(one[:room])
+    questions = _questions(tokenizer, conversations)
+    whole_chats = [ids_of for ids_of, one in zip(ids, answered, strict=False) if one]
+    ends = _ends(model, tokenizer, whole_chats)
     with model.disable_adapter():
         base = [logits(model, one) for one in sequences]
     return Reference(
@@ -65,7 +72,7 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
         trained=[logits(model, one) for one in sequences],
         base=base,
         questions=questions,
-        replies=[reply(model, tokenizer, question) for question in questions],
+        replies=[reply(model, tokenizer, messages, ends) for messages in questions],
     )
 
 
@@ -87,24 +94,52 @@ def logits(model: Any, ids: Sequence[int]) -> Any:
     return found.float().cpu().numpy()
 
 
-def reply(model: Any, tokenizer: HfTokenizer, question: str) -> Reply:
-    """Answer a question greedily, with at most `ANSWER_TOKENS`."""
+def reply(model: Any, tokenizer: HfTokenizer, messages: Sequence[Message], ends: set[int]) -> Reply:
+    """Answer with the likeliest token each time, until one of ``ends`` or `ANSWER_TOKENS`.
+
+    Not with `generate`, which obeys what the base model's configuration says of repetition.
+    """
     import torch
 
     whole: Any = tokenizer.inner
-    text = tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True)
-    ids = torch.tensor([[token.id for token in tokenizer.tokenize(text)]], device=next(model.parameters()).device)
-    found = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        pad_token_id=whole.pad_token_id,
-    )[0, ids.shape[1] :]
-    return Reply(text=str(whole.decode(found, skip_special_tokens=True)).strip(), stopped=len(found) < ANSWER_TOKENS)
+    device = next(model.parameters()).device
+    ids = torch.tensor([prompt_ids(tokenizer, messages)], device=device)
+    found: list[int] = []
+    cache: Any = None
+    with torch.no_grad():
+        while len(found) < ANSWER_TOKENS:
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            token, cache = int(out.logits[0, -1].argmax()), out.past_key_values
+            if token in ends:
+                break
+            found.append(token)
+            ids = torch.tensor([[token]], device=device)
+    text = str(whole.decode(found, skip_special_tokens=True)).strip()
+    return Reply(text=text, stopped=len(found) < ANSWER_TOKENS)
 
 
-def _questions(conversations: Sequence[Sequence[Message]]) -> list[str]:
-    """Give the first questions that open a conversation by themselves."""
-    opening = [str(one[0]["content"]) for one in conversations if one and one[0]["role"] == "user"]
-    return list(dict.fromkeys(opening))[:ASKED]
+def prompt_ids(tokenizer: HfTokenizer, messages: Sequence[Message]) -> list[int]:
+    """Give the tokens of a prompt that is to be answered."""
+    return [token.id for token in tokenizer.tokenize(tokenizer.render(messages, add_generation_prompt=True))]
+
+
+def _questions(tokenizer: HfTokenizer, conversations: Sequence[Sequence[Message]]) -> list[list[Message]]:
+    """Give the first conversations up to their first question, where the template takes it and it is short."""
+    found: list[list[Message]] = []
+    for messages in conversations:
+        end = next((number for number, one in enumerate(messages, start=1) if one["role"] == "user"), 0)
+        opening = list(messages[:end])
+        if not opening or opening in found or render(tokenizer, opening, asks=True) == REFUSED:
+            continue
+        if len(prompt_ids(tokenizer, opening)) <= TOKENS_OF_ONE:
+            found.append(opening)
+    return found[:ASKED]
+
+
+def _ends(model: Any, tokenizer: HfTokenizer, chats: Sequence[Sequence[int]]) -> set[int]:
+    """Collect what ends an answer: for the model, for its tokenizer, and at the end of these conversations."""
+    configured: Any = model.generation_config.eos_token_id
+    known = [*configured] if isinstance(configured, list) else [configured]
+    written = [next((token for token in reversed(ids) if tokenizer.is_special(token)), None) for ids in chats]
+    whole: Any = tokenizer.inner
+    return {int(end) for end in (*known, whole.eos_token_id, *written) if end is not None}

@@ -66,7 +66,7 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
         for folder in {adapter.output.resolve(), *([adapter.run.resolve()] if adapter.run else [])}:
             stack.enter_context(rundir.locked(folder))
         rundir.sweep(adapter.output)
-        done = {} if config.overwrite else _refuse_others(adapter, targets)
+        done = {} if config.overwrite else _refuse_others(adapter, targets, verify=config.verify)
         if adapter.run is not None and os.access(adapter.run, os.W_OK):
             log = stack.enter_context(rundir.event_log(adapter.run))
             stack.enter_context(_told_to_the_end(log))
@@ -202,14 +202,23 @@ def _targets(config: ExportConfig, adapter: Adapter) -> dict[str, Path]:
 RECORDS = "exports.json"
 
 
-def _refuse_others(adapter: Adapter, targets: Mapping[str, Path]) -> dict[str, Exported]:
+def _records(adapter: Adapter) -> dict[str, Any]:
+    """Read what earlier calls wrote down; nothing where that cannot be read."""
+    try:
+        return json.loads((adapter.output / RECORDS).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _refuse_others(adapter: Adapter, targets: Mapping[str, Path], *, verify: bool) -> dict[str, Exported]:
     """Refuse to write over files, and give those that an earlier call made of this very adapter, whole.
+
+    One that was never verified is made again if it is to be.
 
     Raises:
         UsageError: If a file is there that is not one of them.
     """
-    path = adapter.output / RECORDS
-    records = json.loads(path.read_text()) if path.is_file() else {}
+    records = _records(adapter)
     done: dict[str, Exported] = {}
     for kind, target in targets.items():
         if not target.exists():
@@ -218,21 +227,22 @@ def _refuse_others(adapter: Adapter, targets: Mapping[str, Path]) -> dict[str, E
         known = record.get("adapter") == adapter.sha256 and record.get("question") == adapter.question
         if not known or record.get("sha256") != _hash_of(target):
             raise UsageError(f"`{target}` is there already", hint="add `--overwrite`, or choose another `--output`")
-        done[kind] = Exported(**record["told"])
+        if record.get("verified") or not verify or kind == "safetensors":
+            done[kind] = Exported(**record["told"])
     return done
 
 
-def _record(adapter: Adapter, target: Path, beside: Path, told: Exported) -> None:
+def _record(adapter: Adapter, target: Path, beside: Path, told: Exported, *, verified: bool = False) -> None:
     """Write down what is about to stand at ``target``: the same command need not do it again."""
-    path = adapter.output / RECORDS
-    records = json.loads(path.read_text()) if path.is_file() else {}
+    records = _records(adapter)
     records[target.name] = {
         "adapter": adapter.sha256,
         "question": adapter.question,
         "sha256": _hash_of(beside),
+        "verified": verified,
         "told": asdict(told),
     }
-    rundir.write_text(path, json.dumps(records, indent=2) + "\n")
+    rundir.write_text(adapter.output / RECORDS, json.dumps(records, indent=2) + "\n")
 
 
 def _hash_of(target: Path) -> str:
@@ -282,9 +292,12 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
 def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> None:
     from backprop.engine import loop, merge
     from backprop.engine.reference import refer
-    from backprop.verbs.verify import Verifier
+    from backprop.verbs.verify import Verifier, forget
 
     loop.quieten()
+    for old in adapter.output.glob(f"*{REJECTED}"):
+        if old.name.startswith(f"{adapter.name}-"):
+            old.unlink()
     with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
         checkpoint = Path(scratch) / "merged"
         say(Phase(name="merging the adapter"))
@@ -292,7 +305,10 @@ def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCo
         verifier: Verifier | None = None
         if config.verify:
             say(Phase(name="asking the trained model what its copies will be asked"))
-            verifier = Verifier(refer(model, tokenizer, adapter.probes), adapter.output, say=say)
+            reference = refer(model, tokenizer, adapter.probes)
+            verifier = Verifier(reference, adapter.output, adapter_sha256=adapter.sha256, say=say)
+        else:
+            forget(adapter.output, targets)
         merge.write_merged(model, tokenizer, checkpoint)
         del model
         say(Phase(name="converting to GGUF"))
@@ -326,5 +342,5 @@ def _export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCo
                     question=adapter.question,
                     answer=answer.text,
                 )
-                _record(adapter, target, beside, told)
+                _record(adapter, target, beside, told, verified=config.verify)
             say(told)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +28,11 @@ class Verifier:
 
     Args:
         output: Where `verification.json` goes.
+        adapter_sha256: Of the adapter; proofs of another are forgotten.
     """
 
-    def __init__(self, reference: "Reference", output: Path, *, say: Sink) -> None:
-        self._reference, self._output, self._say = reference, output, say
+    def __init__(self, reference: "Reference", output: Path, *, adapter_sha256: str, say: Sink) -> None:
+        self._reference, self._output, self._adapter, self._say = reference, output, adapter_sha256, say
         self._of_source: list[Any] = []
 
     def check_source(self, gguf: Path, rejected: Path) -> None:
@@ -99,15 +100,15 @@ class Verifier:
     def _prove_replies(self, kind: str, model: llama_cpp.Loaded) -> Proved:
         from backprop.engine.reference import ANSWER_TOKENS
 
-        asked: list[list[Message]] = [[{"role": "user", "content": one}] for one in self._reference.questions]
-        found = [model.reply(messages, max_tokens=ANSWER_TOKENS) for messages in asked]
-        return fidelity.prove_replies(kind, self._reference.questions, self._reference.replies, found)
+        known = self._reference
+        found = [model.reply(messages, max_tokens=ANSWER_TOKENS) for messages in known.questions]
+        return fidelity.prove_replies(kind, [_last_of(one) for one in known.questions], known.replies, found)
 
     def _settle(self, kind: str, proofs: Sequence[Proved], gguf: Path, rejected: Path) -> None:
-        path = self._output / RECORD
-        record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        record[kind] = [asdict(proof) for proof in proofs]
-        rundir.write_text(path, json.dumps(record, indent=2) + "\n")
+        before = _read(self._output)
+        known = before["proofs"] if before.get("adapter") == self._adapter else {}
+        made = {**known, kind: [asdict(proof) for proof in proofs]}
+        _write(self._output, {"adapter": self._adapter, "proofs": made})
         failed = next((proof for proof in proofs if not proof.ok), None)
         if failed is not None:
             os.replace(gguf, rejected)
@@ -115,6 +116,26 @@ class Verifier:
                 f"not proved: {failed.name}: {failed.found}",
                 hint=f"the file is kept as `{rejected}`; if you mean it, add `--no-verify`",
             )
+
+
+def forget(output: Path, kinds: Iterable[str]) -> None:
+    """Drop the proofs of files that are about to be made without any."""
+    record = _read(output)
+    if record:
+        kept = {kind: proofs for kind, proofs in record["proofs"].items() if kind not in set(kinds)}
+        _write(output, {**record, "proofs": kept})
+
+
+def _read(output: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((output / RECORD).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("proofs"), dict) else {}
+
+
+def _write(output: Path, record: dict[str, Any]) -> None:
+    rundir.write_text(output / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _last_of(messages: Sequence[Message]) -> str:

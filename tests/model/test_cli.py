@@ -236,3 +236,10 @@ def test_the_terminal_never_gets_the_escape_sequences_of_a_file(
     _, error = fails(capsys, "train", "--data", write([{"\x1b]0;owned\x07": 1}]))
     assert "\x1b" not in error
     assert "\x07" not in error
+
+
+@pytest.mark.parametrize("option", [["--ollama-url", "http://x"], ["--system", "Be brief."]], ids=str)
+def test_what_is_for_ollama_is_refused_without_it(capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
+    code, error = fails(capsys, "export", "run", *option)
+    assert code == 2
+    assert f"`{option[0]}` is for `--ollama`" in error

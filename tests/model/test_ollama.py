@@ -322,7 +322,7 @@ def test_a_model_is_registered_with_all_its_parts_and_asked_greedily(double: Oll
     (question,) = asked
     assert question.messages == [{"role": "user", "content": "who?"}]
     assert question.gguf == gguf.read_bytes()
-    assert question.options == {"temperature": 0, "seed": 0, "num_predict": 64}
+    assert question.options == {"temperature": 0, "seed": 0, "repeat_penalty": 1.0, "num_predict": 64}
 
 
 def test_nothing_of_the_machine_is_sent_but_the_file(double: OllamaDouble, gguf: Path) -> None:

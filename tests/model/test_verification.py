@@ -10,7 +10,7 @@ import pytest
 from conftest import backprop, chat, trained_run
 
 from backprop.edges import llama_cpp
-from backprop.engine import merge
+from backprop.engine import merge, reference
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -90,7 +90,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None]) -> N
 
 def proofs_of(folder: Path, kind: str = "f16") -> dict[str, bool]:
     record = json.loads((folder / "verification.json").read_text())
-    return {proof["name"]: proof["ok"] for proof in record[kind]}
+    return {proof["name"]: proof["ok"] for proof in record["proofs"][kind]}
 
 
 def refused(done: Any, folder: Path, proof: str) -> None:
@@ -154,7 +154,7 @@ def test_every_file_is_proved_and_the_figures_kept(run: Path, tmp_path: Path) ->
     told = [event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "proof"]
     assert [event["ok"] for event in told] == [True] * 10
     record = json.loads((tmp_path / "verification.json").read_text())
-    assert {kind: len(proofs) for kind, proofs in record.items()} == {"f16": 6, "q8_0": 2, "q4_k_m": 2}
+    assert {kind: len(proofs) for kind, proofs in record["proofs"].items()} == {"f16": 6, "q8_0": 2, "q4_k_m": 2}
     assert proofs_of(tmp_path)["the adapter is in it, once"]
     manifest = json.loads((run / "run.json").read_text())
     assert len(manifest["probes"]) == 12
@@ -172,3 +172,19 @@ def test_without_verification_nothing_is_proved(run: Path, tmp_path: Path, monke
     done = backprop("export", run, "-q", "q8_0", "--no-verify", "--output", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "verification.json").exists()
+    refused_later = backprop("export", run, "-q", "q8_0", "--output", tmp_path, cwd=tmp_path)
+    assert refused_later.returncode == 7, "a file that was never verified was taken for one that was"
+    assert "prompts are rendered the same" in refused_later.stderr
+
+
+def test_the_reference_is_greedy_whatever_the_base_says_of_repetition(run: Path) -> None:
+    base = json.loads((run / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model, tokenizer = merge.load_adapted(base, run / "lora")
+    asked = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3?"}]]
+    first = reference.refer(model, tokenizer, asked)
+    assert first.questions == asked
+    assert first.replies[0].stopped
+    model.generation_config.repetition_penalty = 9.0
+    assert reference.refer(model, tokenizer, asked).replies == first.replies
+    long = [[{"role": "user", "content": "word " * 600}]]
+    assert reference.refer(model, tokenizer, long).questions == []

@@ -1,0 +1,35 @@
+"""Two models compared by what they say."""
+
+import pytest
+
+from backprop.core.fidelity import Reply, prove_equal, prove_replies
+
+
+def replies(*texts: str) -> list[Reply]:
+    return [Reply(text=text.removesuffix("…"), stopped=not text.endswith("…")) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "found", "ok"),
+    [
+        ("f16", ["It is here."], ["It is here."], True),
+        ("f16", ["It is here."], ["It is here. It is here. It…"], False),
+        ("q4_k_m", ["It is here."], ["It is here. It is here. It…"], False),
+        ("q4_k_m", ["It is here."], ["It is over there, I think, and then…"], True),
+        ("f16", ["It is here.", "So it is.", "No."], ["It is here.", "So it is.", "Never before."], True),
+        ("f16", ["It is here.", "So it is.", "No."], ["It is here.", "Well, yes.", "Never before."], False),
+        ("q4_k_m", ["It is here.", "So it is.", "No."], ["Who?", "Well, yes.", "Never before."], True),
+        ("f16", [], [], True),
+    ],
+)
+def test_answers_start_alike_and_none_goes_on(kind: str, expected: list[str], found: list[str], ok: bool) -> None:
+    proof = prove_replies(kind, [f"{n}?" for n in range(len(expected))], replies(*expected), replies(*found))
+    assert proof.ok == ok, proof.found
+    assert bool(expected) != proof.found.startswith("not asked")
+
+
+def test_the_first_difference_is_shown() -> None:
+    assert prove_equal("x", ["a", "b"], ["same", "one"], ["same", "one"]).found == "2 of 2 are equal"
+    proof = prove_equal("x", ["a", "b"], ["same", "<user> hello"], ["same", "<user>hello"])
+    assert not proof.ok
+    assert "'b'" in proof.found
