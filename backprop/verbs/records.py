@@ -1,0 +1,63 @@
+"""What earlier exports wrote down beside their files, so that the same command need not do it again."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from backprop.edges import rundir
+from backprop.errors import UsageError
+from backprop.events import Exported
+from backprop.verbs.source import Adapter
+
+# Beside the exported files: from which adapter each came, its hash, and what it answered.
+RECORDS = "exports.json"
+
+
+def _records(adapter: Adapter) -> dict[str, Any]:
+    """Read what earlier calls wrote down; nothing where that cannot be read."""
+    try:
+        return json.loads((adapter.output / RECORDS).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def refuse_others(adapter: Adapter, targets: Mapping[str, Path], *, verify: bool) -> dict[str, Exported]:
+    """Refuse to write over files, and give those that an earlier call made of this very adapter, whole.
+
+    One that was never verified is made again if it is to be.
+
+    Raises:
+        UsageError: If a file is there that is not one of them.
+    """
+    records = _records(adapter)
+    done: dict[str, Exported] = {}
+    for kind, target in targets.items():
+        if not target.exists():
+            continue
+        known = records.get(target.name) or {}
+        ours = known.get("adapter") == adapter.sha256 and known.get("question") == adapter.question
+        if not ours or known.get("sha256") != _hash_of(target):
+            raise UsageError(f"`{target}` is there already", hint="add `--overwrite`, or choose another `--output`")
+        if known.get("verified") or not verify or kind == "safetensors":
+            done[kind] = Exported(**known["told"])
+    return done
+
+
+def record(adapter: Adapter, target: Path, beside: Path, told: Exported, *, verified: bool = False) -> None:
+    """Write down what is about to stand at ``target``: the same command need not do it again."""
+    records = _records(adapter)
+    records[target.name] = {
+        "adapter": adapter.sha256,
+        "question": adapter.question,
+        "sha256": _hash_of(beside),
+        "verified": verified,
+        "told": asdict(told),
+    }
+    rundir.write_text(adapter.output / RECORDS, json.dumps(records, indent=2) + "\n")
+
+
+def _hash_of(target: Path) -> str:
+    files = sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else [target]
+    return " ".join(rundir.sha256_of(path) for path in files)

@@ -1,0 +1,100 @@
+"""What is exported: an adapter on disk, its base model, and what is known of how it was trained."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backprop.config import ExportConfig
+from backprop.core.data.formats import Message
+from backprop.core.probes import by_itself
+from backprop.edges import hub, rundir
+from backprop.errors import ExportError, UsageError
+
+DEFAULT_QUESTION = "Hello! Who are you?"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """An adapter on disk and the base model it was trained on."""
+
+    folder: Path
+    base: str
+    output: Path
+    name: str
+    question: str
+    probes: list[list[Message]]
+    """Conversations to prove a copy with."""
+    run: Path | None
+    """The run directory it stands in; None for an adapter by itself."""
+    sha256: str
+    """Of its weights."""
+
+
+def find_adapter(source: Path, config: ExportConfig) -> Adapter:
+    """Find the adapter in a run directory or PEFT folder, and its base model.
+
+    Raises:
+        UsageError: If there is none.
+        ModelError: If its base model cannot be found.
+    """
+    folder = source if (source / "adapter_config.json").is_file() else source / "lora"
+    run = folder.parent
+    if not (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"`{source}` holds no adapter", hint="give a run directory, or a folder with adapter_config.json"
+        )
+    manifest = rundir.read_manifest(run) or {}
+    if manifest and manifest.get("status") != "finished":
+        why = (manifest.get("error") or {}).get("message", "")
+        raise UsageError(
+            f"the run in `{run}` is not finished: {manifest.get('status')}{': ' if why else ''}{why}",
+            hint="mend that and run its command again; what only a proof stopped finishes with `--skip-proofs`"
+            if manifest.get("status") == "failed"
+            else "run its command again, to the end",
+        )
+    base = _base_of_run(manifest) if "model" in manifest else _base_of(folder)
+    model = hub.find_model(base, offline=config.offline)
+    known = (manifest.get("model") or {}).get("sha256")
+    if known not in (None, model.sha256):
+        raise ExportError(
+            f"`{model.path}` is not the model that the run in `{run}` was trained on: its files differ",
+            hint="bring back the one that it was trained on, or train again",
+        )
+    output = config.output or (run if manifest else folder) / "export"
+    question = config.question or manifest.get("question") or DEFAULT_QUESTION
+    name = (run if manifest else folder).resolve().name
+    return Adapter(
+        folder=folder,
+        base=model.path,
+        output=output,
+        name=name,
+        question=question,
+        probes=list(manifest.get("probes") or ()) or by_itself(),
+        run=run if manifest else None,
+        sha256=_adapter_hash(folder),
+    )
+
+
+def _adapter_hash(folder: Path) -> str:
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UsageError(f"`{weights}` is missing", hint="give a run directory, or a whole adapter")
+    return rundir.sha256_of(weights)
+
+
+def _base_of_run(manifest: Mapping[str, Any]) -> str:
+    """Give the folder that was trained on while it is there; else its name, which may be found again."""
+    model = manifest["model"]
+    return str(model["path"] if Path(model["path"]).is_dir() else model["name"])
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        settings: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        return str(settings["base_model_name_or_path"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"`{folder}/adapter_config.json` is damaged: {error}", hint="give the run it came from"
+        ) from error
