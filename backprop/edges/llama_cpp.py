@@ -14,7 +14,7 @@ from typing import Any
 
 from backprop.core.data.formats import Message
 from backprop.core.fidelity import Reply
-from backprop.edges import process
+from backprop.edges import process, stopping
 from backprop.edges.hub import cache_dir
 from backprop.errors import DiskError, ExportError, ToolError
 
@@ -243,12 +243,17 @@ def _quiet() -> Generator[None]:
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)
+
+    def be_heard(*_: object) -> None:
+        for number, descriptor in enumerate(saved, start=1):
+            os.dup2(descriptor, number)
+
     try:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-        yield
+        with stopping.ends_with(be_heard):
+            yield
     finally:
-        for number, descriptor in enumerate(saved, start=1):
-            os.dup2(descriptor, number)
+        be_heard()
+        for descriptor in (*saved, nowhere):
             os.close(descriptor)
-        os.close(nowhere)

@@ -132,7 +132,6 @@ def register(
     server: Server,
     parts: ModelParts,
     question: str,
-    raw: bool = False,
     expected: str = "",
     say: Sink,
 ) -> Registered:
@@ -144,7 +143,6 @@ def register(
 
     Args:
         question: What the model is asked.
-        raw: Whether to continue ``question`` as it is, instead of answering it as a chat.
         expected: What llama.cpp answers with the same file; the beginning of the answer there must be the same.
 
     Raises:
@@ -157,23 +155,27 @@ def register(
     if server.token_withheld:
         say(Warned(message=f"OLLAMA_API_KEY is not sent to `{server.url}`: anyone on the way could read it"))
     say(Phase(name=f"handing {gguf.name} to Ollama at {server.url}"))
+    family = f"{name.partition(':')[0]}:unproven-"
+    there = names(server)
+    for left in there:
+        if left.startswith(family.lower()):  # by a process that was killed
+            delete(server, left)
     digest = _digest(gguf)
     upload(server, gguf, digest, say=say)
-    unproven = f"{name.partition(':')[0]}:unproven-{secrets.token_hex(4)}"
+    unproven = f"{family}{secrets.token_hex(4)}"
     with _removed_afterwards(server, unproven, say):
         create(server, unproven, digest, parts)
         verify(server, unproven, parts)
         say(Phase(name=f"asking {name} in Ollama"))
-        answer = ask(server, unproven, question, raw=raw)
+        answer = ask(server, unproven, question)
         _refuse_other_answer(answer.text, expected, question)
-        replaced = has(server, name)
         fetch(server, "POST", "/api/copy", {"source": unproven, "destination": name})
     verify(server, name, parts)
     registered = Registered(
         name=name,
         server=server.url,
         size_bytes=gguf.stat().st_size,
-        replaced=replaced,
+        replaced=(name if ":" in name else f"{name}:latest").lower() in there,
         question=question,
         answer=without_escapes(answer.text[:ANSWER_MOST]),
     )
@@ -334,11 +336,8 @@ def _stops(shown: Mapping[str, Any]) -> set[str]:
     return found
 
 
-def ask(server: Server, name: str, question: str, *, raw: bool = False, max_tokens: int = 64) -> Reply:
+def ask(server: Server, name: str, question: str, *, max_tokens: int = 64) -> Reply:
     """Let a model answer, always with its likeliest token, and let the server forget it afterwards.
-
-    Args:
-        raw: Whether to continue ``question`` as it is, without the model's template.
 
     Raises:
         OllamaError: If the server fails, or its answer is not complete.
@@ -349,15 +348,11 @@ def ask(server: Server, name: str, question: str, *, raw: bool = False, max_toke
         "keep_alive": 0,
         "options": {"temperature": 0, "seed": 0, "repeat_penalty": 1.0, "num_predict": max_tokens},
     }
-    if raw:
-        reply = fetch(server, "POST", "/api/generate", {**fields, "prompt": question, "raw": True}, slow=True)
-        text: object = reply.get("response")
-    else:
-        messages = [{"role": "user", "content": question}]
-        reply = fetch(server, "POST", "/api/chat", {**fields, "messages": messages}, slow=True)
-        message: object = reply.get("message")
-        # What a model says to itself first may take all of its tokens.
-        text = message.get("content") or message.get("thinking", "") if isinstance(message, dict) else None
+    messages = [{"role": "user", "content": question}]
+    reply = fetch(server, "POST", "/api/chat", {**fields, "messages": messages}, slow=True)
+    message: object = reply.get("message")
+    # What a model says to itself first may take all of its tokens.
+    text: object = message.get("content") or message.get("thinking", "") if isinstance(message, dict) else None
     if not isinstance(text, str) or reply.get("done") is not True:
         raise OllamaError(
             f"Ollama at `{server.url}` did not end its answer: {said(server, str(dict(reply)))}",
@@ -366,16 +361,15 @@ def ask(server: Server, name: str, question: str, *, raw: bool = False, max_toke
     return Reply(text=text.strip(), stopped=reply.get("done_reason") == "stop")
 
 
-def has(server: Server, name: str) -> bool:
-    """Say whether a server has a model of that name, in whatever case.
+def names(server: Server) -> set[str]:
+    """Give the names of a server's models, each with its tag, in lower case.
 
     Raises:
         OllamaError: If the server cannot be reached or refuses.
     """
     models: object = fetch(server, "GET", "/api/tags").get("models")
     listed = cast(list[object], models) if isinstance(models, list) else []
-    names = [str(cast(dict[str, object], one).get("name")).lower() for one in listed if isinstance(one, dict)]
-    return (name if ":" in name else f"{name}:latest").lower() in names
+    return {str(cast(dict[str, object], one).get("name")).lower() for one in listed if isinstance(one, dict)}
 
 
 def delete(server: Server, name: str) -> None:

@@ -19,7 +19,7 @@ from backprop.events import Proved
 PROOF_TOKENS = 12
 # How far rounding moves the logits of a well-conditioned model, as a share of their norm; and what is no rounding.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.02}
-MOST_ROUNDING = 0.5
+MOST_ROUNDING = {"float32": 0.01, "bfloat16": 0.5}
 
 
 def timed(prove: Callable[[], Proved]) -> Proved:
@@ -56,7 +56,7 @@ def prove_isolation(model: Any, *, dtype: str = "float32") -> Proved:
         beside = _logits(model, padded([second, longer]))[0, :PROOF_TOKENS]
     leak = float((kept - moved).abs().max() / alone.std())
     packing, padding = (float((one - alone).norm() / alone.norm()) for one in (kept, beside))
-    allowed = min(max(ROUNDING[dtype], 4 * padding), MOST_ROUNDING)
+    allowed = min(max(ROUNDING[dtype], 4 * padding), MOST_ROUNDING[dtype])
     return Proved(
         name=name,
         ok=leak <= 1e-6 and packing <= allowed,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import normalize
 
 from backprop.core.data.formats import Message
 from backprop.core.fidelity import Reply
@@ -49,7 +50,8 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
         for messages in conversations
     ]
     answered = [ends for text, ends in chats if text != REFUSED]
-    texts = [*(text for text, _ in chats if text != REFUSED), *HARD_STRINGS]
+    # Some tokenizers compose characters first, which llama.cpp never does: docs/export.md.
+    texts = [normalize("NFC", text) for text in (*(text for text, _ in chats if text != REFUSED), *HARD_STRINGS)]
     ids = [[token.id for token in tokenizer.tokenize(text)] for text in texts]
     sequences: list[list[int]] = []
     for one in sorted(ids[: len(texts) - len(HARD_STRINGS)], key=len):

@@ -1,10 +1,11 @@
 """The rehearsal: all that a run will do, on a small copy of the model, so that hours never end in an export that cannot be."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from backprop.config import TrainConfig
 from backprop.core.duration import choose_rehearsal
@@ -16,6 +17,7 @@ from backprop.events import Event, Phase, Proved, Resumed, Sink, Warned
 from backprop.verbs.adapter import train_one
 from backprop.verbs.prepare import Prepared
 
+MARK = "backprop-rehearsal-"
 STEPS, EXAMPLES = 3, 8
 QUANTIZATION = "q4_k_m"
 NAME = "the rehearsal went through"
@@ -54,8 +56,7 @@ def _rehearse(config: TrainConfig, prepared: Prepared, *, reason: str, say: Sink
     started = time.monotonic()
     say(Phase(name=f"rehearsing on a small copy of the model: {reason}"))
     path, code = prepared.model.path, config.trust_remote_code
-    with TemporaryDirectory(prefix="backprop-rehearsal-") as folder:
-        room = Path(folder)
+    with _room() as room:
         try:
             write_small_copy(path, room / "model", prepared.tokenizer, trust_remote_code=code)
         except ModelError as error:
@@ -69,10 +70,26 @@ def _rehearse(config: TrainConfig, prepared: Prepared, *, reason: str, say: Sink
             error.message = f"the rehearsal failed, before any training: {error.message}"
             error.hint = "; ".join(filter(None, (error.hint, "to train all the same, add `--no-rehearse`")))
             raise
+        except Exception as error:
+            told = rundir.disk_error(room, error)
+            if told is None:
+                raise
+            told.hint = "set TMPDIR to a folder on a larger disk, or add `--no-rehearse`"
+            raise told from error
         finally:
             loop.release()
     seconds = round(time.monotonic() - started, 1)
     say(Proved(name=NAME, ok=True, found=done, seconds=seconds))
+
+
+@contextmanager
+def _room() -> Generator[Path]:
+    """Give a temporary folder, and remove those of rehearsals that were killed."""
+    for left in Path(gettempdir()).glob(f"{MARK}*"):
+        with suppress(BackpropError, OSError), rundir.locked(left):
+            rundir.remove(left)
+    with TemporaryDirectory(prefix=MARK) as folder, rundir.locked(Path(folder)):
+        yield Path(folder)
 
 
 def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink) -> str:

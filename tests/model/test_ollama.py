@@ -330,21 +330,20 @@ def test_nothing_of_the_machine_is_sent_but_the_file(double: OllamaDouble, gguf:
     assert "my model" not in json.dumps([one.fields for one in double.seen])
 
 
+def test_what_a_killed_process_left_there_is_removed(double: OllamaDouble, gguf: Path) -> None:
+    there = Model("sha256:" + "0" * 64)
+    double.blobs[there.digest] = b"GGUF"
+    for name in ("pottle:unproven-0123abcd", "other:unproven-0123abcd", "pottle:latest"):
+        double.models[name] = there
+    register_at(double, gguf, name="pottle:v2")
+    assert set(double.models) == {"other:unproven-0123abcd", "pottle:latest", "pottle:v2"}
+
+
 def test_parts_that_are_not_given_are_left_to_the_server(double: OllamaDouble, gguf: Path) -> None:
     register_at(double, gguf, parts=ModelParts(), name="pottle")
     (create,) = [one.fields for one in double.seen if one.route == "POST /api/create"]
     assert set(create) == {"model", "files"}
     assert set(double.models) == {"pottle:latest"}
-
-
-def test_a_text_is_continued_without_a_template(double: OllamaDouble, gguf: Path) -> None:
-    asked: list[Asked] = []
-    double.answer = lambda one: asked.append(one) or "there was"
-    done, _ = register_at(double, gguf, raw=True)
-    (question,) = asked
-    assert (question.prompt, question.raw, question.messages) == ("who?", True, ())
-    assert question.options["temperature"] == 0
-    assert done.answer == "there was"
 
 
 def test_the_server_forgets_the_model_that_it_was_asked_about(double: OllamaDouble, gguf: Path) -> None:
@@ -537,7 +536,7 @@ def quick_calls(double: OllamaDouble, gguf: Path) -> dict[str, Callable[[], obje
         VERSION: lambda: ollama.check(server),
         "HEAD /api/blobs": lambda: ollama.upload(server, gguf, digest_of(gguf), say=lambda event: None),
         SHOW: lambda: ollama.verify(server, "a", PARTS),
-        "GET /api/tags": lambda: ollama.has(server, "a"),
+        "GET /api/tags": lambda: ollama.names(server),
         "DELETE /api/delete": lambda: ollama.delete(server, "a"),
     }
 
@@ -548,7 +547,6 @@ def slow_calls(double: OllamaDouble, gguf: Path) -> dict[str, Callable[[], objec
         "POST /api/blobs": lambda: ollama_http.send(server, f"/api/blobs/{digest}", [data], size_bytes=len(data)),
         CREATE: lambda: ollama.create(server, "a", digest, PARTS),
         CHAT: lambda: ollama.ask(server, "a", "b"),
-        "POST /api/generate": lambda: ollama.ask(server, "a", "b", raw=True),
     }
 
 
@@ -965,7 +963,7 @@ def test_a_real_server_takes_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> 
     try:
         done = register(gguf, name, server=server, parts=parts, question="Hello!", say=print)
         assert done.answer
-        assert ollama.has(server, name)
+        assert f"{name}:latest" in ollama.names(server)
     finally:
         ollama.delete(server, name)
-    assert not ollama.has(server, name)
+    assert f"{name}:latest" not in ollama.names(server)

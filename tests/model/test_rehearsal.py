@@ -1,7 +1,10 @@
 """The rehearsal goes the whole way before training, and finds what would fail after it."""
 
+import errno
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ from conftest import Run, backprop, chat
 
 from backprop import Trainer, events
 from backprop.core import duration
-from backprop.edges import device
+from backprop.edges import device, rundir
 from backprop.errors import TrainingError
+from backprop.verbs import rehearsal as rehearsal_verb
 from backprop.verbs import train as train_verb
 
 pytestmark = pytest.mark.model
@@ -132,6 +136,25 @@ def test_a_run_that_goes_on_is_rehearsed_if_it_was_not_and_this_is_asked_for(
     run = train(**options, rehearse=True)
     assert rehearsals(run) == ["rehearsing on a small copy of the model: set by `--rehearse`"]
     assert len(run.all(events.Resumed)) == 1
+
+
+def test_a_full_disk_is_exit_9_and_what_a_killed_rehearsal_left_is_removed(
+    train: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    left, alive = (tmp_path / "tmp" / f"backprop-rehearsal-{name}" for name in ("left", "alive"))
+    for folder in (left, alive):
+        (folder / "model").mkdir(parents=True)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(rehearsal_verb, "train_one", full)
+    with rundir.locked(alive):
+        run = train(rehearse=True, **QUICK)
+    assert run.failed.code == 9
+    assert "TMPDIR" in run.failed.hint
+    assert list((tmp_path / "tmp").iterdir()) == [alive]
 
 
 @pytest.fixture

@@ -110,6 +110,17 @@ with stopping.armed(), stopping.ends_with(lambda error: say("last words", error.
     assert ran(program) == (75, "saved\nlast words 75\n")
 
 
+def test_last_words_are_heard_while_a_library_is_silenced() -> None:
+    program = """
+from backprop.edges import llama_cpp
+with stopping.armed(), stopping.ends_with(lambda error: say("last words", error.code)), llama_cpp._quiet():
+    say("of the library")
+    threading.Timer(0.2, send, [signal.SIGTERM]).start()
+    stuck()
+"""
+    assert ran(program) == (75, "last words 75\n")
+
+
 @pytest.mark.slow
 def test_a_failing_rescue_does_not_keep_the_program_alive() -> None:
     program = """
