@@ -94,6 +94,16 @@ def _memory_bytes() -> int:
     return min(machine, int(text)) if text.isdigit() else machine
 
 
+def memory_free_bytes() -> int:
+    """Give the main memory that is not in use, within what this process may use."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return _memory_bytes()
+    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return min(_memory_bytes(), 1024 * int(available)) if available else _memory_bytes()
+
+
 def disk_free_bytes(path: Path) -> int:
     """Give the free space of the file system that ``path`` is or would be on."""
     path = path.absolute()

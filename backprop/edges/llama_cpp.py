@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +60,39 @@ def converter() -> Path:
     return script
 
 
-def convert(folder: Path, gguf: Path, *, kind: str) -> None:
-    """Turn a Hugging Face checkpoint into GGUF.
+def convert(folder: Path, gguf: Path, *, kind: str, through: Sequence[str] = ()) -> None:
+    """Turn a Hugging Face checkpoint into GGUF; as `converting`, and wait for it."""
+    with converting(folder, gguf, kind=kind, through=through) as finish:
+        finish()
+
+
+@contextlib.contextmanager
+def converting(folder: Path, gguf: Path, *, kind: str, through: Sequence[str] = ()) -> Generator[Callable[[], None]]:
+    """Turn a Hugging Face checkpoint into GGUF beside the block, which is given what waits for it.
 
     Args:
         kind: One of `CONVERTED`.
+        through: Arguments of Python before the converter's own: a program that runs it.
 
     Raises:
         ExportError: If the converter does not know the model, with its own last words.
     """
     script = converter()
     # The converter's own gguf package: the one on the index, of the same version number, is another.
-    env = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py"), "HF_HUB_OFFLINE": "1"}
-    argv = [sys.executable, str(script), str(folder), "--outfile", str(gguf), "--outtype", kind]
-    try:
-        process.run(argv, env=env)
-    except ToolError as error:
-        raise ExportError(
-            f"llama.cpp cannot convert this model: {error.message}", hint="see `--format safetensors`"
-        ) from error
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = os.pathsep.join((str(script.parent / "gguf-py"), *filter(None, (env.get("PYTHONPATH"),))))
+    argv = [sys.executable, *through, str(script), str(folder), "--outfile", str(gguf), "--outtype", kind]
+    with process.running(argv, env=env) as finish:
+
+        def wait() -> None:
+            try:
+                finish()
+            except ToolError as error:
+                raise ExportError(
+                    f"llama.cpp cannot convert this model: {error.message}", hint="see `--format safetensors`"
+                ) from error
+
+        yield wait
 
 
 def quantize(source: Path, target: Path, *, quantization: str) -> None:

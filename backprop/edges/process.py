@@ -1,9 +1,12 @@
-"""Other programs: run one to its end."""
+"""Other programs: run one to its end, or beside other work."""
 
 import os
 import subprocess
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from backprop.errors import ToolError
 
@@ -21,16 +24,57 @@ def run(
     Raises:
         ToolError: If the program is missing, exits non-zero or runs past ``timeout_s``; with its own last words.
     """
+    with running(argv, cwd=cwd, env=env, timeout_s=timeout_s) as finish:
+        return finish()
+
+
+@contextmanager
+def running(
+    argv: list[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout_s: float = 3600
+) -> Generator[Callable[[], str]]:
+    """Run ``argv`` beside the block, which may wait for its end with what it is given; it does not outlive the block.
+
+    Raises:
+        ToolError: As `run`, when waited for; at once if the program is missing.
+    """
     name = Path(argv[0]).name
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        done = subprocess.run(
-            argv, cwd=cwd, env=env, timeout=timeout_s, capture_output=True, text=True, errors="replace", check=False
-        )
+        child = subprocess.Popen(argv, cwd=cwd, env=env, text=True, errors="replace", **pipes)
     except FileNotFoundError as error:
         raise ToolError(f"`{name}` is not installed", hint="run `backprop doctor`") from error
-    except subprocess.TimeoutExpired as error:
-        raise ToolError(f"`{name}` did not finish within {timeout_s:.0f} s") from error
-    if done.returncode != 0:
-        last = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise ToolError(f"`{name}` exited with {done.returncode}: {last}", hint="run `backprop doctor`")
-    return done.stdout
+    heard = [_Reader(stream) for stream in (child.stdout, child.stderr)]
+
+    def finish() -> str:
+        try:
+            code = child.wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise ToolError(f"`{name}` did not finish within {timeout_s:.0f} s") from error
+        said, complained = (reader.text() for reader in heard)
+        if code != 0:
+            last = "\n".join(complained.strip().splitlines()[-5:])
+            raise ToolError(f"`{name}` exited with {code}: {last}", hint="run `backprop doctor`")
+        return said
+
+    with child:
+        try:
+            yield finish
+        finally:
+            child.kill()
+
+
+class _Reader:
+    """Reads a stream to its end, in a thread, so that the program never waits to be read."""
+
+    def __init__(self, stream: Any) -> None:
+        self._parts: list[str] = []
+        self._thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._thread.start()
+
+    def _read(self, stream: Any) -> None:
+        with suppress(ValueError):  # closed, because nobody waits for it any more
+            self._parts.extend(stream)
+
+    def text(self) -> str:
+        self._thread.join()
+        return "".join(self._parts)

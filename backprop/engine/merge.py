@@ -18,34 +18,77 @@ def merge(base: str, adapter: Path, folder: Path, *, dtype: str = "float32", tru
     write_merged(model, tokenizer, folder, dtype=dtype)
 
 
-def load_adapted(base: str, adapter: Path, *, trust_remote_code: bool = False) -> tuple[Any, HfTokenizer]:
-    """Load the base model in float32 with the adapter beside its weights, and the adapter's tokenizer.
+def load_adapted(
+    base: str, adapter: Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[Any, HfTokenizer]:
+    """Load the base model with the adapter beside its weights, and the adapter's tokenizer. It computes in float32.
+
+    Args:
+        dtype: In which the weights are held.
 
     Raises:
         ModelError: If the base cannot be loaded.
         ExportError: If the adapter does not belong to it, or changes nothing.
     """
+    model = load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if dtype != "float32":
+        compute_in_float32(model)
+    return wrap(model, adapter, of=base).eval(), adapted_tokenizer(adapter, trust_remote_code=trust_remote_code)
+
+
+def compute_in_float32(model: Any) -> None:
+    """Let each module have its weights in float32 while it computes, and hold them as they are at other times."""
+    import torch
+
+    def widen(module: Any, _: object) -> None:
+        module.held = {name: one.data for name, one in module.named_parameters(recurse=False)}
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+
+    def narrow(module: Any, *_: object) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = module.held[name]
+
+    for module in model.modules():
+        if any(one.dtype in (torch.bfloat16, torch.float16) for one in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(narrow, always_call=True)
+
+
+def wrap(model: Any, adapter: Path, *, of: str) -> Any:
+    """Put the adapter beside the weights of a model.
+
+    Raises:
+        ExportError: If it does not belong to the model ``of`` that name, or changes nothing.
+    """
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    model = load_base(base, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
     try:
         wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise ExportError(
-            f"the adapter in `{adapter}` does not fit `{base}`: {str(error)[:300]}", hint="give the run it came from"
+            f"the adapter in `{adapter}` does not fit `{of}`: {str(error)[:300]}", hint="give the run it came from"
         ) from error
-    _check_keys(wrapped, adapter, base)
+    _check_keys(wrapped, adapter, of)
     if not any(bool(value.any()) for name, value in wrapped.named_parameters() if "lora_B" in name):
         raise ExportError(f"the adapter in `{adapter}` is all zero: nothing was learnt", hint="train it first")
+    return wrapped
+
+
+def adapted_tokenizer(adapter: Path, *, trust_remote_code: bool = False) -> HfTokenizer:
+    """Load the tokenizer that stands beside an adapter.
+
+    Raises:
+        ExportError: If there is none.
+    """
     try:
-        tokenizer = load_tokenizer(str(adapter), trust_remote_code=trust_remote_code)
+        return load_tokenizer(str(adapter), trust_remote_code=trust_remote_code)
     except ModelError as error:
         raise ExportError(
             f"`{adapter}` has no tokenizer that can be loaded: {error.message[:200]}",
             hint="copy the base model's beside it",
         ) from error
-    return wrapped.eval(), tokenizer
 
 
 def write_merged(wrapped: Any, tokenizer: HfTokenizer, folder: Path, *, dtype: str = "float32") -> None:
@@ -78,20 +121,3 @@ def _check_keys(wrapped: Any, adapter: Path, base: str) -> None:
             f"the adapter in `{adapter}` does not fit `{base}`: {len(odd)} tensors have no counterpart, first {odd[0]}",
             hint="give the run it came from",
         )
-
-
-def ask(folder: Path, question: str, *, trust_remote_code: bool = False, max_tokens: int = 64) -> str:
-    """Load a checkpoint again, as anyone would, and give its greedy answer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer
-    tokenizer = tokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    loader: Any = AutoModelForCausalLM
-    model = loader.from_pretrained(
-        str(folder), dtype="float32", use_safetensors=True, trust_remote_code=trust_remote_code
-    )
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    tokens = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0]
-    return str(tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

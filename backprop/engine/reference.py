@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
 from backprop.core.data.formats import Message
 from backprop.core.fidelity import Reply
+from backprop.core.placement import Placement
 from backprop.core.probes import HARD_STRINGS, prompts_of
-from backprop.engine.load import HfTokenizer
+from backprop.engine.load import HfTokenizer, load_base, load_tokenizer
+from backprop.engine.merge import compute_in_float32
 from backprop.errors import DataError
 
 MOST_TOKENS, TOKENS_OF_ONE = 1024, 256
@@ -96,8 +99,10 @@ def logits(model: Any, ids: Sequence[int]) -> Any:
     return found.float().cpu().numpy()
 
 
-def reply(model: Any, tokenizer: HfTokenizer, messages: Sequence[Message], ends: set[int]) -> Reply:
-    """Answer with the likeliest token each time, until one of ``ends`` or `ANSWER_TOKENS`.
+def reply(
+    model: Any, tokenizer: HfTokenizer, messages: Sequence[Message], ends: set[int], *, max_tokens: int = ANSWER_TOKENS
+) -> Reply:
+    """Answer with the likeliest token each time, until one of ``ends`` or the limit.
 
     Not with `generate`, which obeys what the base model's configuration says of repetition.
     """
@@ -109,7 +114,7 @@ def reply(model: Any, tokenizer: HfTokenizer, messages: Sequence[Message], ends:
     found: list[int] = []
     cache: Any = None
     with torch.no_grad():
-        while len(found) < ANSWER_TOKENS:
+        while len(found) < max_tokens:
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
             token, cache = int(out.logits[0, -1].argmax()), out.past_key_values
             if token in ends:
@@ -117,7 +122,7 @@ def reply(model: Any, tokenizer: HfTokenizer, messages: Sequence[Message], ends:
             found.append(token)
             ids = torch.tensor([[token]], device=device)
     text = str(whole.decode(found, skip_special_tokens=True)).strip()
-    return Reply(text=text, stopped=len(found) < ANSWER_TOKENS)
+    return Reply(text=text, stopped=len(found) < max_tokens)
 
 
 def prompt_ids(tokenizer: HfTokenizer, messages: Sequence[Message]) -> list[int]:
@@ -145,3 +150,39 @@ def _ends(model: Any, tokenizer: HfTokenizer, chats: Sequence[Sequence[int]]) ->
     written = [next((token for token in reversed(ids) if tokenizer.is_special(token)), None) for ids in chats]
     whole: Any = tokenizer.inner
     return {int(end) for end in (*known, whole.eos_token_id, *written) if end is not None}
+
+
+class Checkpoint:
+    """A checkpoint on disk, loaded as anyone would load it, that can be asked as `edges.llama_cpp.Loaded` can."""
+
+    def __init__(self, folder: Path, where: Placement, *, trust_remote_code: bool = False) -> None:
+        self._model: Any = load_base(
+            str(folder), dtype=where.dtype, device=where.device, trust_remote_code=trust_remote_code
+        ).eval()
+        if where.dtype != "float32":
+            compute_in_float32(self._model)
+        self._tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+
+    def tokenize(self, text: str, *, plain: bool = False) -> list[int]:
+        """Tokenise a text as it is; or a plain one, with the tokens that the tokenizer adds."""
+        whole: Any = self._tokenizer.inner
+        return [int(token) for token in whole(text, add_special_tokens=plain)["input_ids"]]
+
+    @property
+    def eos(self) -> int:
+        """The token that ends a text."""
+        whole: Any = self._tokenizer.inner
+        return int(whole.eos_token_id)
+
+    def render(self, messages: Sequence[Message], *, asks: bool) -> str:
+        """Apply the chat template; `REFUSED` if it refuses these turns."""
+        return render(self._tokenizer, messages, asks=asks)
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """Give the logits of a text, of shape (T, V), float32."""
+        return logits(self._model, ids)
+
+    def reply(self, messages: Sequence[Message], *, max_tokens: int = ANSWER_TOKENS) -> Reply:
+        """Answer a conversation greedily, until a token that the checkpoint itself names as an end."""
+        ends = _ends(self._model, self._tokenizer, [])
+        return reply(self._model, self._tokenizer, messages, ends, max_tokens=max_tokens)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from backprop.verbs.gguf import export_gguf
 from backprop.verbs.records import record, refuse_others
 from backprop.verbs.register import destination, register
 from backprop.verbs.source import Adapter, find_adapter
+from backprop.verbs.verify import REJECTED, forget, room_for, verifier_for
 
-# Room for the merged checkpoint in float32, its 16-bit GGUF and one quantized file, per weight: 4 + 2 + 1 bytes.
-BYTES_PER_WEIGHT = 7
+# Per weight: the 16-bit GGUF that all are made from, and beside it a file of each kind; of others less than 1.
+SOURCE_BYTES = 2
+BYTES_OF = {"f32": 4, "f16": 0, "bf16": 2, "safetensors": 0}
 DEFAULT_QUANTIZATION = "q4_k_m"
 
 
@@ -38,7 +40,7 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
         llama_cpp.converter()
         llama_cpp.bindings()
     where = destination(config, default_name=adapter.name)
-    _make_room(adapter)
+    _make_room(adapter, targets)
     with ExitStack() as stack:
         for folder in {adapter.output.resolve(), *([adapter.run.resolve()] if adapter.run else [])}:
             stack.enter_context(rundir.locked(folder))
@@ -107,7 +109,7 @@ def _targets(config: ExportConfig, adapter: Adapter) -> dict[str, Path]:
     return {kind: adapter.output / f"{adapter.name}-{kind}.gguf" for kind in kinds}
 
 
-def _make_room(adapter: Adapter) -> None:
+def _make_room(adapter: Adapter, kinds: Iterable[str]) -> None:
     """Make the folder for the files, and refuse a disk that is too small for the work."""
     try:
         adapter.output.mkdir(parents=True, exist_ok=True)
@@ -116,7 +118,8 @@ def _make_room(adapter: Adapter) -> None:
             f"`{adapter.output}` cannot be a folder: {error.strerror}", hint="choose another `--output`"
         ) from error
     weights = sum(path.stat().st_size for path in Path(adapter.base).glob("*.safetensors")) // 2
-    need, free = weights * BYTES_PER_WEIGHT, device.disk_free_bytes(adapter.output)
+    need = weights * (SOURCE_BYTES + sum(BYTES_OF.get(kind, 1) for kind in kinds))
+    free = device.disk_free_bytes(adapter.output)
     if free < need:
         raise DiskError(
             f"export writes up to {need / 2**20:,.0f} MiB to `{adapter.output}`, and {free / 2**20:,.0f} MiB are free",
@@ -125,13 +128,21 @@ def _make_room(adapter: Adapter) -> None:
 
 
 def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, say: Sink) -> None:
-    from backprop.engine import loop, merge
+    from backprop.engine import loop
+    from backprop.engine.reference import Checkpoint
 
     loop.quieten()
-    say(Phase(name="merging the adapter"))
+    rejected = target.with_name(target.name + REJECTED)
+    rundir.remove(rejected)
+    verifier = verifier_for(adapter, config, say) if config.verify else None
+    if verifier is None:
+        forget(adapter.output, ["safetensors"])
     with rundir.whole(target) as folder:
-        merge.merge(adapter.base, adapter.folder, folder, dtype="bfloat16", trust_remote_code=config.trust_remote_code)
-        answer = merge.ask(folder, adapter.question, trust_remote_code=config.trust_remote_code)
+        _write_checkpoint(adapter, folder, config, say)
+        model = Checkpoint(folder, room_for(folder), trust_remote_code=config.trust_remote_code)
+        if verifier:
+            verifier.check_checkpoint(folder, model, rejected)
+        answer = model.reply([{"role": "user", "content": adapter.question}]).text
         if not answer:
             raise ExportError("the exported model gave no answer", hint="ask another `--question`")
         told = Exported(
@@ -142,5 +153,19 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
             question=adapter.question,
             answer=answer,
         )
-        record(adapter, target, folder, told)
+        record(adapter, target, folder, told, verified=config.verify)
     say(told)
+
+
+def _write_checkpoint(adapter: Adapter, folder: Path, config: ExportConfig, say: Sink) -> None:
+    from backprop.engine import merge, streamed
+
+    base, trust = Path(adapter.base), config.trust_remote_code
+    merger = streamed.Merger(base, adapter.folder, trust_remote_code=trust)
+    why_not = streamed.why_not(base, adapter.folder)
+    say(Phase(name=f"merging the adapter{' in memory: ' if why_not else ''}{why_not}"))
+    if why_not:
+        merge.merge(adapter.base, adapter.folder, folder, dtype="bfloat16", trust_remote_code=trust)
+    else:
+        streamed.lay_out(base, merge.adapted_tokenizer(adapter.folder, trust_remote_code=trust), folder)
+        streamed.write_weights(base, merger, folder)

@@ -40,7 +40,7 @@ def refuse_others(adapter: Adapter, targets: Mapping[str, Path], *, verify: bool
         ours = known.get("adapter") == adapter.sha256 and known.get("question") == adapter.question
         if not ours or known.get("sha256") != _hash_of(target):
             raise UsageError(f"`{target}` is there already", hint="add `--overwrite`, or choose another `--output`")
-        if known.get("verified") or not verify or kind == "safetensors":
+        if known.get("verified") or not verify:
             done[kind] = Exported(**known["told"])
     return done
 

@@ -7,18 +7,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backprop.config import ExportConfig
 from backprop.core import fidelity
 from backprop.core.data.formats import Message
+from backprop.core.placement import Placement, needed_bytes, place
 from backprop.core.probes import HARD_STRINGS
-from backprop.edges import llama_cpp, rundir
+from backprop.edges import device, llama_cpp, rundir
 from backprop.engine.proofs import timed
 from backprop.errors import ExportError
 from backprop.events import Phase, Proved, Sink
+from backprop.verbs.source import Adapter
 
 if TYPE_CHECKING:
-    from backprop.engine.reference import Reference
+    from backprop.engine.reference import Checkpoint, Reference
 
 RECORD = "verification.json"
+REJECTED = ".rejected"
+"""What the name of a file ends with that is not the model that was trained."""
 CONTEXT = 512
 """Tokens: the longest text whose logits are compared, or a question and its answer."""
 
@@ -41,35 +46,49 @@ class Verifier:
         Raises:
             ExportError: If it is another; the file is then at ``rejected``.
         """
+        self._say(Phase(name="verifying the 16-bit file"))
+        with llama_cpp.loaded(gguf, context=CONTEXT, all_logits=True) as model:
+            proofs, self._of_source = self._prove_copy("f16", model)
+        self._settle("f16", proofs, gguf, rejected)
+
+    def check_checkpoint(self, folder: Path, model: "Checkpoint", rejected: Path) -> None:
+        """Hold a checkpoint, loaded as ``model``, to the trained one.
+
+        Raises:
+            ExportError: If it is another; the folder is then at ``rejected``.
+        """
+        self._say(Phase(name="verifying the checkpoint"))
+        proofs, _ = self._prove_copy("bf16", model)
+        self._settle("safetensors", proofs, folder, rejected)
+
+    def _prove_copy(self, kind: str, model: "llama_cpp.Loaded | Checkpoint") -> tuple[list[Proved], list[Any]]:
+        """Hold all that a copy does to what the trained model did; give its logits too."""
         from backprop.engine.reference import REFUSED
 
-        known = self._reference
-        self._say(Phase(name="verifying the 16-bit file"))
-        proofs: list[Proved] = []
+        known, proofs = self._reference, list[Proved]()
         prove = self._prover(proofs)
-        with llama_cpp.loaded(gguf, context=CONTEXT, all_logits=True) as model:
-            prove(
-                lambda: fidelity.prove_equal(
-                    "texts have the same tokens",
-                    [*known.texts, *HARD_STRINGS],
-                    [*known.ids, *known.plain_ids],
-                    [*map(model.tokenize, known.texts), *(model.tokenize(one, plain=True) for one in HARD_STRINGS)],
-                )
+        prove(
+            lambda: fidelity.prove_equal(
+                "texts have the same tokens",
+                [*known.texts, *HARD_STRINGS],
+                [*known.ids, *known.plain_ids],
+                [*map(model.tokenize, known.texts), *(model.tokenize(one, plain=True) for one in HARD_STRINGS)],
             )
-            prove(
-                lambda: fidelity.prove_equal(
-                    "prompts are rendered the same",
-                    [_last_of(messages) for messages, _ in known.prompts],
-                    known.rendered,
-                    [model.render(messages, asks=asks) or REFUSED for messages, asks in known.prompts],
-                )
+        )
+        prove(
+            lambda: fidelity.prove_equal(
+                "prompts are rendered the same",
+                [_last_of(messages) for messages, _ in known.prompts],
+                known.rendered,
+                [model.render(messages, asks=asks) or REFUSED for messages, asks in known.prompts],
             )
-            prove(lambda: fidelity.prove_equal("texts end with the same token", ["the end"], [known.eos], [model.eos]))
-            self._of_source = [model.logits(ids) for ids in known.sequences]
-            prove(lambda: fidelity.prove_likeness("f16", "the trained model", known.trained, self._of_source))
-            prove(lambda: fidelity.prove_adapter(known.base, known.trained, self._of_source))
-            prove(lambda: self._prove_replies("f16", model))
-        self._settle("f16", proofs, gguf, rejected)
+        )
+        prove(lambda: fidelity.prove_equal("texts end with the same token", ["the end"], [known.eos], [model.eos]))
+        found = [model.logits(ids) for ids in known.sequences]
+        prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found))
+        prove(lambda: fidelity.prove_adapter(known.base, known.trained, found))
+        prove(lambda: self._prove_replies(kind, model))
+        return proofs, found
 
     def check(self, kind: str, gguf: Path, rejected: Path) -> None:
         """Hold a file to the 16-bit one.
@@ -97,25 +116,67 @@ class Verifier:
 
         return prove
 
-    def _prove_replies(self, kind: str, model: llama_cpp.Loaded) -> Proved:
+    def _prove_replies(self, kind: str, model: "llama_cpp.Loaded | Checkpoint") -> Proved:
         from backprop.engine.reference import ANSWER_TOKENS
 
         known = self._reference
         found = [model.reply(messages, max_tokens=ANSWER_TOKENS) for messages in known.questions]
         return fidelity.prove_replies(kind, [_last_of(one) for one in known.questions], known.replies, found)
 
-    def _settle(self, kind: str, proofs: Sequence[Proved], gguf: Path, rejected: Path) -> None:
+    def _settle(self, kind: str, proofs: Sequence[Proved], copy: Path, rejected: Path) -> None:
         before = _read(self._output)
         known = before["proofs"] if before.get("adapter") == self._adapter else {}
         made = {**known, kind: [asdict(proof) for proof in proofs]}
         _write(self._output, {"adapter": self._adapter, "proofs": made})
         failed = next((proof for proof in proofs if not proof.ok), None)
         if failed is not None:
-            os.replace(gguf, rejected)
+            os.replace(copy, rejected)
             raise ExportError(
                 f"not proved: {failed.name}: {failed.found}",
-                hint=f"the file is kept as `{rejected}`; if you mean it, add `--no-verify`",
+                hint=f"it is kept as `{rejected}`; if you mean it, add `--no-verify`",
             )
+
+
+def verifier_for(adapter: Adapter, config: ExportConfig, say: Sink) -> Verifier:
+    """Ask the trained model, and forget it, before anything else needs its memory.
+
+    Raises:
+        ExportError: If there is no room for it.
+    """
+    from backprop.engine.merge import load_adapted
+    from backprop.engine.reference import refer
+
+    where = room_for(Path(adapter.base))
+    say(Phase(name=f"asking the trained model what its copies will be asked: {where.dtype} on {where.device}"))
+    model, tokenizer = load_adapted(
+        adapter.base,
+        adapter.folder,
+        dtype=where.dtype,
+        device=where.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    reference = refer(model, tokenizer, adapter.probes)
+    return Verifier(reference, adapter.output, adapter_sha256=adapter.sha256, say=say)
+
+
+def room_for(folder: Path) -> Placement:
+    """Find a place for the model in a folder, to be asked.
+
+    Raises:
+        ExportError: If there is none.
+    """
+    from backprop.engine.streamed import size_of
+
+    num_weights, stored = size_of(folder)
+    gpus, memory = [gpu.memory_free_bytes for gpu in device.probe().gpus], device.memory_free_bytes()
+    found = place(num_weights, stored=stored, gpu_free_bytes=gpus, memory_free_bytes=memory)
+    if found is None:
+        need = needed_bytes(num_weights, stored)
+        raise ExportError(
+            f"the model that files are held to needs {need / 2**30:.1f} GiB, and {memory / 2**30:.1f} GiB are free",
+            hint="free memory, or add `--no-verify`",
+        )
+    return found
 
 
 def forget(output: Path, kinds: Iterable[str]) -> None:

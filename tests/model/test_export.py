@@ -81,7 +81,7 @@ def test_an_export_that_was_stopped_goes_on_and_a_finished_one_is_done(
     assert went_on.returncode == 0, went_on.stderr
     written = (tmp_path / "run" / "export" / "run-f16.gguf").stat()
     assert (written.st_ino, written.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
-    monkeypatch.setattr(llama_cpp, "convert", stop)
+    monkeypatch.setattr(llama_cpp, "converting", stop)
     again = backprop(*command, "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     told = [[json.loads(line) for line in done.stdout.splitlines()] for done in (went_on, again)]

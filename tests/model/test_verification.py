@@ -2,15 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import backprop, chat, trained_run
 
-from backprop.edges import llama_cpp
-from backprop.engine import merge, reference
+from backprop.edges import device, llama_cpp
+from backprop.engine import merge, reference, streamed
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -78,14 +78,26 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def merge_there(folder: Path, base: str, adapter: str) -> None:
+    """Put merged weights in the place of the link to the base model's."""
+    from safetensors.torch import load_file, save_file
+
+    merger = streamed.Merger(Path(base), Path(adapter))
+    weights = load_file(folder / "model.safetensors")
+    merged = {name: merger.merge(name, one) if merger.changes(name) else one for name, one in weights.items()}
+    (folder / "model.safetensors").unlink()
+    save_file(merged, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None]) -> None:
-    convert = llama_cpp.convert
+    converting = llama_cpp.converting
 
-    def faulty(folder: Path, gguf: Path, *, kind: str) -> None:
+    def faulty(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Any:
+        merge_there(folder, *through[2:4])
         fault(folder)
-        convert(folder, gguf, kind=kind)
+        return converting(folder, gguf, kind=kind)
 
-    monkeypatch.setattr(llama_cpp, "convert", faulty)
+    monkeypatch.setattr(llama_cpp, "converting", faulty)
 
 
 def proofs_of(folder: Path, kind: str = "f16") -> dict[str, bool]:
@@ -115,17 +127,19 @@ def test_a_file_that_is_another_model_is_rejected(
 def test_an_adapter_that_is_not_in_it_or_twice_is_found(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    write = merge.write_merged
+    converting = llama_cpp.converting
+    twice = tmp_path / "twice"
+    shutil.copytree(run / "lora", twice)
+    edited("adapter_config.json", lambda config: config.update(lora_alpha=2 * config["lora_alpha"]))(twice)
 
-    def faulty(wrapped: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
-        for module in wrapped.modules():
-            if isinstance(getattr(module, "scaling", None), dict):
-                module.scaling = {key: times * value for key, value in module.scaling.items()}
-        write(wrapped, tokenizer, folder, **options)
+    def faulty(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Any:
+        changed = [str(twice) if one == str(run / "lora") else one for one in through]
+        assert changed != list(through)
+        return converting(folder, gguf, kind=kind, through=changed if times else ())
 
-    monkeypatch.setattr(merge, "write_merged", faulty)
-    done = backprop("export", run, "-q", "f16", "--output", tmp_path, cwd=tmp_path)
-    refused(done, tmp_path, "the adapter is in it, once")
+    monkeypatch.setattr(llama_cpp, "converting", faulty)
+    done = backprop("export", run, "-q", "f16", "--output", tmp_path / "out", cwd=tmp_path)
+    refused(done, tmp_path / "out", "the adapter is in it, once")
 
 
 def test_a_quantization_that_is_another_model_is_rejected_and_the_good_file_kept(
@@ -165,6 +179,33 @@ def test_an_adapter_by_itself_is_proved_with_common_questions(run: Path, tmp_pat
     done = backprop("export", "mine", "-q", "q8_0", "--question", "What is 3?", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(proofs_of(tmp_path / "mine" / "export").values())
+
+
+def test_a_checkpoint_is_proved_as_a_file_is(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("export", run, "--format", "safetensors", "--output", tmp_path)
+    done = backprop(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    proofs = proofs_of(tmp_path, "safetensors")
+    assert len(proofs) == 6
+    assert all(proofs.values())
+    assert (tmp_path / "safetensors" / "model.safetensors").is_file()
+    assert backprop(*command, cwd=tmp_path).returncode == 0, "done is done"
+    shutil.rmtree(tmp_path / "safetensors")
+    monkeypatch.setattr(streamed.Merger, "changes", lambda *_: False)
+    without_adapter = backprop(*command, cwd=tmp_path)
+    assert without_adapter.returncode == 7, without_adapter.stderr
+    assert not proofs_of(tmp_path, "safetensors")["the adapter is in it, once"]
+    assert {path.name for path in tmp_path.iterdir()} == {"exports.json", "verification.json", "safetensors.rejected"}
+
+
+def test_a_machine_without_room_for_the_trained_model_says_so(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "memory_free_bytes", lambda: 2**20)
+    done = backprop("export", run, "-q", "f16", "--output", tmp_path, cwd=tmp_path)
+    assert done.returncode == 7, done.stderr
+    assert "1.0 GiB, and 0.0 GiB are free" in done.stderr
+    assert "--no-verify" in done.stderr
 
 
 def test_without_verification_nothing_is_proved(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

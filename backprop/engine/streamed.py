@@ -1,0 +1,238 @@
+"""A base model's weights with an adapter merged in, one tensor at a time: no second copy on disk, little in memory.
+
+Run as a program, it is llama.cpp's converter, which finds the weights in a folder merged as it reads them:
+`python -m backprop.engine.streamed BASE ADAPTER SCRIPT FOLDER --outfile …`.
+"""
+
+import ctypes
+import json
+import runpy
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backprop.engine.load import HfTokenizer
+from backprop.engine.merge import wrap
+from backprop.errors import ExportError
+
+if TYPE_CHECKING:
+    import torch
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Merger:
+    """Merges the adapter into one weight at a time, by PEFT's own arithmetic, in float32.
+
+    Args:
+        folder: Of the base model: its configuration is read, and its weights only by name.
+        adapter: Of PEFT, of any kind that it merges into weights.
+
+    Raises:
+        ExportError: If the adapter does not belong to the base, or changes nothing.
+    """
+
+    def __init__(self, folder: Path, adapter: Path, *, trust_remote_code: bool = False) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        wrapped = wrap(_hollow(folder, trust_remote_code=trust_remote_code), adapter, of=str(folder))
+        inside = dict(wrapped.get_base_model().named_modules())
+        self._layers: dict[str, Any] = {
+            f"{name}.weight": module for name, module in inside.items() if isinstance(module, LoraLayer)
+        }
+        self._saved = {
+            f"{name}.{key}": tensor
+            for name, module in inside.items()
+            if hasattr(module, "modules_to_save")
+            for key, tensor in module.modules_to_save["default"].state_dict().items()
+        }
+
+    def changes(self, name: str) -> bool:
+        """Say whether the adapter changes this weight."""
+        return name in self._layers or name in self._saved
+
+    def merge(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
+        """Give ``weight`` with its part of the adapter, in float32."""
+        from torch.nn import Parameter
+
+        if name in self._saved:
+            return self._saved[name].float()
+        layer = self._layers[name]
+        base = layer.get_base_layer()
+        hollow = base.weight
+        base.weight = Parameter(weight.float(), requires_grad=False)
+        try:
+            layer.merge(safe_merge=True)
+            return base.weight.data
+        except ValueError as error:
+            raise ExportError(f"{name} is not finite with the adapter in it", hint="train again") from error
+        finally:
+            base.weight, layer.merged_adapters = hollow, []
+
+
+def why_not(base: Path, adapter: Path) -> str:
+    """Say why the weights in ``base`` cannot be merged one by one; empty if they can. Reads names only."""
+    weights = set(weights_in(base))
+    changed = {_weight_of(key) for key in weights_in(adapter)}
+    odd = sorted(changed - weights)
+    if odd:
+        return f"{odd[0]} is stored under another name, or not by itself"
+    tied = json.loads((base / "config.json").read_text()).get("tie_word_embeddings", False)
+    shared = sorted(name for name in changed if tied and not any(part.isdecimal() for part in name.split(".")))
+    return f"{shared[0]} is shared" if shared else ""
+
+
+def _weight_of(key: str) -> str:
+    """Give the weight that a tensor of PEFT's file belongs to, which may be a whole weight itself."""
+    name = key.removeprefix("base_model.model.")
+    module, found, _ = name.partition(".lora_")
+    return f"{module}.weight" if found else name
+
+
+def _hollow(folder: Path, *, trust_remote_code: bool) -> Any:
+    """Make the base model with the right shapes and names, and nothing behind them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    configs: Any = AutoConfig
+    models: Any = AutoModelForCausalLM
+    config = configs.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = models.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    zero = torch.zeros(())
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(zero.expand(parameter.shape), requires_grad=False))
+    return model
+
+
+def weights_in(folder: Path) -> Iterator[str]:
+    """Name the weights that a folder's safetensors hold."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            yield from file.keys()
+
+
+def size_of(folder: Path) -> tuple[int, str]:
+    """Count the weights in a folder's safetensors, and give the type that holds them all: 16 bits if they are all that."""
+    from safetensors import safe_open
+
+    count, kinds = 0, set[str]()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                one = file.get_slice(name)
+                count += prod(one.get_shape())
+                kinds.add(one.get_dtype())
+    return count, {"BF16": "bfloat16", "F16": "float16"}.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+
+
+def lay_out(base: Path, tokenizer: HfTokenizer, folder: Path) -> None:
+    """Write to ``folder`` all of a checkpoint but its weights: the configuration, and the tokenizer."""
+    folder.mkdir(exist_ok=True)
+    for path in base.iterdir():
+        if path.name in ("config.json", "generation_config.json", "tokenizer.model") or path.suffix == ".py":
+            shutil.copyfile(path, folder / path.name)
+    whole: Any = tokenizer.inner
+    whole.save_pretrained(str(folder))
+
+
+def link_weights(base: Path, folder: Path) -> None:
+    """Let ``folder`` have the weights of the base model, for `main` to merge as they are read."""
+    for path in (*base.glob("*.safetensors"), *base.glob("*.safetensors.index.json")):
+        (folder / path.name).symlink_to(path.resolve())
+
+
+def write_weights(base: Path, merger: Merger, folder: Path) -> None:
+    """Write the merged weights in bfloat16, file by file as the base model has them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for path in sorted(base.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            merged = merger.merge(name, tensor) if merger.changes(name) else tensor
+            tensors[name] = merged.to(torch.bfloat16) if merged.is_floating_point() else merged
+        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        # safetensors writes files that only their owner can read.
+        (folder / path.name).chmod((folder / "config.json").stat().st_mode)
+    for path in base.glob("*.safetensors.index.json"):
+        shutil.copyfile(path, folder / path.name)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
+
+
+def _merged_as_read(name: str, read: Callable[[], Any], merger: Merger) -> Callable[[], Any]:
+    """Give what the converter calls for a weight: the same, merged once its data are wanted."""
+    import torch
+    from conversion.base import LazyTorchTensor  # pyright: ignore[reportMissingImports]
+
+    def merged() -> Any:
+        lazy: Any = read()
+        meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, tuple(lazy.shape))
+        return LazyTorchTensor(meta=meta, args=(lazy,), func=partial(merger.merge, name))
+
+    return merged
+
+
+def _narrow_with_torch(gguf: Any) -> None:
+    """Let torch round weights to 16 bits, on all cores: numpy does 200 MB/s (docs/benchmarks.md)."""
+    import numpy
+    import torch
+
+    quantize = gguf.quants.quantize
+
+    def narrowed(data: Any) -> Any:
+        return torch.from_numpy(data).to(torch.float16).numpy()
+
+    def quantize_fast(data: Any, qtype: Any) -> Any:
+        if qtype != gguf.GGMLQuantizationType.F16 or not isinstance(data, gguf.LazyNumpyTensor):
+            return quantize(data, qtype)
+        meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(numpy.float16, data.shape)
+        return gguf.LazyNumpyTensor(meta=meta, args=(data,), func=narrowed)
+
+    gguf.quants.quantize = quantize_fast
+
+
+def main() -> None:
+    """Run the converter script on the rest of the arguments, with an adapter in every weight that it reads."""
+    if sys.platform == "linux":  # end with the process that waits for the file, however that ends
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    base, adapter, trust, *sys.argv = sys.argv[1:]
+    home = Path(sys.argv[0]).parent
+    sys.path[:0] = [str(home), str(home / "gguf-py")]
+    import gguf
+    from conversion.base import ModelBase  # pyright: ignore[reportMissingImports]
+
+    _narrow_with_torch(gguf)
+    merger = Merger(Path(base), Path(adapter), trust_remote_code=trust == "trust")
+    index = ModelBase.index_tensors
+
+    def index_merged(model: Any, *args: Any, **options: Any) -> Any:
+        keep = model.filter_tensors
+
+        def filter_merged(item: tuple[str, Callable[[], Any]]) -> Any:
+            name, read = item
+            return keep((name, _merged_as_read(name, read, merger) if merger.changes(name) else read))
+
+        model.filter_tensors = filter_merged
+        try:
+            return index(model, *args, **options)
+        finally:
+            del model.filter_tensors
+
+    ModelBase.index_tensors = index_merged
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
