@@ -118,4 +118,4 @@ def _as_declared(kind: Any, name: str, value: Any) -> Any:
         return tuple(str(one) if isinstance(one, Path) else one for one in values)
     if name in ("output", "from_run") and isinstance(value, str):
         return Path(value)
-    return str(value) if name in ("model", "resume") and isinstance(value, Path) else value
+    return str(value) if name in ("model", "resume", "imatrix") and isinstance(value, Path) else value

@@ -5,6 +5,7 @@ choices are checked here, once, whichever of these a value came through.
 """
 
 import math
+import re
 import types
 from dataclasses import dataclass, fields
 from functools import cache
@@ -28,8 +29,18 @@ Scheduler = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 MergeMode = Literal["slao", "sequential", "average", "ema"]
 Quantization = Literal[
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "iq4_xs"
-]
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_s", "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs",
+    "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
+]  # fmt: skip
+"""What llama.cpp's quantizer lists, without its aliases and the types for models that were trained in one or two bits
+or consist of experts."""
+WITHOUT_IMATRIX = ("f32", "f16", "bf16", "q8_0")
+"""Types that an importance matrix does not change; also those that an adapter alone can have."""
+NEEDS_IMATRIX = ("q2_k_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
+"""Types that some tensor of a file has which llama.cpp does not quantize without one (llama-quant.cpp,
+`tensor_requires_imatrix`)."""
+SPLIT_SIZE = re.compile(r"[1-9][0-9]{0,5}[MG]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,13 +207,17 @@ class MultiRunConfig:
 class ExportConfig:
     """Options of `export`."""
 
-    format: Annotated[Literal["gguf", "safetensors"], Parameter(group=EXPORT)] = "gguf"
-    """`gguf` for llama.cpp and Ollama, `safetensors` for transformers and vLLM."""
+    format: Annotated[Literal["gguf", "safetensors", "lora-gguf"], Parameter(group=EXPORT)] = "gguf"
+    """`gguf` for llama.cpp and Ollama, `safetensors` for transformers and vLLM, `lora-gguf` for the adapter alone."""
     quantization: Annotated[
         tuple[Quantization, ...],
         Parameter(group=EXPORT, negative="", name=["--quantization", "-q"], show_default=False),
     ] = ()
-    """How GGUF weights are held. Repeatable: several files from one conversion. Default: q4_k_m."""
+    """How GGUF weights are held. Repeatable: several files from one conversion. Default: q4_k_m, of an adapter f16."""
+    imatrix: Annotated[str | None, Parameter(group=EXPORT)] = None
+    """Weigh what quantizing may lose: `auto` by the run's own rows, or a file of llama-imatrix."""
+    split_size: Annotated[str | None, Parameter(group=EXPORT)] = None
+    """Split each GGUF into files of about this size, e.g. 2G or 500M."""
     question: Annotated[str | None, Parameter(group=EXPORT)] = None
     """What the exported model is asked before success is claimed. Default: the first question of the training data."""
     ollama: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False
@@ -228,11 +243,46 @@ class ExportConfig:
         check_fields(self)
         if self.format == "safetensors" and self.quantization:
             raise UsageError("`--quantization` is for GGUF", hint="leave it out, or leave out `--format safetensors`")
-        if self.format == "safetensors" and (self.ollama or self.ollama_name):
-            raise UsageError("Ollama takes GGUF", hint="leave out `--format safetensors`")
+        if self.format != "gguf":
+            self._refuse_with_other_formats()
+        self._check_imatrix()
+        if self.split_size is not None:
+            self._check_split_size()
         if (self.ollama_url or self.system is not None) and not (self.ollama or self.ollama_name):
             flag = "--ollama-url" if self.ollama_url else "--system"
             raise UsageError(f"`{flag}` is for `--ollama`", hint="add `--ollama`, or leave it out")
+
+    def _refuse_with_other_formats(self) -> None:
+        if self.ollama or self.ollama_name:
+            raise UsageError("Ollama takes GGUF of a whole model", hint=f"leave out `--format {self.format}`")
+        for flag, value in (("--imatrix", self.imatrix), ("--split-size", self.split_size)):
+            if value is not None:
+                raise UsageError(f"`{flag}` is for `--format gguf`", hint="leave out one of them")
+        other = next((kind for kind in self.quantization if kind not in WITHOUT_IMATRIX), None)
+        if other is not None:
+            raise UsageError(f"an adapter alone cannot be {other}", hint=f"choose one of {', '.join(WITHOUT_IMATRIX)}")
+
+    def _check_imatrix(self) -> None:
+        needy = next((kind for kind in self.quantization if kind in NEEDS_IMATRIX), None)
+        if needy is not None and self.imatrix is None:
+            raise UsageError(f"{needy} needs an importance matrix", hint="add `--imatrix auto`")
+        if self.imatrix is not None and self.quantization and set(self.quantization) <= set(WITHOUT_IMATRIX):
+            raise UsageError(
+                f"`--imatrix` changes nothing in {', '.join(self.quantization)}",
+                hint="leave it out, or add a smaller type",
+            )
+        if self.imatrix not in (None, "auto") and not Path(self.imatrix).is_file():
+            raise UsageError(
+                f"`--imatrix`: no such file: `{self.imatrix}`", hint="give a file of llama-imatrix, or `auto`"
+            )
+
+    def _check_split_size(self) -> None:
+        if not SPLIT_SIZE.fullmatch(self.split_size or ""):
+            raise UsageError(
+                f"`--split-size` is a number and M or G: {self.split_size!r}", hint="e.g. `--split-size 2G`"
+            )
+        if self.ollama or self.ollama_name:
+            raise UsageError("Ollama takes a GGUF in one file", hint="leave out `--split-size`")
 
 
 @Parameter(name="*")

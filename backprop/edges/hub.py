@@ -78,7 +78,7 @@ def check_name(name: str) -> None:
         raise ModelError(f"no such model: `{name}`", hint=_nearest(name))
 
 
-WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
 
 
 def fetch_model(hub_id: str, *, offline: bool) -> str:

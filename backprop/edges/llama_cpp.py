@@ -1,4 +1,4 @@
-"""llama.cpp: its converter, quantizer and inference, all of one release.
+"""llama.cpp: its converters, quantizer and inference, all of one release.
 
 The bindings (package `llama-cpp-python`) bring quantizer and inference. The converter is Python in the source release
 of the same version, unpacked beside them by `python -m backprop.edges.llama_cpp_build`.
@@ -21,8 +21,8 @@ from backprop.errors import DiskError, ExportError, ToolError
 VERSION = "0.3.36"
 """Release of llama-cpp-python; requirements.lock pins the same."""
 BUILD_HINT = "python -m backprop.edges.llama_cpp_build"
-CONVERTED = ("f32", "f16", "bf16", "q8_0")
-"""Types that the converter writes by itself."""
+CONVERTED = ("f32", "f16", "bf16")
+"""Types that the converter writes; all others are quantized from f16."""
 
 
 def home() -> Path:
@@ -68,7 +68,7 @@ def convert(folder: Path, gguf: Path, *, kind: str, through: Sequence[str] = ())
 
 @contextlib.contextmanager
 def converting(folder: Path, gguf: Path, *, kind: str, through: Sequence[str] = ()) -> Generator[Callable[[], None]]:
-    """Turn a Hugging Face checkpoint into GGUF beside the block, which is given what waits for it.
+    """Turn a Hugging Face checkpoint into GGUF beside the block, which is given what waits for it; its model card goes into the metadata.
 
     Args:
         kind: One of `CONVERTED`.
@@ -78,11 +78,8 @@ def converting(folder: Path, gguf: Path, *, kind: str, through: Sequence[str] = 
         ExportError: If the converter does not know the model, with its own last words.
     """
     script = converter()
-    # The converter's own gguf package: the one on the index, of the same version number, is another.
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = os.pathsep.join((str(script.parent / "gguf-py"), *filter(None, (env.get("PYTHONPATH"),))))
     argv = [sys.executable, *through, str(script), str(folder), "--outfile", str(gguf), "--outtype", kind]
-    with process.running(argv, env=env) as finish:
+    with process.running(argv, env=_environment(script)) as finish:
 
         def wait() -> None:
             try:
@@ -93,6 +90,32 @@ def converting(folder: Path, gguf: Path, *, kind: str, through: Sequence[str] = 
                 ) from error
 
         yield wait
+
+
+def convert_adapter(folder: Path, base: Path, gguf: Path, *, kind: str) -> None:
+    """Turn a PEFT adapter into GGUF; its model card goes into the metadata.
+
+    Args:
+        base: Folder of the base model's configuration and tokenizer.
+        kind: f32, f16, bf16 or q8_0.
+
+    Raises:
+        ExportError: If the converter does not know the adapter, with its own last words.
+    """
+    script = converter().with_name("convert_lora_to_gguf.py")
+    try:
+        argv = [sys.executable, str(script), str(folder), "--base", str(base), "--outfile", str(gguf), "--outtype", kind]
+        process.run(argv, env=_environment(script))
+    except ToolError as error:
+        raise ExportError(
+            f"llama.cpp cannot convert this adapter: {error.message}", hint="leave out `--format lora-gguf`"
+        ) from error
+
+
+def _environment(script: Path) -> dict[str, str]:
+    """Give a converter its own gguf package: the one on the index, of the same version number, is another."""
+    paths = (str(script.parent / "gguf-py"), os.environ.get("PYTHONPATH"))
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def quantize(source: Path, target: Path, *, quantization: str) -> None:
@@ -206,10 +229,13 @@ class Loaded:
 
 
 @contextlib.contextmanager
-def loaded(gguf: Path, *, context: int = 1024, all_logits: bool = False) -> Generator[Loaded]:
+def loaded(
+    gguf: Path, *, context: int = 1024, all_logits: bool = False, adapter: Path | None = None
+) -> Generator[Loaded]:
     """Load a GGUF for the length of the block.
 
     Args:
+        adapter: A GGUF of `convert_adapter`, to apply to it.
         context: Tokens that a conversation may have.
         all_logits: Keep those of every position, for `Loaded.logits`.
 
@@ -224,6 +250,7 @@ def loaded(gguf: Path, *, context: int = 1024, all_logits: bool = False) -> Gene
                 str(gguf),
                 n_ctx=context,
                 logits_all=all_logits,
+                lora_path=None if adapter is None else str(adapter),
                 n_threads=threads,
                 n_threads_batch=threads,
                 verbose=False,

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import backprop
 from backprop.config import ExportConfig
-from backprop.edges import device, llama_cpp, rundir, stopping
+from backprop.edges import device, llama_cpp, llama_tools, rundir, stopping
 from backprop.errors import BackpropError, DiskError, ExportError
 from backprop.events import Exported, Failed, Phase, RunFinished, RunStarted, Sink, tee
+from backprop.verbs import importance
 from backprop.verbs.gguf import export_gguf
+from backprop.verbs.lora_gguf import export_lora_gguf
 from backprop.verbs.records import record, refuse_others
 from backprop.verbs.register import destination, register
 from backprop.verbs.source import Adapter, find_adapter
@@ -21,13 +23,14 @@ from backprop.verbs.verify import REJECTED, forget, room_for, verifier_for
 SOURCE_BYTES = 2
 BYTES_OF = {"f32": 4, "f16": 0, "bf16": 2, "safetensors": 0}
 DEFAULT_QUANTIZATION = "q4_k_m"
+DEFAULT_OF_ADAPTERS = "f16"
 
 
 def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
     """Export an adapter or a run directory.
 
     Returns:
-        The files (gguf) or folder (safetensors) that were written.
+        The files that were written; folders of safetensors, or of a GGUF that is split.
 
     Raises:
         UsageError: If ``source`` is neither, or a file of that name is there already.
@@ -36,16 +39,19 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
     started = time.monotonic()
     adapter = find_adapter(source, config)
     targets = _targets(config, adapter)
-    if config.format == "gguf":
+    if config.format != "safetensors":
         llama_cpp.converter()
         llama_cpp.bindings()
+    importance.refuse_early(adapter, config)
+    if config.split_size is not None:
+        llama_tools.tool("gguf-split")
     where = destination(config, default_name=adapter.name)
-    _make_room(adapter, targets)
+    _make_room(adapter, targets, split=config.split_size is not None)
     with ExitStack() as stack:
         for folder in {adapter.output.resolve(), *([adapter.run.resolve()] if adapter.run else [])}:
             stack.enter_context(rundir.locked(folder))
         rundir.sweep(adapter.output)
-        done = {} if config.overwrite else refuse_others(adapter, targets, verify=config.verify)
+        done = {} if config.overwrite else refuse_others(adapter, targets, config)
         if adapter.run is not None and os.access(adapter.run, os.W_OK):
             log = stack.enter_context(rundir.event_log(adapter.run))
             stack.enter_context(_told_to_the_end(log))
@@ -69,6 +75,8 @@ def _write(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, 
     try:
         if config.format == "safetensors":
             _export_safetensors(adapter, targets["safetensors"], config, say)
+        elif config.format == "lora-gguf":
+            export_lora_gguf(adapter, targets, config, say)
         else:
             export_gguf(adapter, targets, config, say)
     except Exception as error:
@@ -105,11 +113,15 @@ def _targets(config: ExportConfig, adapter: Adapter) -> dict[str, Path]:
     """Name the files to write."""
     if config.format == "safetensors":
         return {"safetensors": adapter.output / "safetensors"}
+    if config.format == "lora-gguf":
+        kinds = config.quantization or (DEFAULT_OF_ADAPTERS,)
+        return {f"lora-{kind}": adapter.output / f"{adapter.name}-lora-{kind}.gguf" for kind in kinds}
+    ending = "" if config.split_size else ".gguf"  # a folder of splits
     kinds = config.quantization or (DEFAULT_QUANTIZATION,)
-    return {kind: adapter.output / f"{adapter.name}-{kind}.gguf" for kind in kinds}
+    return {kind: adapter.output / f"{adapter.name}-{kind}{ending}" for kind in kinds}
 
 
-def _make_room(adapter: Adapter, kinds: Iterable[str]) -> None:
+def _make_room(adapter: Adapter, kinds: Iterable[str], *, split: bool) -> None:
     """Make the folder for the files, and refuse a disk that is too small for the work."""
     try:
         adapter.output.mkdir(parents=True, exist_ok=True)
@@ -118,7 +130,7 @@ def _make_room(adapter: Adapter, kinds: Iterable[str]) -> None:
             f"`{adapter.output}` cannot be a folder: {error.strerror}", hint="choose another `--output`"
         ) from error
     weights = sum(path.stat().st_size for path in Path(adapter.base).glob("*.safetensors")) // 2
-    need = weights * (SOURCE_BYTES + sum(BYTES_OF.get(kind, 1) for kind in kinds))
+    need = weights * (SOURCE_BYTES + sum(BYTES_OF.get(kind, 1) for kind in kinds) * (2 if split else 1))
     free = device.disk_free_bytes(adapter.output)
     if free < need:
         raise DiskError(
@@ -153,7 +165,7 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
             question=adapter.question,
             answer=answer,
         )
-        record(adapter, target, folder, told, verified=config.verify)
+        record(adapter, target, folder, told, config, verified=config.verify)
     say(told)
 
 

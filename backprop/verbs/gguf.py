@@ -6,9 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from backprop.config import ExportConfig
-from backprop.edges import llama_cpp, rundir
+from backprop.edges import llama_cpp, llama_tools, rundir
 from backprop.errors import ExportError
 from backprop.events import Exported, Phase, Sink
+from backprop.verbs import importance
+from backprop.verbs.card import write_card
 from backprop.verbs.records import record
 from backprop.verbs.source import Adapter
 from backprop.verbs.verify import REJECTED, forget, verifier_for
@@ -24,9 +26,7 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
     from backprop.engine.streamed import Merger
 
     loop.quieten()
-    for old in adapter.output.glob(f"*{REJECTED}"):
-        if old.name.startswith(f"{adapter.name}-"):
-            old.unlink()
+    forget_rejected(adapter)
     with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
         say(Phase(name="merging and converting to GGUF"))
         inputs = _lay_out(adapter, Path(scratch) / "merged", config, say)
@@ -42,32 +42,27 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
             finish()
         if verifier:
             verifier.check_source(source, adapter.output / f"{adapter.name}-f16.gguf{REJECTED}")
+        by_imatrix = any(importance.matters(kind, config) for kind in targets)
+        imatrix = importance.find(adapter, config, tokenizer, source, say) if by_imatrix else None
         for kind, target in targets.items():
             say(Phase(name=f"writing {kind}"))
             with rundir.whole(target) as beside:
+                gguf = Path(scratch) / f"whole-{kind}.gguf" if config.split_size else beside
                 if kind == "f16":
-                    beside.hardlink_to(source)
+                    gguf.hardlink_to(source)
                 elif kind in llama_cpp.CONVERTED:
-                    llama_cpp.convert(inputs.folder, beside, kind=kind, through=inputs.through)
+                    llama_cpp.convert(inputs.folder, gguf, kind=kind, through=inputs.through)
+                elif imatrix is not None and importance.matters(kind, config):
+                    llama_tools.quantize(source, gguf, quantization=kind, imatrix=imatrix)
                 else:
-                    llama_cpp.quantize(source, beside, quantization=kind)
+                    llama_cpp.quantize(source, gguf, quantization=kind)
                 if verifier:
-                    verifier.check(kind, beside, target.with_name(target.name + REJECTED))
-                answer = llama_cpp.ask(beside, [[{"role": "user", "content": adapter.question}]])[0]
-                if not answer.text:
-                    raise ExportError(
-                        f"the {kind} file gave no answer to {adapter.question!r}",
-                        hint="ask another `--question`, or train longer",
-                    )
-                told = Exported(
-                    path=str(target),
-                    format="gguf",
-                    quantization=kind,
-                    size_bytes=beside.stat().st_size,
-                    question=adapter.question,
-                    answer=answer.text,
-                )
-                record(adapter, target, beside, told, verified=config.verify)
+                    verifier.check(kind, gguf, adapter.output / f"{adapter.name}-{kind}.gguf{REJECTED}")
+                if config.split_size:
+                    whole, gguf = gguf, llama_tools.split(gguf, beside, name=target.name, size=config.split_size)
+                    whole.unlink()
+                told = _ask(adapter, kind, gguf, target, written=beside)
+                record(adapter, target, beside, told, config, verified=config.verify)
             say(told)
 
 
@@ -95,3 +90,35 @@ def _lay_out(adapter: Adapter, folder: Path, config: ExportConfig, say: Sink) ->
     streamed.link_weights(base, folder)
     program = ("-m", streamed.__name__, adapter.base, str(adapter.folder), "trust" if trust else "")
     return _Inputs(folder=folder, through=program)
+def forget_rejected(adapter: Adapter) -> None:
+    """Remove the files that earlier exports of this run rejected."""
+    for old in adapter.output.glob(f"*{REJECTED}"):
+        if old.name.startswith(f"{adapter.name}-"):
+            old.unlink()
+
+
+def _ask(adapter: Adapter, kind: str, gguf: Path, target: Path, *, written: Path) -> Exported:
+    """Ask a file, and say what is about to stand at ``target``.
+
+    Args:
+        gguf: The file to load; the first, if it is split.
+        written: The file, or the folder of its splits.
+
+    Raises:
+        ExportError: If it gives no answer.
+    """
+    answer = llama_cpp.ask(gguf, [[{"role": "user", "content": adapter.question}]])[0]
+    if not answer.text:
+        raise ExportError(
+            f"the {kind} file gave no answer to {adapter.question!r}",
+            hint="ask another `--question`, or train longer",
+        )
+    parts = list(written.iterdir()) if written.is_dir() else [written]
+    return Exported(
+        path=str(target),
+        format="gguf",
+        quantization=kind,
+        size_bytes=sum(part.stat().st_size for part in parts),
+        question=adapter.question,
+        answer=answer.text,
+    )

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from backprop.config import ExportConfig
 from backprop.edges import rundir
 from backprop.errors import UsageError
 from backprop.events import Exported
+from backprop.verbs import importance
 from backprop.verbs.source import Adapter
 
 # Beside the exported files: from which adapter each came, its hash, and what it answered.
@@ -23,7 +25,7 @@ def _records(adapter: Adapter) -> dict[str, Any]:
         return {}
 
 
-def refuse_others(adapter: Adapter, targets: Mapping[str, Path], *, verify: bool) -> dict[str, Exported]:
+def refuse_others(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig) -> dict[str, Exported]:
     """Refuse to write over files, and give those that an earlier call made of this very adapter, whole.
 
     One that was never verified is made again if it is to be.
@@ -38,14 +40,17 @@ def refuse_others(adapter: Adapter, targets: Mapping[str, Path], *, verify: bool
             continue
         known = records.get(target.name) or {}
         ours = known.get("adapter") == adapter.sha256 and known.get("question") == adapter.question
+        ours = ours and known.get("options", {}) == _options(config, kind)
         if not ours or known.get("sha256") != _hash_of(target):
             raise UsageError(f"`{target}` is there already", hint="add `--overwrite`, or choose another `--output`")
-        if known.get("verified") or not verify:
+        if known.get("verified") or not config.verify:
             done[kind] = Exported(**known["told"])
     return done
 
 
-def record(adapter: Adapter, target: Path, beside: Path, told: Exported, *, verified: bool = False) -> None:
+def record(
+    adapter: Adapter, target: Path, beside: Path, told: Exported, config: ExportConfig, *, verified: bool = False
+) -> None:
     """Write down what is about to stand at ``target``: the same command need not do it again."""
     records = _records(adapter)
     records[target.name] = {
@@ -53,9 +58,19 @@ def record(adapter: Adapter, target: Path, beside: Path, told: Exported, *, veri
         "question": adapter.question,
         "sha256": _hash_of(beside),
         "verified": verified,
+        "options": _options(config, told.quantization),
         "told": asdict(told),
     }
     rundir.write_text(adapter.output / RECORDS, json.dumps(records, indent=2) + "\n")
+
+
+def _options(config: ExportConfig, kind: str) -> dict[str, str]:
+    """Give the options that decide what is in a file of this type."""
+    options = {
+        "imatrix": importance.identity(config) if importance.matters(kind, config) else None,
+        "split_size": config.split_size,
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _hash_of(target: Path) -> str:

@@ -21,6 +21,11 @@ class Adapter:
 
     folder: Path
     base: str
+    """The folder of its base model."""
+    base_name: str
+    """As it was asked for: a preset, a hub id, or a folder."""
+    data_sha256: str | None
+    """Of the data that it was trained on; None if that is not known."""
     output: Path
     name: str
     question: str
@@ -68,6 +73,8 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
     return Adapter(
         folder=folder,
         base=model.path,
+        base_name=str(manifest["model"]["name"]) if "model" in manifest else base,
+        data_sha256=(manifest.get("identity") or {}).get("data_sha256"),
         output=output,
         name=name,
         question=question,

@@ -107,6 +107,22 @@ class Verifier:
             prove(lambda: self._prove_replies(kind, model))
         self._settle(kind, proofs, gguf, rejected)
 
+    def check_adapter(self, kind: str, base: Path, gguf: Path, rejected: Path) -> None:
+        """Hold an adapter alone, applied to the 16-bit file of its base model, to the trained model.
+
+        Raises:
+            ExportError: If it is another; the adapter is then at ``rejected``.
+        """
+        self._say(Phase(name=f"verifying {kind}"))
+        known, proofs = self._reference, list[Proved]()
+        prove = self._prover(proofs)
+        with llama_cpp.loaded(base, context=CONTEXT, all_logits=True, adapter=gguf) as model:
+            found = [model.logits(ids) for ids in known.sequences]
+            prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found))
+            prove(lambda: fidelity.prove_adapter(known.base, known.trained, found))
+            prove(lambda: self._prove_replies(kind, model))
+        self._settle(kind, proofs, gguf, rejected)
+
     def _prover(self, proofs: list[Proved]) -> Callable[[Callable[[], Proved]], None]:
         """Give a function that times a proof, tells it and adds it to ``proofs``."""
 

@@ -1,0 +1,102 @@
+"""The adapter alone as GGUF, held to the model that was trained while it is applied to its base model in llama.cpp."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from backprop.config import ExportConfig
+from backprop.edges import llama_cpp, rundir
+from backprop.errors import ExportError
+from backprop.events import Exported, Phase, Sink
+from backprop.verbs.card import write_card
+from backprop.verbs.gguf import REJECTED, forget_rejected
+from backprop.verbs.records import record
+from backprop.verbs.source import Adapter
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def export_lora_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> None:
+    """Write the adapter in each type of ``targets``, whose keys are `lora-f16` and so on.
+
+    Raises:
+        ExportError: If it is no plain LoRA adapter, is not what was trained, or gives no answer.
+    """
+    from backprop.engine import loop, merge
+    from backprop.engine.reference import refer
+    from backprop.verbs.verify import Verifier, forget
+
+    loop.quieten()
+    settings = _settings(adapter.folder)
+    forget_rejected(adapter)
+    with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
+        model, tokenizer = merge.load_adapted(adapter.base, adapter.folder, trust_remote_code=config.trust_remote_code)
+        verifier: Verifier | None = None
+        if config.verify:
+            say(Phase(name="asking the trained model what its copies will be asked"))
+            reference = refer(model, tokenizer, adapter.probes)
+            verifier = Verifier(reference, adapter.output, adapter_sha256=adapter.sha256, say=say)
+        else:
+            forget(adapter.output, targets)
+        say(Phase(name="converting the base model to GGUF, to apply the adapter to"))
+        checkpoint, base, plain = Path(scratch) / "base", Path(scratch) / "base.gguf", Path(scratch) / "adapter"
+        whole: Any = tokenizer.inner
+        for part in (model.unload(), whole):
+            part.save_pretrained(str(checkpoint))
+        del model, part
+        llama_cpp.convert(checkpoint, base, kind="f16")
+        _write_plain(adapter, settings, plain)
+        for kind, target in targets.items():
+            say(Phase(name=f"writing {kind}"))
+            with rundir.whole(target) as beside:
+                llama_cpp.convert_adapter(plain, checkpoint, beside, kind=kind.removeprefix("lora-"))
+                if verifier:
+                    verifier.check_adapter(kind, base, beside, target.with_name(target.name + REJECTED))
+                told = _ask(adapter, kind, base, beside, target)
+                record(adapter, target, beside, told, config, verified=config.verify)
+            say(told)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Read what PEFT wrote of the adapter.
+
+    Raises:
+        ExportError: If llama.cpp's adapters have no place for a part of it.
+    """
+    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    if settings.get("use_dora"):
+        raise ExportError(
+            "llama.cpp's adapters have no place for DoRA's magnitudes", hint="leave out `--format lora-gguf`"
+        )
+    return settings
+
+
+def _write_plain(adapter: Adapter, settings: Mapping[str, Any], folder: Path) -> None:
+    """Put the adapter into ``folder``, with its model card, and scaled as llama.cpp scales: by alpha over rank."""
+    folder.mkdir()
+    (folder / WEIGHTS).symlink_to((adapter.folder / WEIGHTS).resolve())
+    write_card(adapter, folder)
+    alpha = settings["lora_alpha"] * (math.sqrt(settings["r"]) if settings.get("use_rslora") else 1)
+    plain = {**settings, "use_rslora": False, "lora_alpha": alpha}
+    (folder / "adapter_config.json").write_text(json.dumps(plain))
+
+
+def _ask(adapter: Adapter, kind: str, base: Path, gguf: Path, target: Path) -> Exported:
+    with llama_cpp.loaded(base, adapter=gguf) as model:
+        answer = model.reply([{"role": "user", "content": adapter.question}])
+    if not answer.text:
+        raise ExportError(
+            f"the {kind} file gave no answer to {adapter.question!r}",
+            hint="ask another `--question`, or train longer",
+        )
+    return Exported(
+        path=str(target),
+        format="lora-gguf",
+        quantization=kind.removeprefix("lora-"),
+        size_bytes=gguf.stat().st_size,
+        question=adapter.question,
+        answer=answer.text,
+    )
