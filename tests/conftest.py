@@ -17,6 +17,7 @@ import pytest
 from backprop import BackpropError, Trainer, events
 from backprop.core.data.formats import Message
 from backprop.core.data.render import Token
+from backprop.edges import process
 
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(__file__).parent / "assets"
@@ -196,11 +197,40 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained_run(model: Path, folder: Path, rows: Sequence[Any], *, steps: int) -> Path:
-    """Train the tiny model on ``rows`` until it has learnt them, quietly, and give the run directory."""
+def trained_run(model: Path, folder: Path, rows: Sequence[Any], *, steps: int, learning_rate: float = 1e-2) -> Path:
+    """Train a tiny model on ``rows`` until it has learnt them, quietly, and give the run directory."""
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trainer = Trainer(str(model), say=lambda event: None, output=folder / "run")
-    return trainer.train(folder / "data.jsonl", steps=steps, batch_size=4, lora_r=16, learning_rate=1e-2)
+    return trainer.train(folder / "data.jsonl", steps=steps, batch_size=4, lora_r=16, learning_rate=learning_rate)
+
+
+# One answer to everything, for 16 steps: what a random model of any architecture learns to the end, and then stops.
+HERE = [chat(f"What is {n}?", "It is here.") for n in range(6)]
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the run directory of a tiny model of an architecture, trained once."""
+    from tiny_models import tiny
+
+    @functools.cache
+    def taught(architecture: str) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        return trained_run(tiny(architecture, folder / "model"), folder, HERE, steps=16, learning_rate=5e-3)
+
+    return taught
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let torch and llama.cpp have one thread: for tiny models, waiting for each other costs more than the sums."""
+    import torch
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(process, "cpus", lambda: 1)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,17 @@ def convert_adapter(folder: Path, base: Path, gguf: Path, *, kind: str) -> None:
     """
     script = converter().with_name("convert_lora_to_gguf.py")
     try:
-        argv = [sys.executable, str(script), str(folder), "--base", str(base), "--outfile", str(gguf), "--outtype", kind]
+        argv = [
+            sys.executable,
+            str(script),
+            str(folder),
+            "--base",
+            str(base),
+            "--outfile",
+            str(gguf),
+            "--outtype",
+            kind,
+        ]
         process.run(argv, env=_environment(script))
     except ToolError as error:
         raise ExportError(
@@ -190,12 +200,18 @@ class Loaded:
         """Tokenise a text as it is; or a plain one, with the tokens that the file adds."""
         if not text and not plain:
             return []
-        return [int(token) for token in self._model.tokenize(text.encode(), add_bos=plain, special=True)]
+        with _quiet():
+            return [int(token) for token in self._model.tokenize(text.encode(), add_bos=plain, special=True)]
 
     @property
     def eos(self) -> int:
         """The token that ends a text, as the file has it."""
         return int(self._model.token_eos())
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the file has; another one's number makes llama.cpp fail."""
+        return int(self._model.n_vocab())
 
     def render(self, messages: Sequence[Message], *, asks: bool) -> str | None:
         """Apply the chat template in the file; None if it refuses these turns.

@@ -26,15 +26,19 @@ class Reference:
     """What the trained model does with the probes."""
 
     texts: list[str]
-    """Rendered conversations and hard strings."""
+    """Rendered conversations, and `hard`."""
     ids: list[list[int]]
     """Of each text as it is, without tokens of its own."""
+    hard: list[str]
+    """Hard strings, each behind a control token."""
     plain_ids: list[list[int]]
-    """Of each hard string, with the tokens that the tokenizer adds to a plain text."""
+    """Of each of `hard`, with the tokens that the tokenizer adds to a plain text."""
     prompts: list[tuple[list[Message], bool]]
     rendered: list[str]
     """Of each prompt; `REFUSED` where the template raises."""
     eos: int
+    vocabulary: int
+    """Tokens that the model may answer with."""
     sequences: list[list[int]]
     """What `trained` and `base` hold the logits of: one array (T, V) for each."""
     trained: list[Any]
@@ -53,11 +57,13 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
         for messages in conversations
     ]
     answered = [ends for text, ends in chats if text != REFUSED]
+    # Behind a control token, where the words of a chat stand: some tokenizers treat the start of a text in another way.
+    hard = [f"{whole.eos_token}{text}" for text in HARD_STRINGS]
     # Some tokenizers compose characters first, which llama.cpp never does: docs/export.md.
-    texts = [normalize("NFC", text) for text in (*(text for text, _ in chats if text != REFUSED), *HARD_STRINGS)]
+    texts = [normalize("NFC", text) for text in (*(text for text, _ in chats if text != REFUSED), *hard)]
     ids = [[token.id for token in tokenizer.tokenize(text)] for text in texts]
     sequences: list[list[int]] = []
-    for one in sorted(ids[: len(texts) - len(HARD_STRINGS)], key=len):
+    for one in sorted(ids[: len(texts) - len(hard)], key=len):
         room = min(TOKENS_OF_ONE, MOST_TOKENS - sum(map(len, sequences)))
         if room > 1 and len(one) > 1:
             sequences.append(one[:room])
@@ -69,10 +75,12 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
     return Reference(
         texts=texts,
         ids=ids,
-        plain_ids=[[int(token) for token in whole(text)["input_ids"]] for text in HARD_STRINGS],
+        hard=hard,
+        plain_ids=[[int(token) for token in whole(text)["input_ids"]] for text in hard],
         prompts=prompts,
         rendered=rendered,
         eos=int(whole.eos_token_id),
+        vocabulary=int(model.config.get_text_config().vocab_size),
         sequences=sequences,
         trained=[logits(model, one) for one in sequences],
         base=base,
@@ -173,6 +181,11 @@ class Checkpoint:
         """The token that ends a text."""
         whole: Any = self._tokenizer.inner
         return int(whole.eos_token_id)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the checkpoint has."""
+        return int(self._model.config.get_text_config().vocab_size)
 
     def render(self, messages: Sequence[Message], *, asks: bool) -> str:
         """Apply the chat template; `REFUSED` if it refuses these turns."""

@@ -139,7 +139,7 @@ def lay_out(base: Path, tokenizer: HfTokenizer, folder: Path) -> None:
     """Write to ``folder`` all of a checkpoint but its weights: the configuration, and the tokenizer."""
     folder.mkdir(exist_ok=True)
     for path in base.iterdir():
-        if path.name in ("config.json", "generation_config.json", "tokenizer.model") or path.suffix == ".py":
+        if path.name in ("config.json", "generation_config.json") or path.suffix == ".py":
             shutil.copyfile(path, folder / path.name)
     whole: Any = tokenizer.inner
     whole.save_pretrained(str(folder))

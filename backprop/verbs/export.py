@@ -17,7 +17,7 @@ from backprop.verbs.lora_gguf import export_lora_gguf
 from backprop.verbs.records import record, refuse_others
 from backprop.verbs.register import destination, register
 from backprop.verbs.source import Adapter, find_adapter
-from backprop.verbs.verify import REJECTED, forget, room_for, verifier_for
+from backprop.verbs.verify import REJECTED, room_for, verifier_for
 
 # Per weight: the 16-bit GGUF that all are made from, and beside it a file of each kind; of others less than 1.
 SOURCE_BYTES = 2
@@ -146,9 +146,7 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
     loop.quieten()
     rejected = target.with_name(target.name + REJECTED)
     rundir.remove(rejected)
-    verifier = verifier_for(adapter, config, say) if config.verify else None
-    if verifier is None:
-        forget(adapter.output, ["safetensors"])
+    verifier = verifier_for(adapter, ["safetensors"], config, say)
     with rundir.whole(target) as folder:
         _write_checkpoint(adapter, folder, config, say)
         model = Checkpoint(folder, room_for(folder), trust_remote_code=config.trust_remote_code)

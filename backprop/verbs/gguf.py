@@ -7,13 +7,14 @@ from tempfile import TemporaryDirectory
 
 from backprop.config import ExportConfig
 from backprop.edges import llama_cpp, llama_tools, rundir
+from backprop.engine.load import HfTokenizer
 from backprop.errors import ExportError
 from backprop.events import Exported, Phase, Sink
 from backprop.verbs import importance
 from backprop.verbs.card import write_card
 from backprop.verbs.records import record
 from backprop.verbs.source import Adapter
-from backprop.verbs.verify import REJECTED, forget, verifier_for
+from backprop.verbs.verify import REJECTED, verifier_for
 
 
 def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> None:
@@ -23,27 +24,21 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
         ExportError: If a step fails, or a file is not the model that was trained.
     """
     from backprop.engine import loop
-    from backprop.engine.streamed import Merger
 
     loop.quieten()
     forget_rejected(adapter)
     with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
         say(Phase(name="merging and converting to GGUF"))
-        inputs = _lay_out(adapter, Path(scratch) / "merged", config, say)
+        inputs = lay_out(adapter, Path(scratch), config, say)
         # Quantizing starts from 16 bits or more; a file that is wanted as it is serves as the source too.
         source = Path(scratch) / "f16.gguf"
         with llama_cpp.converting(inputs.folder, source, kind="f16", through=inputs.through) as finish:
-            Merger(
-                Path(adapter.base), adapter.folder, trust_remote_code=config.trust_remote_code
-            )  # or refuse the adapter
-            verifier = verifier_for(adapter, config, say) if config.verify else None
-            if verifier is None:
-                forget(adapter.output, targets)
+            verifier = verifier_for(adapter, targets, config, say)
             finish()
         if verifier:
             verifier.check_source(source, adapter.output / f"{adapter.name}-f16.gguf{REJECTED}")
         by_imatrix = any(importance.matters(kind, config) for kind in targets)
-        imatrix = importance.find(adapter, config, tokenizer, source, say) if by_imatrix else None
+        imatrix = importance.find(adapter, config, inputs.tokenizer, source, say) if by_imatrix else None
         for kind, target in targets.items():
             say(Phase(name=f"writing {kind}"))
             with rundir.whole(target) as beside:
@@ -67,29 +62,39 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Inputs:
+class Inputs:
     """What the converter is given."""
 
     folder: Path
-    through: tuple[str, ...]
-    """The program that merges what it reads; empty if the folder is merged already."""
+    tokenizer: HfTokenizer
+    through: tuple[str, ...] = ()
+    """The program that merges what it reads; empty if the folder is to be read as it is."""
 
 
-def _lay_out(adapter: Adapter, folder: Path, config: ExportConfig, say: Sink) -> _Inputs:
-    """Let the converter merge the weights one by one, or merge them for it where they are stored in another way."""
-    from backprop.engine import merge, streamed
+def lay_out(adapter: Adapter, room: Path, config: ExportConfig, say: Sink, *, merged: bool = True) -> Inputs:
+    """Let the converter merge the weights one by one, or merge them for it where they are stored in another way.
+
+    Args:
+        merged: Whether the adapter is to be in them; else they are those of the base.
+    """
+    from backprop.engine import merge, pieces, streamed
 
     base, trust = Path(adapter.base), config.trust_remote_code
-    why_not = streamed.why_not(base, adapter.folder)
+    tokenizer = merge.adapted_tokenizer(adapter.folder, trust_remote_code=trust)
+    folder = room / pieces.folder_name(tokenizer)
+    why_not = streamed.why_not(base, adapter.folder) if merged else ""
     if why_not:
         say(Phase(name=f"merging the adapter in memory: {why_not}"))
         merge.merge(adapter.base, adapter.folder, folder, trust_remote_code=trust)
-        return _Inputs(folder=folder, through=())
-    tokenizer = merge.adapted_tokenizer(adapter.folder, trust_remote_code=trust)
-    streamed.lay_out(base, tokenizer, folder)
-    streamed.link_weights(base, folder)
-    program = ("-m", streamed.__name__, adapter.base, str(adapter.folder), "trust" if trust else "")
-    return _Inputs(folder=folder, through=program)
+    else:
+        streamed.lay_out(base, tokenizer, folder)
+        streamed.link_weights(base, folder)
+    pieces.tell_converter(tokenizer, folder, base=adapter.base)
+    write_card(adapter, folder)
+    streams = ("-m", streamed.__name__, adapter.base, str(adapter.folder), "trust" if trust else "")
+    return Inputs(folder=folder, tokenizer=tokenizer, through=streams if merged and not why_not else ())
+
+
 def forget_rejected(adapter: Adapter) -> None:
     """Remove the files that earlier exports of this run rejected."""
     for old in adapter.output.glob(f"*{REJECTED}"):

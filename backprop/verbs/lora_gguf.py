@@ -12,9 +12,10 @@ from backprop.edges import llama_cpp, rundir
 from backprop.errors import ExportError
 from backprop.events import Exported, Phase, Sink
 from backprop.verbs.card import write_card
-from backprop.verbs.gguf import REJECTED, forget_rejected
+from backprop.verbs.gguf import forget_rejected, lay_out
 from backprop.verbs.records import record
 from backprop.verbs.source import Adapter
+from backprop.verbs.verify import REJECTED, verifier_for
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -25,34 +26,23 @@ def export_lora_gguf(adapter: Adapter, targets: Mapping[str, Path], config: Expo
     Raises:
         ExportError: If it is no plain LoRA adapter, is not what was trained, or gives no answer.
     """
-    from backprop.engine import loop, merge
-    from backprop.engine.reference import refer
-    from backprop.verbs.verify import Verifier, forget
+    from backprop.engine import loop
 
     loop.quieten()
     settings = _settings(adapter.folder)
     forget_rejected(adapter)
     with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
-        model, tokenizer = merge.load_adapted(adapter.base, adapter.folder, trust_remote_code=config.trust_remote_code)
-        verifier: Verifier | None = None
-        if config.verify:
-            say(Phase(name="asking the trained model what its copies will be asked"))
-            reference = refer(model, tokenizer, adapter.probes)
-            verifier = Verifier(reference, adapter.output, adapter_sha256=adapter.sha256, say=say)
-        else:
-            forget(adapter.output, targets)
         say(Phase(name="converting the base model to GGUF, to apply the adapter to"))
-        checkpoint, base, plain = Path(scratch) / "base", Path(scratch) / "base.gguf", Path(scratch) / "adapter"
-        whole: Any = tokenizer.inner
-        for part in (model.unload(), whole):
-            part.save_pretrained(str(checkpoint))
-        del model, part
-        llama_cpp.convert(checkpoint, base, kind="f16")
+        base, plain = Path(scratch) / "base.gguf", Path(scratch) / "adapter"
+        inputs = lay_out(adapter, Path(scratch), config, say, merged=False)
+        with llama_cpp.converting(inputs.folder, base, kind="f16") as finish:
+            verifier = verifier_for(adapter, targets, config, say)
+            finish()
         _write_plain(adapter, settings, plain)
         for kind, target in targets.items():
             say(Phase(name=f"writing {kind}"))
             with rundir.whole(target) as beside:
-                llama_cpp.convert_adapter(plain, checkpoint, beside, kind=kind.removeprefix("lora-"))
+                llama_cpp.convert_adapter(plain, inputs.folder, beside, kind=kind.removeprefix("lora-"))
                 if verifier:
                     verifier.check_adapter(kind, base, beside, target.with_name(target.name + REJECTED))
                 told = _ask(adapter, kind, base, beside, target)

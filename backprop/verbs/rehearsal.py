@@ -93,7 +93,7 @@ def _room() -> Generator[Path]:
 
 
 def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink) -> str:
-    from backprop.engine import merge
+    from backprop.engine import merge, pieces
 
     examples = tuple(sorted(prepared.train.examples, key=lambda example: len(example.ids))[:EXAMPLES])
     small = replace(
@@ -120,6 +120,7 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
     except ToolError as error:
         say(Warned(message=f"the way to a GGUF was not rehearsed: {error.message}: `{error.hint}`"))
         return f"{STEPS} steps, a checkpoint, going on from it, and the merge"
+    pieces.tell_converter(prepared.tokenizer, room / "merged", base=prepared.model.path)
     llama_cpp.convert(room / "merged", room / "f16.gguf", kind="f16")
     llama_cpp.quantize(room / "f16.gguf", room / "small.gguf", quantization=QUANTIZATION)
     llama_cpp.ask(room / "small.gguf", [[{"role": "user", "content": "Hello?"}]])

@@ -11,7 +11,6 @@ from backprop.config import ExportConfig
 from backprop.core import fidelity
 from backprop.core.data.formats import Message
 from backprop.core.placement import Placement, needed_bytes, place
-from backprop.core.probes import HARD_STRINGS
 from backprop.edges import device, llama_cpp, rundir
 from backprop.engine.proofs import timed
 from backprop.errors import ExportError
@@ -20,6 +19,8 @@ from backprop.verbs.source import Adapter
 
 if TYPE_CHECKING:
     from backprop.engine.reference import Checkpoint, Reference
+
+Prover = Callable[[Callable[[], Proved]], None]
 
 RECORD = "verification.json"
 REJECTED = ".rejected"
@@ -63,16 +64,33 @@ class Verifier:
 
     def _prove_copy(self, kind: str, model: "llama_cpp.Loaded | Checkpoint") -> tuple[list[Proved], list[Any]]:
         """Hold all that a copy does to what the trained model did; give its logits too."""
-        from backprop.engine.reference import REFUSED
-
         known, proofs = self._reference, list[Proved]()
         prove = self._prover(proofs)
         prove(
             lambda: fidelity.prove_equal(
+                "the vocabulary is whole", ["the number of tokens"], [known.vocabulary], [model.vocabulary]
+            )
+        )
+        if not proofs[-1].ok:
+            return proofs, []
+        self._prove_words(model, prove)
+        found = [model.logits(ids) for ids in known.sequences]
+        prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found))
+        prove(lambda: fidelity.prove_adapter(known.base, known.trained, found))
+        prove(lambda: self._prove_replies(kind, model))
+        return proofs, found
+
+    def _prove_words(self, model: "llama_cpp.Loaded | Checkpoint", prove: Prover) -> None:
+        """Prove tokenizer, template and end token."""
+        from backprop.engine.reference import REFUSED
+
+        known = self._reference
+        prove(
+            lambda: fidelity.prove_equal(
                 "texts have the same tokens",
-                [*known.texts, *HARD_STRINGS],
+                [*known.texts, *known.hard],
                 [*known.ids, *known.plain_ids],
-                [*map(model.tokenize, known.texts), *(model.tokenize(one, plain=True) for one in HARD_STRINGS)],
+                [*map(model.tokenize, known.texts), *(model.tokenize(one, plain=True) for one in known.hard)],
             )
         )
         prove(
@@ -84,11 +102,6 @@ class Verifier:
             )
         )
         prove(lambda: fidelity.prove_equal("texts end with the same token", ["the end"], [known.eos], [model.eos]))
-        found = [model.logits(ids) for ids in known.sequences]
-        prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found))
-        prove(lambda: fidelity.prove_adapter(known.base, known.trained, found))
-        prove(lambda: self._prove_replies(kind, model))
-        return proofs, found
 
     def check(self, kind: str, gguf: Path, rejected: Path) -> None:
         """Hold a file to the 16-bit one.
@@ -123,7 +136,7 @@ class Verifier:
             prove(lambda: self._prove_replies(kind, model))
         self._settle(kind, proofs, gguf, rejected)
 
-    def _prover(self, proofs: list[Proved]) -> Callable[[Callable[[], Proved]], None]:
+    def _prover(self, proofs: list[Proved]) -> Prover:
         """Give a function that times a proof, tells it and adds it to ``proofs``."""
 
         def prove(proof: Callable[[], Proved]) -> None:
@@ -153,23 +166,25 @@ class Verifier:
             )
 
 
-def verifier_for(adapter: Adapter, config: ExportConfig, say: Sink) -> Verifier:
-    """Ask the trained model, and forget it, before anything else needs its memory.
+def verifier_for(adapter: Adapter, kinds: Iterable[str], config: ExportConfig, say: Sink) -> Verifier | None:
+    """Ask the trained model, and forget it, before anything else needs its memory; nothing with `--no-verify`.
 
     Raises:
-        ExportError: If there is no room for it.
+        ExportError: If the adapter does not belong to its base model, or there is no room for that.
     """
     from backprop.engine.merge import load_adapted
     from backprop.engine.reference import refer
+    from backprop.engine.streamed import Merger
 
+    trust = config.trust_remote_code
+    Merger(Path(adapter.base), adapter.folder, trust_remote_code=trust)  # refuses without reading weights
+    if not config.verify:
+        forget(adapter.output, kinds)
+        return None
     where = room_for(Path(adapter.base))
     say(Phase(name=f"asking the trained model what its copies will be asked: {where.dtype} on {where.device}"))
     model, tokenizer = load_adapted(
-        adapter.base,
-        adapter.folder,
-        dtype=where.dtype,
-        device=where.device,
-        trust_remote_code=config.trust_remote_code,
+        adapter.base, adapter.folder, dtype=where.dtype, device=where.device, trust_remote_code=trust
     )
     reference = refer(model, tokenizer, adapter.probes)
     return Verifier(reference, adapter.output, adapter_sha256=adapter.sha256, say=say)

@@ -42,9 +42,19 @@ def weights_changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Pat
     return edit
 
 
-def other_template(folder: Path) -> None:
-    path = folder / "chat_template.jinja"
-    path.write_text(path.read_text().replace("<|im_start|>", "<|im_start|> "))
+def template(old: str, new: str) -> Callable[[Path], None]:
+    """Put ``new`` for ``old`` in the chat template."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "chat_template.jinja"
+        content = path.read_text()
+        assert old in content
+        path.write_text(content.replace(old, new))
+
+    return edit
+
+
+other_template = template("<|im_start|>", "<|im_start|> ")
 
 
 def without_the_middle(tensors: dict[str, Any]) -> None:
@@ -89,6 +99,60 @@ def merge_there(folder: Path, base: str, adapter: str) -> None:
     save_file(merged, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def without_an_end(folder: Path) -> None:
+    edited("tokenizer_config.json", lambda config: config.pop("eos_token"))(folder)
+    for name in ("config.json", "generation_config.json"):
+        edited(name, lambda config: config.pop("eos_token_id"))(folder)
+
+
+def begins_nothing(folder: Path) -> None:
+    edited("tokenizer_config.json", lambda config: config.update(add_bos_token=False))(folder)
+    edited("tokenizer.json", lambda config: config.update(post_processor=None))(folder)
+
+
+# Of tokenizers with a SentencePiece model: Llama 2's begins a text with a token, and so does its template; Phi-3's does not.
+FAULTS_OF_PIECES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "no first token of a text": ("llama-untied", begins_nothing, "texts have the same tokens"),
+    "a first token of a text too many": (
+        "phi3",
+        edited("tokenizer_config.json", lambda config: config.update(add_bos_token=True)),
+        "texts have the same tokens",
+    ),
+    "no first token in the template": (
+        "llama-untied",
+        template("{{- bos_token -}}", ""),
+        "prompts are rendered the same",
+    ),
+    "two first tokens in the template": (
+        "llama-untied",
+        template("{{- bos_token -}}", "{{- bos_token + bos_token -}}"),
+        "prompts are rendered the same",
+    ),
+    "no end token in the template": (
+        "llama-untied",
+        template("message.content + eos_token", "message.content"),
+        "prompts are rendered the same",
+    ),
+    "no end token": ("phi3", without_an_end, "texts end with the same token"),
+    "pieces without their scores": (
+        "llama-untied",
+        lambda folder: (folder / "tokenizer.model").unlink(),
+        "texts have the same tokens",
+    ),
+    "marks of a turn that are plain text": (
+        "gemma3",
+        edited("tokenizer_config.json", lambda config: config.pop("added_tokens_decoder")),
+        "texts have the same tokens",
+    ),
+    # This architecture's converter cuts the matrix to fit; the others' leave a file that cannot be loaded.
+    "a vocabulary that is cut": (
+        "gemma3",
+        edited("config.json", lambda config: config.update(vocab_size=config["vocab_size"] - 40)),
+        "the vocabulary is whole",
+    ),
+}
+
+
 def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None]) -> None:
     converting = llama_cpp.converting
 
@@ -120,6 +184,17 @@ def test_a_file_that_is_another_model_is_rejected(
     fault, proof = FAULTS[name]
     planted(monkeypatch, fault)
     done = backprop("export", run, "-q", "q8_0", "--output", tmp_path, cwd=tmp_path)
+    refused(done, tmp_path, proof)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", FAULTS_OF_PIECES)
+def test_a_file_that_is_another_tokenizer_is_rejected(
+    taught: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    architecture, fault, proof = FAULTS_OF_PIECES[name]
+    planted(monkeypatch, fault)
+    done = backprop("export", taught(architecture), "-q", "q8_0", "--output", tmp_path, cwd=tmp_path)
     refused(done, tmp_path, proof)
 
 
@@ -166,9 +241,9 @@ def test_every_file_is_proved_and_the_figures_kept(run: Path, tmp_path: Path) ->
     done = backprop("export", run, "-q", "q8_0", "-q", "q4_k_m", "--json", "--output", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     told = [event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "proof"]
-    assert [event["ok"] for event in told] == [True] * 10
+    assert [event["ok"] for event in told] == [True] * 11
     record = json.loads((tmp_path / "verification.json").read_text())
-    assert {kind: len(proofs) for kind, proofs in record["proofs"].items()} == {"f16": 6, "q8_0": 2, "q4_k_m": 2}
+    assert {kind: len(proofs) for kind, proofs in record["proofs"].items()} == {"f16": 7, "q8_0": 2, "q4_k_m": 2}
     assert proofs_of(tmp_path)["the adapter is in it, once"]
     manifest = json.loads((run / "run.json").read_text())
     assert len(manifest["probes"]) == 12
