@@ -39,11 +39,11 @@ def tell_converter(tokenizer: HfTokenizer, folder: Path, *, base: str) -> None:
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def folder_name(tokenizer: HfTokenizer) -> str:
-    """Name the folder for the converter, which names the file's model after it.
+def model_name(tokenizer: HfTokenizer, name: str) -> str:
+    """Give the name that the file's model must have.
 
-    Of Phi-3's control tokens, which swallow the white space behind them, llama.cpp knows by that name alone.
+    That Phi-3's control tokens swallow the white space behind them, llama.cpp knows by that name alone.
     """
     whole: Any = tokenizer.inner
     swallows = any(token.special and token.rstrip for token in whole.added_tokens_decoder.values())
-    return "phi3" if swallows else "merged"
+    return f"{name} (phi3)" if swallows else name

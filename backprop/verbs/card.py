@@ -11,9 +11,9 @@ CARD = "README.md"
 MOST_CHARACTERS = 200
 
 
-def write_card(adapter: Adapter, folder: Path) -> None:
-    """Write a card of the name, the base model, its licence and the hash of the training data into ``folder``."""
-    facts: dict[str, Any] = {"model_name": _plain(adapter.name), "base_model": [_base(adapter.base_name)]}
+def write_card(adapter: Adapter, folder: Path, *, name: str) -> None:
+    """Write a card of the ``name``, the base model, its licence and the hash of the training data into ``folder``."""
+    facts: dict[str, Any] = {"model_name": _plain(name), "base_model": [_base(adapter.base_name)]}
     licence = licence_of(Path(adapter.base))
     if licence is not None:
         facts["license"] = licence

@@ -81,7 +81,7 @@ def lay_out(adapter: Adapter, room: Path, config: ExportConfig, say: Sink, *, me
 
     base, trust = Path(adapter.base), config.trust_remote_code
     tokenizer = merge.adapted_tokenizer(adapter.folder, trust_remote_code=trust)
-    folder = room / pieces.folder_name(tokenizer)
+    folder = room / "merged"
     why_not = streamed.why_not(base, adapter.folder) if merged else ""
     if why_not:
         say(Phase(name=f"merging the adapter in memory: {why_not}"))
@@ -90,7 +90,7 @@ def lay_out(adapter: Adapter, room: Path, config: ExportConfig, say: Sink, *, me
         streamed.lay_out(base, tokenizer, folder)
         streamed.link_weights(base, folder)
     pieces.tell_converter(tokenizer, folder, base=adapter.base)
-    write_card(adapter, folder)
+    write_card(adapter, folder, name=pieces.model_name(tokenizer, adapter.name))
     streams = ("-m", streamed.__name__, adapter.base, str(adapter.folder), "trust" if trust else "")
     return Inputs(folder=folder, tokenizer=tokenizer, through=streams if merged and not why_not else ())
 

@@ -68,7 +68,7 @@ def _write_plain(adapter: Adapter, settings: Mapping[str, Any], folder: Path) ->
     """Put the adapter into ``folder``, with its model card, and scaled as llama.cpp scales: by alpha over rank."""
     folder.mkdir()
     (folder / WEIGHTS).symlink_to((adapter.folder / WEIGHTS).resolve())
-    write_card(adapter, folder)
+    write_card(adapter, folder, name=adapter.name)
     alpha = settings["lora_alpha"] * (math.sqrt(settings["r"]) if settings.get("use_rslora") else 1)
     plain = {**settings, "use_rslora": False, "lora_alpha": alpha}
     (folder / "adapter_config.json").write_text(json.dumps(plain))

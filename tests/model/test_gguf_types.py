@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -65,13 +65,13 @@ def test_the_types_that_need_an_importance_matrix_are_those_that_the_quantizer_r
 
 @pytest.mark.slow
 def test_all_types_come_from_one_conversion(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert, converted = llama_cpp.convert, list[str]()
+    converting, converted = llama_cpp.converting, list[str]()
 
-    def counted(folder: Path, gguf: Path, *, kind: str) -> None:
+    def counted(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Any:
         converted.append(kind)
-        convert(folder, gguf, kind=kind)
+        return converting(folder, gguf, kind=kind, through=through)
 
-    monkeypatch.setattr(llama_cpp, "convert", counted)
+    monkeypatch.setattr(llama_cpp, "converting", counted)
     told = exported(run, tmp_path / "out", *(part for kind in PLAIN for part in ("-q", kind)))
     assert [event["quantization"] for event in told] == PLAIN
     assert {event["answer"] for event in told if event["quantization"] in ("f32", "f16", "q8_0")} == {"It is here."}
@@ -268,7 +268,7 @@ def test_a_finished_file_by_an_importance_matrix_is_done(
     def stop(*_: object, **__: object) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(llama_cpp, "convert", stop)
+    monkeypatch.setattr(llama_cpp, "converting", stop)
     assert len(exported(run, tmp_path / "out", *options)) == 1
 
 

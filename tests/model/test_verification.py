@@ -261,7 +261,7 @@ def test_a_checkpoint_is_proved_as_a_file_is(run: Path, tmp_path: Path, monkeypa
     done = backprop(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     proofs = proofs_of(tmp_path, "safetensors")
-    assert len(proofs) == 6
+    assert len(proofs) == 7
     assert all(proofs.values())
     assert (tmp_path / "safetensors" / "model.safetensors").is_file()
     assert backprop(*command, cwd=tmp_path).returncode == 0, "done is done"
