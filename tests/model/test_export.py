@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +96,34 @@ def test_an_export_that_was_stopped_goes_on_and_a_finished_one_is_done(
         "run-q5_k_m.gguf",
         "verification.json",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="only Linux tells a process of its parent's end")
+def test_the_converter_ends_with_a_process_that_is_killed(run: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "backprop", "export", str(run), "-q", "f16", "--output", str(tmp_path), "--json"]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as main:
+        converters: list[Path] = []
+        while not converters:
+            assert main.poll() is None
+            time.sleep(0.1)
+            children = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split()
+            converters = [
+                Path("/proc") / child for child in children if b"streamed" in command_of(Path("/proc") / child)
+            ]
+        time.sleep(1)
+        main.kill()
+    until = time.monotonic() + 2
+    while any(b"streamed" in command_of(converter) for converter in converters):
+        assert time.monotonic() < until, "the converter goes on"
+        time.sleep(0.1)
+
+
+def command_of(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.mark.slow
