@@ -63,7 +63,7 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
         if missing:
             _write(adapter, missing, config, say)
         if where:
-            register(where, next(iter(targets.values())), adapter.folder, adapter.question, config=config, say=say)
+            register(where, next(iter(targets.values())), adapter, config=config, say=say)
         seconds = round(time.monotonic() - started, 1)
         result = {"files": [str(path) for path in targets.values()]}
         stopping.finished()

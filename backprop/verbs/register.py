@@ -12,6 +12,8 @@ from backprop.edges.ollama_http import Server, find_server
 from backprop.engine.load import HfTokenizer, load_tokenizer
 from backprop.errors import OllamaError
 from backprop.events import Sink
+from backprop.verbs.card import licence_of
+from backprop.verbs.source import Adapter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,23 +40,30 @@ def destination(config: ExportConfig, *, default_name: str) -> Destination | Non
     return Destination(server=server, name=name)
 
 
-def register(where: Destination, gguf: Path, adapter: Path, question: str, *, config: ExportConfig, say: Sink) -> None:
-    """Hand a file over, with the stop text and system prompt that it was trained with, and keep the Modelfile.
+def register(where: Destination, gguf: Path, adapter: Adapter, *, config: ExportConfig, say: Sink) -> None:
+    """Hand a file over, with the stop text and system prompt that it was trained with, its base's licence, and keep the Modelfile.
 
     Raises:
         OllamaError: If the server refuses, or its answer is not that of llama.cpp; what was made there is removed.
     """
-    tokenizer = load_tokenizer(str(adapter), trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(str(adapter.folder), trust_remote_code=config.trust_remote_code)
     system = config.system if config.system is not None else default_system(tokenizer)
-    parts = ModelParts(system=system, stop=(str(tokenizer.inner.eos_token),))
+    licence = licence_of(Path(adapter.base)) or ""
+    parts = ModelParts(system=system, stop=(str(tokenizer.inner.eos_token),), license=licence)
     rundir.write_text(gguf.with_name("Modelfile"), ollama.modelfile(gguf.name, parts))
-    turns: list[Message] = [{"role": "user", "content": question}]
+    turns: list[Message] = [{"role": "user", "content": adapter.question}]
     if system:
         turns.insert(0, {"role": "system", "content": system})
     (expected,) = llama_cpp.ask(gguf, [turns])
     try:
         ollama.register(
-            gguf, where.name, server=where.server, parts=parts, question=question, expected=expected.text, say=say
+            gguf,
+            where.name,
+            server=where.server,
+            parts=parts,
+            question=adapter.question,
+            expected=expected.text,
+            say=say,
         )
     except OllamaError as error:
         error.hint = f"{error.hint}; `{gguf}` is kept: the same command then only registers it"

@@ -1,6 +1,7 @@
 """An exported file in Ollama, from the command line: a strict double answers with llama.cpp from the file it received."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,10 @@ ROWS = [chat(f"What is {n}?", "It is here.") for n in range(12)]
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tiny_model, tmp_path_factory.mktemp("trained"), ROWS, steps=60)
+    model = tmp_path_factory.mktemp("base") / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+    return trained_run(model, tmp_path_factory.mktemp("trained"), ROWS, steps=60)
 
 
 @pytest.fixture
@@ -43,7 +47,9 @@ def test_an_export_is_registered_and_answers_there_as_in_llama_cpp(
     model = server.models["my-model:latest"]
     assert model.parameters["stop"] == ["<|im_end|>"]
     assert "helpful AI assistant" in model.system
+    assert model.license == "apache-2.0"
     written = (tmp_path / "out" / "Modelfile").read_text()
+    assert written.endswith('LICENSE """apache-2.0"""\n')
     assert written.startswith('FROM "./run-q8_0.gguf"\nPARAMETER stop "<|im_end|>"\nSYSTEM ')
 
 
