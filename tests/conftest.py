@@ -20,7 +20,17 @@ from backprop.core.data.render import Token
 from backprop.edges import process
 
 ROOT = Path(__file__).parent.parent
+
+# Workers that share cores wait for each other in torch and llama.cpp, which makes both many times slower.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    _cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cpus[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(_cpus)]})
 ASSETS = Path(__file__).parent / "assets"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest test, which one worker is busy with while the other does the rest."""
+    items.sort(key=lambda item: item.path.name != "test_whole_path.py")
 
 
 @pytest.fixture(autouse=True)
