@@ -15,7 +15,9 @@ from backprop.engine.merge import compute_in_float32
 from backprop.errors import DataError
 
 MOST_TOKENS, TOKENS_OF_ONE = 1024, 256
-"""Tokens of all texts whose distributions are compared, and of one of them: V floats are kept of each."""
+"""Tokens of all texts whose distributions are compared, and of one of them."""
+MOST_BYTES = 2**28
+"""Of their logits, in each of three models: fewer tokens of a large vocabulary."""
 ASKED = 3
 ANSWER_TOKENS = 48
 REFUSED = "(the template refuses this)"
@@ -62,9 +64,11 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
     # Some tokenizers compose characters first, which llama.cpp never does: docs/export.md.
     texts = [normalize("NFC", text) for text in (*(text for text, _ in chats if text != REFUSED), *hard)]
     ids = [[token.id for token in tokenizer.tokenize(text)] for text in texts]
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    most = min(MOST_TOKENS, MOST_BYTES // (4 * vocabulary))
     sequences: list[list[int]] = []
     for one in sorted(ids[: len(texts) - len(hard)], key=len):
-        room = min(TOKENS_OF_ONE, MOST_TOKENS - sum(map(len, sequences)))
+        room = min(TOKENS_OF_ONE, most - sum(map(len, sequences)))
         if room > 1 and len(one) > 1:
             sequences.append(one[:room])
     questions = _questions(tokenizer, conversations)
@@ -80,7 +84,7 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
         prompts=prompts,
         rendered=rendered,
         eos=int(whole.eos_token_id),
-        vocabulary=int(model.config.get_text_config().vocab_size),
+        vocabulary=vocabulary,
         sequences=sequences,
         trained=[logits(model, one) for one in sequences],
         base=base,

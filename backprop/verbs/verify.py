@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ class Verifier:
         self._say(Phase(name="verifying the 16-bit file"))
         with llama_cpp.loaded(gguf, context=CONTEXT, all_logits=True) as model:
             proofs, self._of_source = self._prove_copy("f16", model)
+        self._reference = replace(self._reference, trained=[], base=[])  # other files are held to this one
         self._settle("f16", proofs, gguf, rejected)
 
     def check_checkpoint(self, folder: Path, model: "Checkpoint", rejected: Path) -> None:

@@ -304,3 +304,13 @@ def test_the_reference_is_greedy_whatever_the_base_says_of_repetition(run: Path)
     assert reference.refer(model, tokenizer, asked).replies == first.replies
     long = [[{"role": "user", "content": "word " * 600}]]
     assert reference.refer(model, tokenizer, long).questions == []
+
+
+def test_of_a_large_vocabulary_fewer_tokens_are_compared(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = json.loads((run / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model, tokenizer = merge.load_adapted(base, run / "lora")
+    asked = [[{"role": "user", "content": "word " * 60}]] * 3
+    assert sum(map(len, reference.refer(model, tokenizer, asked).sequences)) > 150
+    monkeypatch.setattr(reference, "MOST_BYTES", 50 * 4 * 49152)
+    found = reference.refer(model, tokenizer, asked)
+    assert sum(map(len, found.sequences)) == sum(map(len, found.trained)) == 50
