@@ -101,7 +101,20 @@ def memory_free_bytes() -> int:
     except OSError:
         return _memory_bytes()
     available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return min(_memory_bytes(), 1024 * int(available)) if available else _memory_bytes()
+    limit = _memory_bytes() - _used_by_container()
+    return max(0, min(limit, 1024 * int(available)) if available else limit)
+
+
+def _used_by_container() -> int:
+    """Give what this container's processes hold, without the files that the system may drop."""
+    try:
+        folder = Path("/sys/fs/cgroup")
+        if not (folder / "memory.max").read_text().strip().isdigit():
+            return 0
+        files = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int((folder / "memory.current").read_text()) - int(files.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def disk_free_bytes(path: Path) -> int:

@@ -1,7 +1,10 @@
 """Other programs: run one to its end, or beside other work."""
 
+import ctypes
 import os
+import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,10 +40,12 @@ def running(
     Raises:
         ToolError: As `run`, when waited for; at once if the program is missing.
     """
-    name = Path(argv[0]).name
+    name, me = Path(argv[0]).name, os.getpid()
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        child = subprocess.Popen(argv, cwd=cwd, env=env, text=True, errors="replace", **pipes)
+        child = subprocess.Popen(
+            argv, cwd=cwd, env=env, text=True, errors="replace", preexec_fn=lambda: _end_with(me), **pipes
+        )
     except FileNotFoundError as error:
         raise ToolError(f"`{name}` is not installed", hint="run `backprop doctor`") from error
     heard = [_Reader(stream) for stream in (child.stdout, child.stderr)]
@@ -61,6 +66,18 @@ def running(
             yield finish
         finally:
             child.kill()
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with(parent: int) -> None:
+    """Let this new process end with its parent, however that ends. Only on Linux."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 class _Reader:

@@ -39,11 +39,11 @@ def tell_converter(tokenizer: HfTokenizer, folder: Path, *, base: str) -> None:
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_name(tokenizer: HfTokenizer, name: str) -> str:
+def model_name(tokenizer: HfTokenizer, name: str, *, base: str) -> str:
     """Give the name that the file's model must have.
 
     That Phi-3's control tokens swallow the white space behind them, llama.cpp knows by that name alone.
     """
     whole: Any = tokenizer.inner
     swallows = any(token.special and token.rstrip for token in whole.added_tokens_decoder.values())
-    return f"{name} (phi3)" if swallows else name
+    return f"{name} (phi3)" if swallows and (Path(base) / "tokenizer.model").is_file() else name

@@ -1,5 +1,6 @@
 """A small random copy of a model's architecture, to rehearse on."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ def write_small_copy(path: str, folder: Path, tokenizer: HfTokenizer, *, trust_r
         ) from error
     whole: Any = tokenizer.inner
     whole.save_pretrained(folder)
+    pieces = Path(path) / "tokenizer.model"
+    if pieces.is_file():
+        shutil.copyfile(pieces, folder / pieces.name)
 
 
 def _shrink(config: Any) -> None:

@@ -4,11 +4,9 @@ Run as a program, it is llama.cpp's converter, which finds the weights in a fold
 `python -m backprop.engine.streamed BASE ADAPTER SCRIPT FOLDER --outfile …`.
 """
 
-import ctypes
 import json
 import runpy
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,9 +20,6 @@ from backprop.errors import ExportError
 
 if TYPE_CHECKING:
     import torch
-
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Merger:
@@ -78,12 +73,17 @@ class Merger:
 
 def why_not(base: Path, adapter: Path) -> str:
     """Say why the weights in ``base`` cannot be merged one by one; empty if they can. Reads names only."""
-    weights = set(weights_in(base))
-    changed = {_weight_of(key) for key in weights_in(adapter)}
+    weights, keys = set(weights_in(base)), set(weights_in(adapter))
+    biased = sorted(key for key in keys if ".lora_" in key and key.endswith(".bias"))
+    if biased:
+        return f"{biased[0]} changes a bias"
+    changed = {_weight_of(key) for key in keys}
     odd = sorted(changed - weights)
     if odd:
         return f"{odd[0]} is stored under another name, or not by itself"
-    tied = json.loads((base / "config.json").read_text()).get("tie_word_embeddings", False)
+    settings = json.loads((base / "config.json").read_text())
+    tied = any(one.get("tie_word_embeddings") for one in (settings, settings.get("text_config") or {}))
+    tied = tied or not any(name.endswith("lm_head.weight") for name in weights)
     shared = sorted(name for name in changed if tied and not any(part.isdecimal() for part in name.split(".")))
     return f"{shared[0]} is shared" if shared else ""
 
@@ -112,13 +112,25 @@ def _hollow(folder: Path, *, trust_remote_code: bool) -> Any:
     return model
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Give the safetensors that transformers loads: those of the index, where there is one; a folder may hold others too."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def weights_in(folder: Path) -> Iterator[str]:
     """Name the weights that a folder's safetensors hold."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            yield from file.keys()
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="np") as file:
+                yield from file.keys()
+        except SafetensorError as error:
+            raise ExportError(f"`{path}` is damaged: {error}", hint="bring back a whole one") from error
 
 
 def size_of(folder: Path) -> tuple[int, str]:
@@ -126,7 +138,7 @@ def size_of(folder: Path) -> tuple[int, str]:
     from safetensors import safe_open
 
     count, kinds = 0, set[str]()
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 one = file.get_slice(name)
@@ -147,7 +159,7 @@ def lay_out(base: Path, tokenizer: HfTokenizer, folder: Path) -> None:
 
 def link_weights(base: Path, folder: Path) -> None:
     """Let ``folder`` have the weights of the base model, for `main` to merge as they are read."""
-    for path in (*base.glob("*.safetensors"), *base.glob("*.safetensors.index.json")):
+    for path in (*weight_files(base), *base.glob("*.safetensors.index.json")):
         (folder / path.name).symlink_to(path.resolve())
 
 
@@ -156,7 +168,7 @@ def write_weights(base: Path, merger: Merger, folder: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    for path in sorted(base.glob("*.safetensors")):
+    for path in weight_files(base):
         tensors = load_file(path)
         for name, tensor in tensors.items():
             merged = merger.merge(name, tensor) if merger.changes(name) else tensor
@@ -205,8 +217,6 @@ def _narrow_with_torch(gguf: Any) -> None:
 
 def main() -> None:
     """Run the converter script on the rest of the arguments, with an adapter in every weight that it reads."""
-    if sys.platform == "linux":  # end with the process that waits for the file, however that ends
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     base, adapter, trust, *sys.argv = sys.argv[1:]
     home = Path(sys.argv[0]).parent
     sys.path[:0] = [str(home), str(home / "gguf-py")]

@@ -13,7 +13,7 @@ MOST_CHARACTERS = 200
 
 def write_card(adapter: Adapter, folder: Path, *, name: str) -> None:
     """Write a card of the ``name``, the base model, its licence and the hash of the training data into ``folder``."""
-    facts: dict[str, Any] = {"model_name": _plain(name), "base_model": [_base(adapter.base_name)]}
+    facts: dict[str, Any] = {"model_name": _plain(name), "base_model": [_base(adapter.base_name, Path(adapter.base))]}
     licence = licence_of(Path(adapter.base))
     if licence is not None:
         facts["license"] = licence
@@ -37,10 +37,11 @@ def licence_of(model: Path) -> str | None:
     return _plain(licence) if isinstance(licence, str) else None
 
 
-def _base(name: str) -> dict[str, str]:
+def _base(name: str, folder: Path) -> dict[str, str]:
     """Describe the base model: by its place on the hub, or by the name of its folder."""
     known = PRESETS[name].hub_id if name in PRESETS else name
-    if Path(known).is_absolute() or known.startswith((".", "~")) or known.count("/") != 1:
+    is_path = Path(known).is_absolute() or known.startswith((".", "~")) or folder.parts[-2:] == Path(known).parts
+    if is_path or known.count("/") != 1:
         return {"name": _plain(Path(known).name)}
     owner, _, model = known.partition("/")
     return {"name": _plain(model), "organization": _plain(owner), "repo_url": f"https://huggingface.co/{_plain(known)}"}

@@ -21,6 +21,7 @@ from backprop.verbs.verify import REJECTED, room_for, verifier_for
 
 # Per weight: the 16-bit GGUF that all are made from, and beside it a file of each kind; of others less than 1.
 SOURCE_BYTES = 2
+BYTES_OF_SPLIT = 2
 BYTES_OF = {"f32": 4, "f16": 0, "bf16": 2, "safetensors": 0}
 DEFAULT_QUANTIZATION = "q4_k_m"
 DEFAULT_OF_ADAPTERS = "f16"
@@ -129,8 +130,12 @@ def _make_room(adapter: Adapter, kinds: Iterable[str], *, split: bool) -> None:
         raise DiskError(
             f"`{adapter.output}` cannot be a folder: {error.strerror}", hint="choose another `--output`"
         ) from error
-    weights = sum(path.stat().st_size for path in Path(adapter.base).glob("*.safetensors")) // 2
-    need = weights * (SOURCE_BYTES + sum(BYTES_OF.get(kind, 1) for kind in kinds) * (2 if split else 1))
+    from backprop.engine.streamed import size_of, why_not
+
+    base = Path(adapter.base)
+    files = sum(BYTES_OF.get(kind, 1) for kind in kinds) + (BYTES_OF_SPLIT if split else 0)
+    in_memory = BYTES_OF["f32"] if why_not(base, adapter.folder) else 0
+    need = size_of(base)[0] * (SOURCE_BYTES + files + in_memory)
     free = device.disk_free_bytes(adapter.output)
     if free < need:
         raise DiskError(

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
-from backprop.config import ExportConfig
+from backprop.config import ExportConfig, Quantization
 from backprop.edges import llama_cpp, llama_tools, rundir
 from backprop.engine.load import HfTokenizer
 from backprop.errors import ExportError
@@ -90,15 +91,16 @@ def lay_out(adapter: Adapter, room: Path, config: ExportConfig, say: Sink, *, me
         streamed.lay_out(base, tokenizer, folder)
         streamed.link_weights(base, folder)
     pieces.tell_converter(tokenizer, folder, base=adapter.base)
-    write_card(adapter, folder, name=pieces.model_name(tokenizer, adapter.name))
+    write_card(adapter, folder, name=pieces.model_name(tokenizer, adapter.name, base=adapter.base))
     streams = ("-m", streamed.__name__, adapter.base, str(adapter.folder), "trust" if trust else "")
     return Inputs(folder=folder, tokenizer=tokenizer, through=streams if merged and not why_not else ())
 
 
 def forget_rejected(adapter: Adapter) -> None:
     """Remove the files that earlier exports of this run rejected."""
-    for old in adapter.output.glob(f"*{REJECTED}"):
-        if old.name.startswith(f"{adapter.name}-"):
+    for old in adapter.output.glob(f"*.gguf{REJECTED}"):
+        kind = old.name.removeprefix(f"{adapter.name}-").removesuffix(f".gguf{REJECTED}").removeprefix("lora-")
+        if kind in get_args(Quantization):
             old.unlink()
 
 

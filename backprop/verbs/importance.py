@@ -25,10 +25,8 @@ def refuse_early(adapter: Adapter, config: ExportConfig) -> None:
     if config.imatrix == AUTO:
         llama_tools.tool("imatrix")
         if not any(messages[-1]["role"] == "assistant" for messages in adapter.probes):
-            raise UsageError(
-                f"`{adapter.folder}` is an adapter without a run, whose rows `--imatrix auto` would need",
-                hint="give a run directory, or `--imatrix FILE`",
-            )
+            what = f"the run in `{adapter.run}` kept no chats" if adapter.run else f"`{adapter.folder}` is not of a run"
+            raise UsageError(f"{what}, which `--imatrix auto` would need", hint="give a file with `--imatrix FILE`")
 
 
 def matters(kind: str, config: ExportConfig) -> bool:

@@ -61,6 +61,12 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ExportError(
             "llama.cpp's adapters have no place for DoRA's magnitudes", hint="leave out `--format lora-gguf`"
         )
+    several = [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]
+    if several:
+        raise ExportError(
+            f"the layers of this adapter differ in strength (`{several[0]}`), and llama.cpp's adapters have one for all",
+            hint="leave out `--format lora-gguf`",
+        )
     return settings
 
 

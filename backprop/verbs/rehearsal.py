@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
-from backprop.config import TrainConfig
+from backprop.config import ExportConfig, TrainConfig
 from backprop.core.duration import choose_rehearsal
 from backprop.core.plan import Choice
 from backprop.edges import llama_cpp, rundir
@@ -15,7 +15,9 @@ from backprop.edges.hub import ModelSource
 from backprop.errors import BackpropError, ModelError, ToolError, TrainingError
 from backprop.events import Event, Phase, Proved, Resumed, Sink, Warned
 from backprop.verbs.adapter import train_one
+from backprop.verbs.gguf import lay_out
 from backprop.verbs.prepare import Prepared
+from backprop.verbs.source import Adapter
 
 MARK = "backprop-rehearsal-"
 STEPS, EXAMPLES = 3, 8
@@ -93,7 +95,7 @@ def _room() -> Generator[Path]:
 
 
 def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink) -> str:
-    from backprop.engine import merge, pieces
+    from backprop.engine import merge
 
     examples = tuple(sorted(prepared.train.examples, key=lambda example: len(example.ids))[:EXAMPLES])
     small = replace(
@@ -113,19 +115,35 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
     train_one(quick, small, output=room, say=resumed.append)
     if [event.step for event in resumed if isinstance(event, Resumed)] != [STEPS - 1]:
         raise TrainingError("the small copy did not go on from its checkpoint", hint="please report it")
-    merge.merge(str(room / "model"), room / "lora", room / "merged", trust_remote_code=config.trust_remote_code)
+    code = config.trust_remote_code
     try:
         llama_cpp.converter()
         llama_cpp.bindings()
     except ToolError as error:
+        merge.merge(str(room / "model"), room / "lora", room / "merged", trust_remote_code=code)
         say(Warned(message=f"the way to a GGUF was not rehearsed: {error.message}: `{error.hint}`"))
         return f"{STEPS} steps, a checkpoint, going on from it, and the merge"
-    pieces.tell_converter(prepared.tokenizer, room / "merged", base=prepared.model.path)
-    llama_cpp.convert(room / "merged", room / "f16.gguf", kind="f16")
+    inputs = lay_out(_adapter_in(room), room, ExportConfig(trust_remote_code=code), _silent)
+    llama_cpp.convert(inputs.folder, room / "f16.gguf", kind="f16", through=inputs.through)
     llama_cpp.quantize(room / "f16.gguf", room / "small.gguf", quantization=QUANTIZATION)
     llama_cpp.ask(room / "small.gguf", [[{"role": "user", "content": "Hello?"}]])
     return (
         f"{STEPS} steps, a checkpoint, going on from it, the merge, a GGUF, {QUANTIZATION}, and a question to llama.cpp"
+    )
+
+
+def _adapter_in(room: Path) -> Adapter:
+    return Adapter(
+        folder=room / "lora",
+        base=str(room / "model"),
+        base_name=str(room / "model"),
+        data_sha256=None,
+        output=room,
+        name="rehearsal",
+        question="Hello?",
+        probes=[],
+        run=None,
+        sha256="",
     )
 
 

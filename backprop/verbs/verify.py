@@ -76,10 +76,16 @@ class Verifier:
             return proofs, []
         self._prove_words(model, prove)
         found = [model.logits(ids) for ids in known.sequences]
-        prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found))
-        prove(lambda: fidelity.prove_adapter(known.base, known.trained, found))
+        self._prove_weights(kind, found, prove)
         prove(lambda: self._prove_replies(kind, model))
         return proofs, found
+
+    def _prove_weights(self, kind: str, found: Sequence[Any], prove: Prover) -> None:
+        """Prove that logits are those of the trained model, with the adapter in them once."""
+        known = self._reference
+        learnt = fidelity.likeness(known.trained, known.base).mean_kl if known.trained else 0.0
+        prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found, learnt=learnt))
+        prove(lambda: fidelity.prove_adapter(known.base, known.trained, found))
 
     def _prove_words(self, model: "llama_cpp.Loaded | Checkpoint", prove: Prover) -> None:
         """Prove tokenizer, template and end token."""
@@ -132,8 +138,7 @@ class Verifier:
         prove = self._prover(proofs)
         with llama_cpp.loaded(base, context=CONTEXT, all_logits=True, adapter=gguf) as model:
             found = [model.logits(ids) for ids in known.sequences]
-            prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found))
-            prove(lambda: fidelity.prove_adapter(known.base, known.trained, found))
+            self._prove_weights(kind, found, prove)
             prove(lambda: self._prove_replies(kind, model))
         self._settle(kind, proofs, gguf, rejected)
 
@@ -206,7 +211,7 @@ def room_for(folder: Path) -> Placement:
         need = needed_bytes(num_weights, stored)
         raise ExportError(
             f"the model that files are held to needs {need / 2**30:.1f} GiB, and {memory / 2**30:.1f} GiB are free",
-            hint="free memory, or add `--no-verify`",
+            hint="free memory, or export to GGUF with `--no-verify`",
         )
     return found
 

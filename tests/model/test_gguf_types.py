@@ -199,7 +199,7 @@ def test_hostile_names_are_only_names(tmp_path: Path) -> None:
     adapter: Any = type(
         "Adapter", (), {"name": HOSTILE, "base": str(tmp_path), "base_name": HOSTILE, "data_sha256": "0"}
     )
-    card.write_card(adapter, tmp_path)
+    card.write_card(adapter, tmp_path, name=adapter.name)
     lines = (tmp_path / "README.md").read_text(encoding="utf-8").splitlines()
     assert (lines[0], lines[-1], len(lines)) == ("---", "---", 5)
     facts = yaml.safe_load("\n".join(lines[1:-1]))
@@ -214,6 +214,7 @@ def test_hostile_names_are_only_names(tmp_path: Path) -> None:
         ("Qwen/Qwen3-4B", {"organization": "Qwen", "name": "Qwen3-4B"}),
         ("/home/me/models/mine", {"name": "mine"}),
         ("./models", {"name": "models"}),
+        ("models/mine", {"name": "mine"}),
     ],
 )
 def test_a_base_model_is_named_by_the_hub_or_by_its_folder_without_the_way_to_it(
@@ -221,8 +222,9 @@ def test_a_base_model_is_named_by_the_hub_or_by_its_folder_without_the_way_to_it
 ) -> None:
     import yaml
 
-    adapter: Any = type("Adapter", (), {"name": "x", "base": str(tmp_path), "base_name": name, "data_sha256": None})
-    card.write_card(adapter, tmp_path)
+    folder = tmp_path / "models" / "mine"
+    adapter: Any = type("Adapter", (), {"base": str(folder), "base_name": name, "data_sha256": None})
+    card.write_card(adapter, tmp_path, name="x")
     (found,) = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])["base_model"]
     url = found.pop("repo_url", None)
     assert found == base

@@ -1,5 +1,6 @@
 """Weights merged one at a time are those that PEFT merges all at once."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,40 @@ def test_an_adapter_on_a_shared_weight_is_merged_in_memory(tiny_model: Path, tmp
 def test_weights_under_other_names_are_merged_in_memory(base: Path, tmp_path: Path, tiny_model: Path) -> None:
     adapter = adapted(base, tmp_path, modules_to_save=["lm_head"])
     assert "lm_head.weight is stored" in streamed.why_not(tiny_model, adapter)
+
+
+def test_an_adapter_that_changes_a_bias_is_merged_in_memory(base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapter = adapted(base, tmp_path)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    key = next(key for key in weights if "q_proj.lora_B" in key)
+    weights[key.replace(".weight", ".bias")] = weights[key][:, 0].contiguous()
+    save_file(weights, adapter / "adapter_model.safetensors")
+    assert streamed.why_not(base, adapter).endswith("lora_B.bias changes a bias")
+
+
+def test_a_head_that_is_not_stored_is_shared_whatever_the_configuration_leaves_out(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": None}))
+    adapter = adapted(tiny_model, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    assert streamed.why_not(tmp_path / "model", adapter) == "model.embed_tokens.weight is shared"
+
+
+def test_only_the_files_that_transformers_loads_are_weights(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "model")
+    shutil.copy(next(base.glob("*.safetensors")), tmp_path / "model" / "consolidated.safetensors")
+    assert sorted(streamed.weights_in(tmp_path / "model")) == sorted(streamed.weights_in(base))
+    assert streamed.size_of(tmp_path / "model") == streamed.size_of(base)
+
+
+def test_a_damaged_file_is_told(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(ExportError, match="is damaged"):
+        streamed.why_not(base, tmp_path)
 
 
 def test_a_weight_that_is_not_finite_is_refused(base: Path, tmp_path: Path) -> None:

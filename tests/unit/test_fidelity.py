@@ -2,7 +2,7 @@
 
 import pytest
 
-from backprop.core.fidelity import Reply, prove_equal, prove_replies
+from backprop.core.fidelity import Reply, prove_equal, prove_likeness, prove_replies
 
 
 def replies(*texts: str) -> list[Reply]:
@@ -33,3 +33,23 @@ def test_the_first_difference_is_shown() -> None:
     proof = prove_equal("x", ["a", "b"], ["same", "<user> hello"], ["same", "<user>hello"])
     assert not proof.ok
     assert "'b'" in proof.found
+
+
+def test_much_training_lets_rounding_move_a_file_further() -> None:
+    import numpy
+
+    trained = [numpy.array([[0.0, 9.0], [9.0, 0.0]] * 8, numpy.float32)]
+    found = [trained[0] * numpy.float32(0.78)]  # 0.0005 nats away
+    far = [trained[0] * numpy.float32(0.7)]
+    allowed = [
+        prove_likeness("f16", "it", trained, one, learnt=learnt).ok for one in (found, far) for learnt in (0, 12)
+    ]
+    assert allowed == [True, True, False, True]
+
+
+def test_figures_near_a_bound_are_told_apart() -> None:
+    import numpy
+
+    trained = [numpy.array([[0.0, 9.0]], numpy.float32)]
+    proof = prove_likeness("f16", "it", trained, [trained[0] * numpy.float32(0.727)])
+    assert "KL 0.00101 in the mean" in proof.found, proof.found

@@ -1,5 +1,7 @@
 """Other programs end when nobody waits for them any more."""
 
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +19,20 @@ def test_a_program_does_not_outlive_its_block(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert time.monotonic() - started < 0.9
     time.sleep(max(0, started + 1.5 - time.monotonic()))
+    assert not (tmp_path / "late").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_a_program_does_not_outlive_a_process_that_is_killed(tmp_path: Path) -> None:
+    late = f"import time; time.sleep(1); open({str(tmp_path / 'late')!r}, 'w')"
+    main = f"""
+import os, signal, sys
+from backprop.edges import process
+with process.running([sys.executable, "-c", {late!r}]):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", main], check=False).returncode == -signal.SIGKILL
+    time.sleep(1.5)
     assert not (tmp_path / "late").exists()
 
 
