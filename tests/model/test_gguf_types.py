@@ -301,7 +301,7 @@ def test_an_adapter_by_itself_has_no_rows_for_an_importance_matrix(run: Path, tm
     shutil.copytree(run / "lora", tmp_path / "mine")
     done = backprop("export", "mine", "--imatrix", "auto", "--output", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 2
-    assert "is an adapter without a run" in done.stderr
+    assert "`mine` is not of a run" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
