@@ -45,8 +45,8 @@ ADAPTER_SHARE = (0.95, 1.05)
 # Tokens whose logits are this close (in nats) are equally likely: rounding may choose either.
 TIE = 0.05
 
-MUCH_LEARNT = 3.0
-"""Nats from the base model: more than a useful adapter does (2.1 in docs/export.md)."""
+MUCH_LEARNT = 8.0
+"""Nats from the base model: far more than a useful adapter does (2.1 in docs/export.md)."""
 
 # A divergence below this is no adapter to speak of: rounding would decide.
 LEAST_LEARNT = 1e-3
