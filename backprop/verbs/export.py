@@ -9,12 +9,12 @@ from pathlib import Path
 import backprop
 from backprop.config import ExportConfig
 from backprop.edges import device, llama_cpp, llama_tools, rundir, stopping
-from backprop.errors import BackpropError, DiskError, ExportError
-from backprop.events import Exported, Failed, Phase, RunFinished, RunStarted, Sink, tee
+from backprop.errors import BackpropError, DiskError
+from backprop.events import Failed, Phase, RunFinished, RunStarted, Sink, tee
 from backprop.verbs import importance
 from backprop.verbs.gguf import export_gguf
 from backprop.verbs.lora_gguf import export_lora_gguf
-from backprop.verbs.records import record, refuse_others
+from backprop.verbs.records import answered, record, refuse_others
 from backprop.verbs.register import destination, register
 from backprop.verbs.source import Adapter, find_adapter
 from backprop.verbs.verify import REJECTED, room_for, verifier_for
@@ -158,16 +158,7 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
         if verifier:
             verifier.check_checkpoint(folder, model, rejected)
         answer = model.reply([{"role": "user", "content": adapter.question}]).text
-        if not answer:
-            raise ExportError("the exported model gave no answer", hint="ask another `--question`")
-        told = Exported(
-            path=str(target),
-            format="safetensors",
-            quantization="bf16",
-            size_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-            question=adapter.question,
-            answer=answer,
-        )
+        told = answered(adapter, answer, target, folder, format="safetensors", quantization="bf16")
         record(adapter, target, folder, told, config, verified=config.verify)
     say(told)
 

@@ -9,11 +9,10 @@ from typing import get_args
 from backprop.config import ExportConfig, Quantization
 from backprop.edges import llama_cpp, llama_tools, rundir
 from backprop.engine.load import HfTokenizer
-from backprop.errors import ExportError
-from backprop.events import Exported, Phase, Sink
+from backprop.events import Phase, Sink
 from backprop.verbs import importance
 from backprop.verbs.card import write_card
-from backprop.verbs.records import record
+from backprop.verbs.records import answered, record
 from backprop.verbs.source import Adapter
 from backprop.verbs.verify import REJECTED, verifier_for
 
@@ -57,7 +56,8 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
                 if config.split_size:
                     whole, gguf = gguf, llama_tools.split(gguf, beside, name=target.name, size=config.split_size)
                     whole.unlink()
-                told = _ask(adapter, kind, gguf, target, written=beside)
+                (reply,) = llama_cpp.ask(gguf, [[{"role": "user", "content": adapter.question}]])
+                told = answered(adapter, reply.text, target, beside, format="gguf", quantization=kind)
                 record(adapter, target, beside, told, config, verified=config.verify)
             say(told)
 
@@ -102,30 +102,3 @@ def forget_rejected(adapter: Adapter) -> None:
         kind = old.name.removeprefix(f"{adapter.name}-").removesuffix(f".gguf{REJECTED}").removeprefix("lora-")
         if kind in get_args(Quantization):
             old.unlink()
-
-
-def _ask(adapter: Adapter, kind: str, gguf: Path, target: Path, *, written: Path) -> Exported:
-    """Ask a file, and say what is about to stand at ``target``.
-
-    Args:
-        gguf: The file to load; the first, if it is split.
-        written: The file, or the folder of its splits.
-
-    Raises:
-        ExportError: If it gives no answer.
-    """
-    answer = llama_cpp.ask(gguf, [[{"role": "user", "content": adapter.question}]])[0]
-    if not answer.text:
-        raise ExportError(
-            f"the {kind} file gave no answer to {adapter.question!r}",
-            hint="ask another `--question`, or train longer",
-        )
-    parts = list(written.iterdir()) if written.is_dir() else [written]
-    return Exported(
-        path=str(target),
-        format="gguf",
-        quantization=kind,
-        size_bytes=sum(part.stat().st_size for part in parts),
-        question=adapter.question,
-        answer=answer.text,
-    )

@@ -10,10 +10,10 @@ from typing import Any
 from backprop.config import ExportConfig
 from backprop.edges import llama_cpp, rundir
 from backprop.errors import ExportError
-from backprop.events import Exported, Phase, Sink
+from backprop.events import Phase, Sink
 from backprop.verbs.card import write_card
 from backprop.verbs.gguf import forget_rejected, lay_out
-from backprop.verbs.records import record
+from backprop.verbs.records import answered, record
 from backprop.verbs.source import Adapter
 from backprop.verbs.verify import REJECTED, verifier_for
 
@@ -45,7 +45,10 @@ def export_lora_gguf(adapter: Adapter, targets: Mapping[str, Path], config: Expo
                 llama_cpp.convert_adapter(plain, inputs.folder, beside, kind=kind.removeprefix("lora-"))
                 if verifier:
                     verifier.check_adapter(kind, base, beside, target.with_name(target.name + REJECTED))
-                told = _ask(adapter, kind, base, beside, target)
+                with llama_cpp.loaded(base, adapter=beside) as model:
+                    reply = model.reply([{"role": "user", "content": adapter.question}])
+                held = kind.removeprefix("lora-")
+                told = answered(adapter, reply.text, target, beside, format="lora-gguf", quantization=held)
                 record(adapter, target, beside, told, config, verified=config.verify)
             say(told)
 
@@ -78,21 +81,3 @@ def _write_plain(adapter: Adapter, settings: Mapping[str, Any], folder: Path) ->
     alpha = settings["lora_alpha"] * (math.sqrt(settings["r"]) if settings.get("use_rslora") else 1)
     plain = {**settings, "use_rslora": False, "lora_alpha": alpha}
     (folder / "adapter_config.json").write_text(json.dumps(plain))
-
-
-def _ask(adapter: Adapter, kind: str, base: Path, gguf: Path, target: Path) -> Exported:
-    with llama_cpp.loaded(base, adapter=gguf) as model:
-        answer = model.reply([{"role": "user", "content": adapter.question}])
-    if not answer.text:
-        raise ExportError(
-            f"the {kind} file gave no answer to {adapter.question!r}",
-            hint="ask another `--question`, or train longer",
-        )
-    return Exported(
-        path=str(target),
-        format="lora-gguf",
-        quantization=kind.removeprefix("lora-"),
-        size_bytes=gguf.stat().st_size,
-        question=adapter.question,
-        answer=answer.text,
-    )

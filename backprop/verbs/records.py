@@ -8,7 +8,7 @@ from typing import Any
 
 from backprop.config import ExportConfig
 from backprop.edges import rundir
-from backprop.errors import UsageError
+from backprop.errors import ExportError, UsageError
 from backprop.events import Exported
 from backprop.verbs import importance
 from backprop.verbs.source import Adapter
@@ -76,3 +76,28 @@ def _options(config: ExportConfig, kind: str) -> dict[str, str]:
 def _hash_of(target: Path) -> str:
     files = sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else [target]
     return " ".join(rundir.sha256_of(path) for path in files)
+
+
+def answered(adapter: Adapter, answer: str, target: Path, written: Path, *, format: str, quantization: str) -> Exported:
+    """Say what is about to stand at ``target``, now that it answers.
+
+    Args:
+        written: The file, or the folder, as it is before it gets its name.
+
+    Raises:
+        ExportError: If the answer is empty.
+    """
+    if not answer:
+        raise ExportError(
+            f"the {quantization} file gave no answer to {adapter.question!r}",
+            hint="ask another `--question`, or train longer",
+        )
+    files = [path for path in written.rglob("*") if path.is_file()] if written.is_dir() else [written]
+    return Exported(
+        path=str(target),
+        format=format,
+        quantization=quantization,
+        size_bytes=sum(path.stat().st_size for path in files),
+        question=adapter.question,
+        answer=answer,
+    )
