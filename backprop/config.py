@@ -234,6 +234,8 @@ class ExportConfig:
     """Where the files go. Default: `export/` in the run directory."""
     overwrite: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False
     """Replace files of the same name."""
+    max_minutes: Annotated[float | None, Bounds(above=0, most=525_600), Parameter(group=EXPORT)] = None
+    """Stop in time; run the same again to go on: files that are whole stay."""
     offline: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False
     """No network at all."""
     trust_remote_code: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False

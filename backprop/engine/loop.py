@@ -10,6 +10,7 @@ from typing import Any, cast
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
 from backprop.core.plan import Plan
+from backprop.core.schedule import schedule_of
 from backprop.edges import checkpoints, rundir, stopping
 from backprop.edges.checkpoints import Checkpoint
 from backprop.engine import proofs
@@ -17,7 +18,7 @@ from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize
 from backprop.engine.exam import Exam, Prove
 from backprop.engine.load import HfTokenizer, adapter_state, set_adapter_state
-from backprop.engine.snapshot import Progress, Saver, Stand, best_of, refuse_other, restore
+from backprop.engine.snapshot import Progress, Saver, Stand, best_of, refuse_other, refuse_other_future, restore
 from backprop.engine.trackers import Trackers
 from backprop.engine.validation import Validation
 from backprop.errors import Diverged, HardwareError, TrainingError
@@ -72,8 +73,6 @@ def fit(
         UsageError: If a checkpoint is of another plan.
         KeyboardInterrupt: After saving where it stands.
     """
-    from backprop.engine.trainer import order_of
-
     prove = _prover(say, run)
     with _hardware_told(plan):
         size = _pass_size(model, config, plan, prove, say)
@@ -86,7 +85,7 @@ def fit(
         after = validation.finish(progress.step)
         if validation.restored:
             save()
-        planned = order_of(examples, config, plan).times_seen(progress.step)
+        planned = schedule_of(len(examples), config, plan).order.times_seen(progress.step)
         seen = prove(lambda: proofs.prove_order(progress.seen.tolist(), planned))
         failed = stand.exam.judge(after, last_loss=progress.losses[-1], prove=prove, say=say, run=run)
     failed = failed if seen.ok else (seen, *failed)
@@ -128,6 +127,7 @@ class _Training:
             checkpoint = checkpoints.read(Path(self.config.resume))
         if checkpoint is not None:
             refuse_other(checkpoint, self.config, self.plan, self.data_sha256)
+            refuse_other_future(checkpoint, schedule_of(len(self.examples), self.config, self.plan))
         stand = self._stand(checkpoint)
         for left in reversed(range(MOST_ROLLBACKS + 1)):
             try:

@@ -1,7 +1,7 @@
 """Where a training stands: all that its next step depends on, captured into a checkpoint and put back.
 
-What can be derived is not kept: the order of the examples, the rate and the random state of a step are functions of the
-seed and the step's number.
+The examples, the rate and the random state of a step are functions of the run and the step's number. They are written
+down all the same, and a program that would go on with others is refused.
 """
 
 import time
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from backprop.config import TrainConfig
 from backprop.core.plan import Plan
+from backprop.core.schedule import Schedule
 from backprop.edges import checkpoints, stopping
 from backprop.edges.checkpoints import Checkpoint
 from backprop.engine.batches import PassSize
@@ -31,6 +32,7 @@ GIVEN = (
     *("seed", "scheduler", "warmup", "weight_decay", "loss_on", "method", "early_stopping"),
     *("lora_r", "rslora", "lora_plus", "lora_dropout", "target_modules"),
 )
+FORMAT = 2
 # Saving costs at most this share of the time.
 MOST_SAVING = 0.02
 SAVE_EVERY_S = 300.0
@@ -81,9 +83,10 @@ class Stand:
 
 
 class Steps(Protocol):
-    """What knows how much goes through the model at once."""
+    """What knows how much goes through the model at once, and what comes next."""
 
     size: PassSize
+    schedule: Schedule
 
 
 class Saver:
@@ -142,9 +145,11 @@ class Saver:
         measured = {"exam": self._exam.to_json(), "validation": self.validation.to_json()}
         size = asdict(self._steps.size)
         return {
-            "format": 1,
+            "format": FORMAT,
             "step": done.step,
             "run": decided(self._config, self._plan, self._data_sha256),
+            "next": self._steps.schedule.of_step(done.step),
+            "scaler": None,  # nothing is computed in float16
             "size": size,
             **figures,
             **measured,
@@ -178,6 +183,11 @@ def refuse_other(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, data_s
     Raises:
         UsageError: Naming what differs.
     """
+    if checkpoint.state.get("format") != FORMAT:
+        raise UsageError(
+            f"`{checkpoint.folder}` was written by another version of backprop",
+            hint="go on with that version, or begin anew with `--resume never`",
+        )
     before, now = cast(Mapping[str, JSON], checkpoint.state["run"]), decided(config, plan, data_sha256)
     changed = [f"{name}: {before.get(name)} before, {now[name]} now" for name in now if before.get(name) != now[name]]
     changed = ["the rows of the data" if one.startswith("data: ") else one for one in changed]
@@ -185,6 +195,21 @@ def refuse_other(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, data_s
         raise UsageError(
             f"`{checkpoint.folder}` is of another run, which differs in {'; '.join(changed)}",
             hint="give what it had, or begin anew with `--resume never`",
+        )
+
+
+def refuse_other_future(checkpoint: Checkpoint, schedule: Schedule) -> None:
+    """Refuse to go on with other examples, another rate or another random state than was meant at the time.
+
+    Raises:
+        UsageError: Naming what differs.
+    """
+    meant, now = cast(Mapping[str, JSON], checkpoint.state["next"]), schedule.of_step(checkpoint.step)
+    changed = [name.replace("_", " ") for name in {**meant, **now} if meant.get(name) != now.get(name)]
+    if changed:
+        raise UsageError(
+            f"`{checkpoint.folder}` was to go on with other {', '.join(changed)} than this version would choose",
+            hint="go on with the version of backprop that began it, or begin anew with `--resume never`",
         )
 
 

@@ -4,7 +4,6 @@ The one module that imports torch and trl at its top, since it has classes of th
 """
 
 import math
-import random
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +19,9 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from backprop.config import TrainConfig
-from backprop.core.data.order import SampleOrder
 from backprop.core.data.render import Example
 from backprop.core.plan import Plan
-from backprop.core.schedule import rate_share
+from backprop.core.schedule import schedule_of
 from backprop.edges import stopping
 from backprop.engine.batches import PassSize, num_tokens, num_trained, passes, sum_of_losses, to_device
 from backprop.engine.exam import Prove
@@ -46,15 +44,15 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         self, examples: Sequence[Example], config: TrainConfig, plan: Plan, size: PassSize, *, first: int
     ) -> None:
         self.size, self.first = size, first
-        self._examples, self._num_steps = examples, plan.steps.value
-        self._order = order_of(examples, config, plan)
+        self.schedule = schedule_of(len(examples), config, plan)
+        self._examples = examples
 
     def __len__(self) -> int:
-        return self._num_steps - self.first
+        return self.schedule.num_steps - self.first
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         step = self.first + index
-        numbers = self._order.of_step(step)
+        numbers = self.schedule.order.of_step(step)
         return {"step": step, "numbers": numbers, "passes": self.passes_of(numbers)}
 
     def passes_of(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
@@ -69,11 +67,6 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         could = smaller.tokens < self.size.tokens if self.size.packing else smaller.examples < self.size.examples
         self.size = smaller
         return could
-
-
-def order_of(examples: Sequence[Example], config: TrainConfig, plan: Plan) -> SampleOrder:
-    """Give the order in which ``examples`` are trained on."""
-    return SampleOrder(num_examples=len(examples), batch_size=plan.batch_size.value, seed=config.seed)
 
 
 class Watch(TrainerCallback):
@@ -270,8 +263,7 @@ class StepTrainer(SFTTrainer):
         return loss
 
     def _all_passes(self, model: Any, step: int, todo: Sequence[Mapping[str, Any]]) -> Any:
-        # What is random in a step, as dropout, depends on its number alone: it is the same after a resumption.
-        torch.manual_seed(random.Random(f"{self._config.seed}/{step}").getrandbits(32))
+        torch.manual_seed(self._steps.schedule.random_seed(step))
         count = sum(num_trained(one) for one in todo)
         self._watch.tokens = sum(num_tokens(one) for one in todo)
         losses: list[Any] = []
@@ -303,16 +295,10 @@ class StepTrainer(SFTTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Let the rate follow `rate_share`."""
-        num_steps = self._plan.steps.value
+        """Let the rate follow the schedule."""
 
         def share(step: int) -> float:
-            return self._watch.progress.rate_share * rate_share(
-                self._steps.first + step,
-                num_steps=num_steps,
-                num_warmup=int(self._config.warmup * num_steps),
-                kind=self._config.scheduler,
-            )
+            return self._watch.progress.rate_share * self._steps.schedule.rate_share(self._steps.first + step)
 
         stepped: Any = optimizer or self.optimizer
         for group in stepped.param_groups:

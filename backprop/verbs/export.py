@@ -36,7 +36,13 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
     Raises:
         UsageError: If ``source`` is neither, or a file of that name is there already.
         ExportError: If a step fails, or the exported model gives no answer.
+        Stopped: If the time of `--max-minutes` is over.
     """
+    with stopping.time_limit(config.max_minutes):
+        return _export(source, config, say)
+
+
+def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
     started = time.monotonic()
     adapter = find_adapter(source, config)
     targets = _targets(config, adapter)

@@ -167,9 +167,9 @@ def test_a_matrix_that_does_not_move_and_a_frozen_weight_that_does_are_found(loa
 
 def test_a_first_step_with_a_rate_of_zero_is_exit_6(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """A warm-up from zero: a run of one step trained nothing, and said that it was done."""
-    from backprop.engine import trainer
+    from backprop.core import schedule
 
-    monkeypatch.setattr(trainer, "rate_share", lambda step, **_: min(step, 1))
+    monkeypatch.setattr(schedule, "rate_share", lambda step, **_: min(step, 1))
     failed = train(steps=1).failed
     assert failed.code == 6
     assert "not proved: the adapter moves, and nothing else: 0 of 28 adapter matrices moved" in failed.message

@@ -2,17 +2,20 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import backprop, chat, trained_run
 
 from backprop import BackpropError, Trainer
-from backprop.edges import llama_cpp
+from backprop.edges import llama_cpp, stopping
+from backprop.engine import merge
 
 pytestmark = pytest.mark.model
 
@@ -96,6 +99,46 @@ def test_an_export_that_was_stopped_goes_on_and_a_finished_one_is_done(
         "run-q5_k_m.gguf",
         "verification.json",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "function", "phase"),
+    [
+        pytest.param(merge, "load_adapted", "asking the trained model", id="load"),
+        pytest.param(llama_cpp, "converting", "merging and converting", id="merge"),
+        pytest.param(llama_cpp, "loaded", "verifying the 16-bit file", id="verify"),
+        pytest.param(llama_cpp, "quantize", "writing q5_k_m", id="quantize"),
+    ],
+)
+def test_the_time_limit_ends_an_export_in_any_phase_and_the_same_command_ends_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, function: str, phase: str
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    command = ("export", "run", "-q", "f16", "-q", "q5_k_m", "--json")
+
+    def slow(*_: object, **__: object) -> None:
+        assert 590 < signal.getitimer(signal.ITIMER_REAL)[0] <= 600
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch, stopping.armed(end_process=False):
+        patch.setattr(module, function, slow)
+        stopped = backprop(*command, "--max-minutes", "10", cwd=tmp_path)
+    told = [json.loads(line) for line in stopped.stdout.splitlines()]
+    assert [event["name"] for event in told if event["event"] == "phase"][-1].startswith(phase)
+    assert stopped.returncode == 75
+    assert (told[-1]["code"], told[-1]["message"]) == (75, "the time of `--max-minutes` is over")
+    assert not list((tmp_path / "run" / "export").glob(".*"))
+    assert backprop(*command, cwd=tmp_path).returncode == 0
+
+
+def test_a_time_limit_that_is_over_at_once_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    with stopping.armed(end_process=False):
+        stopped = backprop("export", run, "--output", tmp_path / "files", "--max-minutes", "0.0001", cwd=tmp_path)
+    assert stopped.returncode == 75
+    assert "the time of `--max-minutes` is over" in stopped.stderr
+    assert not list((tmp_path / "files").glob("*"))
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ import pytest
 from conftest import UNEVEN, Done, Run, backprop, chat
 
 from backprop import events
+from backprop.core import schedule
+from backprop.core.data.order import SampleOrder
 from backprop.engine import batches, exam, loop, trainer, validation
 from backprop.verbs import train as train_verb
 
@@ -194,6 +196,51 @@ def test_changed_data_are_refused_with_what_differs(
         train(**OPTIONS)
     assert "the rows of the data" in train(rows=UNEVEN[:-1], **OPTIONS).failed.message
     assert not train(**OPTIONS).all(events.Failed)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        pytest.param({"order": lambda order, step: (0, 1, 2)}, "examples", id="order"),
+        pytest.param({"rate": lambda step, **_: 0.25}, "rate share", id="rate", marks=pytest.mark.slow),
+        pytest.param({"draws": lambda self, step: step}, "random seed", id="draws", marks=pytest.mark.slow),
+    ],
+)
+def test_a_version_that_would_go_on_in_another_way_is_refused(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, spoil: dict[str, Any], said: str
+) -> None:
+    """A resumed run would end green all the same, with rows seen twice and rows never seen."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "the fifth step")
+        train(**OPTIONS)
+    places = {"order": (SampleOrder, "of_step"), "rate": (schedule, "rate_share")}
+    places["draws"] = (schedule.Schedule, "random_seed")
+    with monkeypatch.context() as patch:
+        for name, changed in spoil.items():
+            patch.setattr(*places[name], changed)
+        failed = train(**OPTIONS).failed
+    assert failed.code == 2
+    assert f"was to go on with other {said} than this version would choose" in failed.message
+    assert not train(**OPTIONS).all(events.Failed)
+
+
+def test_a_checkpoint_holds_all_that_the_next_step_depends_on(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "the examination")
+        stopped = train(**OPTIONS)
+    ended, middle = sorted((stopped.folder / "checkpoints").iterdir(), reverse=True)
+    assert {path.name for path in middle.iterdir()} == {
+        *("adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"),
+        *("progress.safetensors", "state.json", "manifest.json"),
+    }
+    state = json.loads((middle / "state.json").read_text())
+    assert state["step"] == 6
+    assert len(state["next"]["examples"]) == OPTIONS["batch_size"]
+    assert 0 < state["next"]["rate_share"] < 1
+    assert state["next"]["random_seed"] != 0
+    assert json.loads((ended / "state.json").read_text())["next"] == {}
 
 
 @pytest.mark.slow
