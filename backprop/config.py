@@ -40,6 +40,7 @@ WITHOUT_IMATRIX = ("f32", "f16", "bf16", "q8_0")
 NEEDS_IMATRIX = ("q2_k_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
 """Types that some tensor of a file has which llama.cpp does not quantize without one (llama-quant.cpp,
 `tensor_requires_imatrix`)."""
+BUDGET = re.compile(r"[0-9]{1,6}(\.[0-9]{1,3})?[MG]i?B")
 SPLIT_SIZE = re.compile(r"[1-9][0-9]{0,5}[MG]")
 
 
@@ -214,6 +215,8 @@ class ExportConfig:
         Parameter(group=EXPORT, negative="", name=["--quantization", "-q"], show_default=False),
     ] = ()
     """How GGUF weights are held. Repeatable: several files from one conversion. Default: q4_k_m, of an adapter f16."""
+    budget: Annotated[str | None, Parameter(group=EXPORT)] = None
+    """Instead: try the types whose file is at most this, e.g. 5GiB, and keep the one nearest to the 16-bit file."""
     imatrix: Annotated[str | None, Parameter(group=EXPORT)] = None
     """Weigh what quantizing may lose: `auto` by the run's own rows, or a file of llama-imatrix."""
     split_size: Annotated[str | None, Parameter(group=EXPORT)] = None
@@ -248,6 +251,7 @@ class ExportConfig:
         if self.format != "gguf":
             self._refuse_with_other_formats()
         self._check_imatrix()
+        self._check_budget()
         if self.split_size is not None:
             self._check_split_size()
         if (self.ollama_url or self.system is not None) and not (self.ollama or self.ollama_name):
@@ -257,7 +261,8 @@ class ExportConfig:
     def _refuse_with_other_formats(self) -> None:
         if self.ollama or self.ollama_name:
             raise UsageError("Ollama takes GGUF of a whole model", hint=f"leave out `--format {self.format}`")
-        for flag, value in (("--imatrix", self.imatrix), ("--split-size", self.split_size)):
+        only = (("--budget", self.budget), ("--imatrix", self.imatrix), ("--split-size", self.split_size))
+        for flag, value in only:
             if value is not None:
                 raise UsageError(f"`{flag}` is for `--format gguf`", hint="leave out one of them")
         other = next((kind for kind in self.quantization if kind not in WITHOUT_IMATRIX), None)
@@ -277,6 +282,16 @@ class ExportConfig:
             raise UsageError(
                 f"`--imatrix`: no such file: `{self.imatrix}`", hint="give a file of llama-imatrix, or `auto`"
             )
+
+    def _check_budget(self) -> None:
+        if self.budget is None:
+            return
+        if not BUDGET.fullmatch(self.budget):
+            raise UsageError(f"`--budget` is a number and MiB or GiB: {self.budget!r}", hint="e.g. `--budget 5GiB`")
+        if self.quantization:
+            raise UsageError("`--budget` chooses the quantization itself", hint="leave out `--quantization`")
+        if not self.verify:
+            raise UsageError("`--budget` measures, which `--no-verify` forbids", hint="leave out one of them")
 
     def _check_split_size(self) -> None:
         if not SPLIT_SIZE.fullmatch(self.split_size or ""):

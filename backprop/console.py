@@ -29,6 +29,7 @@ from backprop.events import (
     RunStarted,
     Sampled,
     Step,
+    Tried,
     Warned,
 )
 
@@ -173,6 +174,9 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return event.text
         case Phase():
             return f"{event.name} …"
+        case Tried():
+            size = f"{event.size_bytes / 2**20:,.0f} MiB"
+            return f"  {event.quantization:8} {size:>12}  KL {event.mean_kl:.3g}, likeliest token equal in {event.top1:.1%}"
         case Exported():
             return f"{event.path}  {event.size_bytes / 2**20:,.0f} MiB{_asked(event)}"
         case Registered():

@@ -201,6 +201,18 @@ class Exported:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """A type that fits `--budget` was made, and held to the 16-bit file: divergences in nats."""
+
+    quantization: str
+    size_bytes: int
+    mean_kl: float
+    p99_kl: float
+    top1: float
+    """Share of positions with the same likeliest token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Registered:
     """An Ollama server holds a model under `name`, and it answered when asked."""
 
@@ -261,6 +273,7 @@ Event = (
     | Repeated
     | Warned
     | Phase
+    | Tried
     | Exported
     | Registered
     | Checked
@@ -285,6 +298,7 @@ KINDS: dict[type, str] = {
     Repeated: "repeated",
     Warned: "warning",
     Phase: "phase",
+    Tried: "tried",
     Exported: "exported",
     Registered: "registered",
     Checked: "check",

@@ -45,8 +45,9 @@ ADAPTER_SHARE = (0.95, 1.05)
 # Tokens whose logits are this close (in nats) are equally likely: rounding may choose either.
 TIE = 0.05
 
-MUCH_LEARNT = 8.0
-"""Nats from the base model: far more than a useful adapter does (2.1 in docs/export.md)."""
+ROUNDING = 10.0
+"""How far rounding in the file and in llama.cpp may move a model, in units of what rounding every input of a layer to 16 bits
+does to the trained model itself: docs/export.md."""
 
 # A divergence below this is no adapter to speak of: rounding would decide.
 LEAST_LEARNT = 1e-3
@@ -126,22 +127,31 @@ def _around(one: object, other: object, *, swap: bool = False) -> str:
 
 
 def prove_likeness(
-    kind: str, of: str, expected: Sequence["Logits"], found: Sequence["Logits"], *, learnt: float = 0.0
+    kind: str,
+    of: str,
+    expected: Sequence["Logits"],
+    found: Sequence["Logits"],
+    *,
+    rounded: Sequence["Logits"] = (),
 ) -> Proved:
     """Hold a file's distributions to those of what it was made from.
 
     Args:
         kind: The file's type, as in `MOST_KL`.
         of: What it was made from, in words.
-        learnt: Divergence of ``expected`` from the base model. Much training makes distributions so sharp that rounding
-            moves them further: above `MUCH_LEARNT` the bound grows with it.
+        rounded: What ``expected`` become with inputs of 16 bits in every layer. Where that alone moves them far, as in models
+            that are very sure, more is allowed.
     """
     name = f"the {kind} file predicts as {of}"
     try:
         measured = likeness(expected, found)
     except ValueError as error:
         return Proved(name=name, ok=False, found=str(error))
-    most, least = MOST_KL[kind] * max(1.0, learnt / MUCH_LEARNT), LEAST_TOP1.get(kind, 0.0)
+    noise = likeness(expected, rounded) if rounded else None
+    most, least = MOST_KL[kind], LEAST_TOP1.get(kind, 0.0)
+    if noise:
+        most *= max(1.0, ROUNDING * noise.mean_kl / MOST_KL["f16"])
+        least = min(least, 1 - ROUNDING * (1 - noise.top1))
     allowed = f"at most {most:.3g}" + (f" and at least {least:.0%}" if least else "")
     ok = measured.mean_kl <= most and measured.top1 >= least
     return Proved(name=name, ok=ok, found=f"{measured}; {allowed} allowed")

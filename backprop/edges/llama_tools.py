@@ -3,6 +3,7 @@
 `python -m backprop.edges.llama_cpp_build` puts them beside the converter, with the libraries that they were built for.
 """
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,10 @@ from backprop.errors import DataError, DiskError, ExportError, ToolError
 TOOLS = ("imatrix", "quantize", "gguf-split")
 CHUNK_TOKENS, LEAST_CHUNK_TOKENS = 512, 32
 """Tokens that are looked at together; llama-imatrix asks for two such chunks at least."""
+
+
+MORE_METADATA_BYTES = 2**16
+"""More than quantizing adds, and than the two figures of `size_as` are rounded by."""
 
 
 def folder() -> Path:
@@ -71,6 +76,19 @@ def quantize(source: Path, target: Path, *, quantization: str, imatrix: Path) ->
     _run([str(tool("quantize")), *options, str(process.cpus())], imatrix.parent, f"quantize to {quantization}", target)
 
 
+def size_as(quantization: str, source: Path) -> int:
+    """Give the bytes that a GGUF of 16 or 32 bits would have as another type, without making it.
+
+    Raises:
+        ExportError: If llama.cpp refuses, with its own last words.
+    """
+    said = _run([str(tool("quantize")), "--dry-run", str(source), quantization], source.parent, "tell a file's size")
+    found = {kind: float(mib) for kind, mib in re.findall(r"(model|quant) size += +([0-9.]+) MiB", said)}
+    if len(found) != 2:
+        raise ExportError("llama.cpp did not tell a file's size", hint="run `backprop doctor`")
+    return source.stat().st_size + int(2**20 * (found["quant"] - found["model"])) + MORE_METADATA_BYTES
+
+
 def split(gguf: Path, target: Path, *, name: str, size: str) -> Path:
     """Split a GGUF into the folder ``target``, as `NAME-00001-of-00003.gguf` and so on, and give the first.
 
@@ -90,9 +108,9 @@ def split(gguf: Path, target: Path, *, name: str, size: str) -> Path:
 
 def _run(
     argv: list[str], cwd: Path, what: str, target: Path | None = None, hint: str = "run `backprop doctor`"
-) -> None:
+) -> str:
     try:
-        process.run(argv, cwd=cwd)
+        return process.run(argv, cwd=cwd)
     except ToolError as error:
         if target is not None and shutil.disk_usage(cwd).free < 2**20:
             raise DiskError(

@@ -231,8 +231,8 @@ def whole(path: Path) -> Generator[Path]:
             remove(beside)
 
 
-# How libraries that are not Python's own, or other programs, tell of a failed write.
-FOREIGN = re.compile(r"([^:]*) ?\(os error \d+\)|\[Errno (?:27|28|122)\] ([^:]*)")
+# How libraries that are not Python's own, or other programs, tell of a failed write: Rust, Python, numpy.
+FOREIGN = re.compile(r"([^:]*) ?\(os error \d+\)|\[Errno (?:27|28|122)\] ([^:]*)|OSError: (\d+ requested and \d+ written)")
 
 
 def disk_error(path: Path, error: Exception) -> DiskError | None:
@@ -241,7 +241,7 @@ def disk_error(path: Path, error: Exception) -> DiskError | None:
     if isinstance(error, OSError):
         why = error.strerror or str(error)
     elif found:
-        why = (found[1] or found[2] or "").strip()
+        why = (found[1] or found[2] or found[3] or "").strip()
     else:
         return None
     return DiskError(f"`{path}` cannot be written: {why}", hint="look at `df -h`; then run the same command again")

@@ -1,6 +1,7 @@
 """What the trained model does with the probes: to hold every copy against."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Reference:
     """What `trained` and `base` hold the logits of: one array (T, V) for each."""
     trained: list[Any]
     base: list[Any]
+    rounded: list[Any]
+    """What `trained` become if every layer is given inputs of 16 bits: what no copy can be held to."""
     questions: list[list[Message]]
     replies: list[Reply]
 
@@ -76,6 +79,8 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
     ends = _ends(model, tokenizer, whole_chats)
     with model.disable_adapter():
         base = [logits(model, one) for one in sequences]
+    with rounding_inputs(model):
+        rounded = [logits(model, one) for one in sequences]
     return Reference(
         texts=texts,
         ids=ids,
@@ -88,6 +93,7 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
         sequences=sequences,
         trained=[logits(model, one) for one in sequences],
         base=base,
+        rounded=rounded,
         questions=questions,
         replies=[reply(model, tokenizer, messages, ends) for messages in questions],
     )
@@ -109,6 +115,23 @@ def logits(model: Any, ids: Sequence[int]) -> Any:
     with torch.no_grad():
         found = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
     return found.float().cpu().numpy()
+
+
+@contextmanager
+def rounding_inputs(model: Any) -> Generator[None]:
+    """Round the inputs of every linear layer to float16, as llama.cpp does before it multiplies with weights of 16 bits."""
+    import torch
+
+    def narrow(_: object, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(one.half().to(one.dtype) for one in inputs)
+
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(narrow) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def reply(

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -196,6 +197,63 @@ def _merged_as_read(name: str, read: Callable[[], Any], merger: Merger) -> Calla
     return merged
 
 
+WORDS = ("embed_tokens.weight", "lm_head.weight")
+"""The largest weights of a model with many tokens."""
+
+
+def _narrow_as_read(name: str, read: Callable[[], Any]) -> Callable[[], Any]:
+    """Round the weights of words from bfloat16 to float16 as they are read: with float32 between, they would take thrice the room."""
+    import torch
+    from conversion.base import LazyTorchTensor  # pyright: ignore[reportMissingImports]
+
+    def narrowed() -> Any:
+        lazy: Any = read()
+        if not name.endswith(WORDS) or lazy.dtype != torch.bfloat16:
+            return lazy
+        meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float16, tuple(lazy.shape))
+        return LazyTorchTensor(meta=meta, args=(lazy,), func=torch.Tensor.half)
+
+    return narrowed
+
+
+class _Ahead:
+    """A tensor of the converter, whose computation is begun while the one before it is written."""
+
+    def __init__(self, tensor: Any, pool: ThreadPoolExecutor, following: "_Ahead | None") -> None:
+        self.nbytes: int = tensor.nbytes
+        self._tensor: Any = tensor
+        self._pool, self._following = pool, following
+        self._found: Future[Any] | None = None
+
+    def begin(self) -> None:
+        if self._found is None and hasattr(self._tensor, "to_eager"):
+            self._found = self._pool.submit(self._tensor.to_eager, self._tensor)
+
+    def tofile(self, file: Any) -> None:
+        self.begin()
+        array = self._found.result() if self._found else self._tensor
+        self._found = self._tensor = None  # the writer keeps this until it is written
+        if self._following:
+            self._following.begin()
+        array.tofile(file)
+
+
+def _compute_ahead(gguf: Any) -> None:
+    """Let the converter compute a tensor while it writes the one before."""
+    write = gguf.GGUFWriter.write_tensors_to_file
+
+    def write_ahead(writer: Any, **options: Any) -> None:
+        infos = [info for tensors in writer.tensors for info in tensors.values()]
+        with ThreadPoolExecutor(1) as pool:
+            following = None
+            for info in reversed(infos):
+                following = info.tensor = _Ahead(info.tensor, pool, following)
+            del following
+            write(writer, **options)
+
+    gguf.GGUFWriter.write_tensors_to_file = write_ahead
+
+
 def _narrow_with_torch(gguf: Any) -> None:
     """Let torch round weights to 16 bits, on all cores: numpy does 200 MB/s (docs/benchmarks.md)."""
     import numpy
@@ -218,12 +276,13 @@ def _narrow_with_torch(gguf: Any) -> None:
 def main() -> None:
     """Run the converter script on the rest of the arguments, with an adapter in every weight that it reads."""
     base, adapter, trust, *sys.argv = sys.argv[1:]
-    home = Path(sys.argv[0]).parent
+    home, to_f16 = Path(sys.argv[0]).parent, "f16" in sys.argv
     sys.path[:0] = [str(home), str(home / "gguf-py")]
     import gguf
     from conversion.base import ModelBase  # pyright: ignore[reportMissingImports]
 
     _narrow_with_torch(gguf)
+    _compute_ahead(gguf)
     merger = Merger(Path(base), Path(adapter), trust_remote_code=trust == "trust")
     index = ModelBase.index_tensors
 
@@ -232,7 +291,9 @@ def main() -> None:
 
         def filter_merged(item: tuple[str, Callable[[], Any]]) -> Any:
             name, read = item
-            return keep((name, _merged_as_read(name, read, merger) if merger.changes(name) else read))
+            if merger.changes(name):
+                return keep((name, _merged_as_read(name, read, merger)))
+            return keep((name, _narrow_as_read(name, read) if to_f16 else read))
 
         model.filter_tensors = filter_merged
         try:

@@ -11,10 +11,10 @@ from backprop.config import ExportConfig
 from backprop.edges import device, llama_cpp, llama_tools, rundir, stopping
 from backprop.errors import BackpropError, DiskError
 from backprop.events import Failed, Phase, RunFinished, RunStarted, Sink, tee
-from backprop.verbs import importance
-from backprop.verbs.gguf import export_gguf
+from backprop.verbs import budget, importance
+from backprop.verbs.gguf import export_gguf, target_of
 from backprop.verbs.lora_gguf import export_lora_gguf
-from backprop.verbs.records import answered, record, refuse_others
+from backprop.verbs.records import answered, known_choice, record, refuse_others
 from backprop.verbs.register import destination, register
 from backprop.verbs.source import Adapter, find_adapter
 from backprop.verbs.verify import REJECTED, room_for, verifier_for
@@ -50,10 +50,12 @@ def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
         llama_cpp.converter()
         llama_cpp.bindings()
     importance.refuse_early(adapter, config)
+    budget.refuse_early(adapter, config)
     if config.split_size is not None:
         llama_tools.tool("gguf-split")
     where = destination(config, default_name=adapter.name)
-    _make_room(adapter, targets, split=config.split_size is not None)
+    # Two files that `--budget` tries stand beside each other.
+    _make_room(adapter, targets or ("tried", "tried"), split=config.split_size is not None)
     with ExitStack() as stack:
         for folder in {adapter.output.resolve(), *([adapter.run.resolve()] if adapter.run else [])}:
             stack.enter_context(rundir.locked(folder))
@@ -67,8 +69,8 @@ def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
         for exported in done.values():
             say(exported)
         missing = {kind: path for kind, path in targets.items() if kind not in done}
-        if missing:
-            _write(adapter, missing, config, say)
+        if missing or not targets:
+            targets = {**targets, **_write(adapter, missing, config, say)}
         if where:
             register(where, next(iter(targets.values())), adapter, config=config, say=say)
         seconds = round(time.monotonic() - started, 1)
@@ -78,14 +80,15 @@ def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
     return list(targets.values())
 
 
-def _write(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> None:
+def _write(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> Mapping[str, Path]:
     try:
-        if config.format == "safetensors":
-            _export_safetensors(adapter, targets["safetensors"], config, say)
-        elif config.format == "lora-gguf":
+        if config.format == "gguf":
+            return export_gguf(adapter, targets, config, say)
+        if config.format == "lora-gguf":
             export_lora_gguf(adapter, targets, config, say)
         else:
-            export_gguf(adapter, targets, config, say)
+            _export_safetensors(adapter, targets["safetensors"], config, say)
+        return targets
     except Exception as error:
         told = rundir.disk_error(adapter.output, error)
         if told is None or isinstance(error, DiskError):
@@ -117,15 +120,16 @@ def _told_to_the_end(log: Sink) -> Generator[None]:
 
 
 def _targets(config: ExportConfig, adapter: Adapter) -> dict[str, Path]:
-    """Name the files to write."""
+    """Name the files to write; none where `--budget` is to choose yet."""
     if config.format == "safetensors":
         return {"safetensors": adapter.output / "safetensors"}
     if config.format == "lora-gguf":
         kinds = config.quantization or (DEFAULT_OF_ADAPTERS,)
         return {f"lora-{kind}": adapter.output / f"{adapter.name}-lora-{kind}.gguf" for kind in kinds}
-    ending = "" if config.split_size else ".gguf"  # a folder of splits
     kinds = config.quantization or (DEFAULT_QUANTIZATION,)
-    return {kind: adapter.output / f"{adapter.name}-{kind}{ending}" for kind in kinds}
+    if config.budget:
+        kinds = [kind for kind in [known_choice(adapter, config)] if kind]
+    return {kind: target_of(kind, adapter, config) for kind in kinds}
 
 
 def _make_room(adapter: Adapter, kinds: Iterable[str], *, split: bool) -> None:

@@ -10,17 +10,18 @@ from backprop.config import ExportConfig, Quantization
 from backprop.edges import llama_cpp, llama_tools, rundir
 from backprop.engine.load import HfTokenizer
 from backprop.events import Phase, Sink
-from backprop.verbs import importance
+from backprop.verbs import budget, importance
 from backprop.verbs.card import write_card
-from backprop.verbs.records import answered, record
+from backprop.verbs.records import answered, record, refuse_others, remember_choice
 from backprop.verbs.source import Adapter
-from backprop.verbs.verify import REJECTED, verifier_for
+from backprop.verbs.verify import REJECTED, Verifier, verifier_for
 
 
-def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> None:
-    """Write the files that are missing.
+def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> Mapping[str, Path]:
+    """Write the files that are missing; with `--budget`, the one that it chooses. Give them.
 
     Raises:
+        UsageError: If the file that `--budget` chooses is another's, or none fits.
         ExportError: If a step fails, or a file is not the model that was trained.
     """
     from backprop.engine import loop
@@ -37,29 +38,68 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
             finish()
         if verifier:
             verifier.check_source(source, adapter.output / f"{adapter.name}-f16.gguf{REJECTED}")
-        by_imatrix = any(importance.matters(kind, config) for kind in targets)
+        by_imatrix = bool(config.budget and config.imatrix) or any(importance.matters(kind, config) for kind in targets)
         imatrix = importance.find(adapter, config, inputs.tokenizer, source, say) if by_imatrix else None
+        made = {"f16": source}
+        if config.budget and verifier and not targets:
+            kind, file = budget.choose(config, source, verifier, imatrix, say)
+            targets, made[kind] = {kind: target_of(kind, adapter, config)}, file
+            remember_choice(adapter, config, kind)
+            done = {} if config.overwrite else refuse_others(adapter, targets, config)
+            for exported in done.values():
+                say(exported)
+            if done:
+                return targets
+        maker = Maker(adapter, config, inputs, made, imatrix, verifier, Path(scratch), say)
         for kind, target in targets.items():
-            say(Phase(name=f"writing {kind}"))
-            with rundir.whole(target) as beside:
-                gguf = Path(scratch) / f"whole-{kind}.gguf" if config.split_size else beside
-                if kind == "f16":
-                    gguf.hardlink_to(source)
-                elif kind in llama_cpp.CONVERTED:
-                    llama_cpp.convert(inputs.folder, gguf, kind=kind, through=inputs.through)
-                elif imatrix is not None and importance.matters(kind, config):
-                    llama_tools.quantize(source, gguf, quantization=kind, imatrix=imatrix)
-                else:
-                    llama_cpp.quantize(source, gguf, quantization=kind)
-                if verifier:
-                    verifier.check(kind, gguf, adapter.output / f"{adapter.name}-{kind}.gguf{REJECTED}")
-                if config.split_size:
-                    whole, gguf = gguf, llama_tools.split(gguf, beside, name=target.name, size=config.split_size)
-                    whole.unlink()
-                (reply,) = llama_cpp.ask(gguf, [[{"role": "user", "content": adapter.question}]])
-                told = answered(adapter, reply.text, target, beside, format="gguf", quantization=kind)
-                record(adapter, target, beside, told, config, verified=config.verify)
-            say(told)
+            maker.write(kind, target)
+    return targets
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Writes one file after the other."""
+
+    adapter: Adapter
+    config: ExportConfig
+    inputs: "Inputs"
+    made: Mapping[str, Path]
+    """Files that are there already, by their type: the 16-bit one at least."""
+    imatrix: Path | None
+    verifier: Verifier | None
+    scratch: Path
+    say: Sink
+
+    def write(self, kind: str, target: Path) -> None:
+        """Make a file, hold it to the trained model, ask it, and only then give it its name."""
+        adapter, config = self.adapter, self.config
+        self.say(Phase(name=f"writing {kind}"))
+        with rundir.whole(target) as beside:
+            gguf = self.scratch / f"whole-{kind}.gguf" if config.split_size else beside
+            self._make(kind, gguf)
+            if self.verifier:
+                self.verifier.check(kind, gguf, adapter.output / f"{adapter.name}-{kind}.gguf{REJECTED}")
+            if config.split_size:
+                whole, gguf = gguf, llama_tools.split(gguf, beside, name=target.name, size=config.split_size)
+                whole.unlink()
+            (reply,) = llama_cpp.ask(gguf, [[{"role": "user", "content": adapter.question}]])
+            told = answered(adapter, reply.text, target, beside, format="gguf", quantization=kind)
+            record(adapter, target, beside, told, config, verified=config.verify)
+        self.say(told)
+
+    def _make(self, kind: str, gguf: Path) -> None:
+        if kind in self.made:
+            gguf.hardlink_to(self.made[kind])
+        elif kind in llama_cpp.CONVERTED:
+            llama_cpp.convert(self.inputs.folder, gguf, kind=kind, through=self.inputs.through)
+        else:
+            by = self.imatrix if importance.matters(kind, self.config) else None
+            budget.quantize(kind, self.made["f16"], gguf, imatrix=by)
+
+
+def target_of(kind: str, adapter: Adapter, config: ExportConfig) -> Path:
+    """Name the file of a type, or the folder if it is to be split."""
+    return adapter.output / f"{adapter.name}-{kind}{'' if config.split_size else '.gguf'}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,6 +64,27 @@ def record(
     rundir.write_text(adapter.output / RECORDS, json.dumps(records, indent=2) + "\n")
 
 
+def remember_choice(adapter: Adapter, config: ExportConfig, kind: str) -> None:
+    """Write down what `--budget` chose: the same command need not try again."""
+    records = _records(adapter)
+    records[_CHOICE] = {**_choice(adapter, config), "kind": kind}
+    rundir.write_text(adapter.output / RECORDS, json.dumps(records, indent=2) + "\n")
+
+
+def known_choice(adapter: Adapter, config: ExportConfig) -> str | None:
+    """Give what `--budget` chose for this very adapter before; None if it did not, or is to choose again."""
+    found = _records(adapter).get(_CHOICE) or {}
+    same = found == {**_choice(adapter, config), "kind": found.get("kind")}
+    return found["kind"] if same and not config.overwrite else None
+
+
+_CHOICE = "--budget"
+
+
+def _choice(adapter: Adapter, config: ExportConfig) -> dict[str, Any]:
+    return {"adapter": adapter.sha256, "budget": config.budget, "imatrix": importance.identity(config)}
+
+
 def _options(config: ExportConfig, kind: str) -> dict[str, str]:
     """Give the options that decide what is in a file of this type."""
     options = {

@@ -50,7 +50,7 @@ class Verifier:
         self._say(Phase(name="verifying the 16-bit file"))
         with llama_cpp.loaded(gguf, context=CONTEXT, all_logits=True) as model:
             proofs, self._of_source = self._prove_copy("f16", model)
-        self._reference = replace(self._reference, trained=[], base=[])  # other files are held to this one
+        self._reference = replace(self._reference, trained=[], base=[], rounded=[])  # other files are held to this one
         self._settle("f16", proofs, gguf, rejected)
 
     def check_checkpoint(self, folder: Path, model: "Checkpoint", rejected: Path) -> None:
@@ -83,8 +83,9 @@ class Verifier:
     def _prove_weights(self, kind: str, found: Sequence[Any], prove: Prover) -> None:
         """Prove that logits are those of the trained model, with the adapter in them once."""
         known = self._reference
-        learnt = fidelity.likeness(known.trained, known.base).mean_kl if known.trained else 0.0
-        prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found, learnt=learnt))
+        prove(
+            lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found, rounded=known.rounded)
+        )
         prove(lambda: fidelity.prove_adapter(known.base, known.trained, found))
 
     def _prove_words(self, model: "llama_cpp.Loaded | Checkpoint", prove: Prover) -> None:
@@ -126,6 +127,11 @@ class Verifier:
             prove(lambda: fidelity.prove_likeness(kind, "the 16-bit file", self._of_source, found))
             prove(lambda: self._prove_replies(kind, model))
         self._settle(kind, proofs, gguf, rejected)
+
+    def measure(self, gguf: Path) -> fidelity.Likeness:
+        """Say how near a file is to the 16-bit one, which `check_source` has looked at."""
+        with llama_cpp.loaded(gguf, context=CONTEXT, all_logits=True) as model:
+            return fidelity.likeness(self._of_source, [model.logits(ids) for ids in self._reference.sequences])
 
     def check_adapter(self, kind: str, base: Path, gguf: Path, rejected: Path) -> None:
         """Hold an adapter alone, applied to the 16-bit file of its base model, to the trained model.

@@ -42,7 +42,7 @@ OPTIONS = {
     "learning_rate scheduler warmup weight_decay eval_steps early_stopping on_divergence seed deterministic method lora_r lora_alpha rslora lora_plus lora_dropout target_modules output "
     "overwrite dry_run rehearse resume save_steps keep_checkpoints max_minutes skip_proofs from_run gate gate_data offline report_to",
     MultiRunConfig: "runs samples merge_mode init",
-    ExportConfig: "format quantization imatrix split_size question ollama ollama_name ollama_url system verify output overwrite max_minutes offline trust_remote_code",
+    ExportConfig: "format quantization budget imatrix split_size question ollama ollama_name ollama_url system verify output overwrite max_minutes offline trust_remote_code",
     DoctorConfig: "model data min_vram",
 }
 

@@ -50,6 +50,7 @@ ONE_OF_EACH: list[events.Event] = [
     events.Repeated(kind="close", found="f", path="p", largest=1e-5),
     events.Warned(message="careful"),
     events.Phase(name="loading"),
+    events.Tried(quantization="q4_k_m", size_bytes=3, mean_kl=0.1, p99_kl=1.0, top1=0.9),
     events.Exported(path="p", format="gguf", quantization="f16", size_bytes=3, question="q", answer="a"),
     events.Registered(name="n", server="s", size_bytes=3, replaced=False, question="q", answer="a"),
     events.Checked(name="n", ok=False, found="f", needed="n", mend="m"),

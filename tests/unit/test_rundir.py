@@ -200,3 +200,18 @@ def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
             (folder / text).write_text(text)
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ("safetensors: I/O error: No space left on device (os error 28)", "No space left on device"),
+        ("`python` exited with 1: OSError: [Errno 28] No space left on device", "No space left on device"),
+        ("`python` exited with 1:     ^^^^\nOSError: 3145728 requested and 103792 written", "3145728 requested and 103792 written"),
+        ("llama.cpp cannot convert this model: KeyError: 'Qwen9'", None),
+    ],
+)
+def test_a_full_disk_is_known_by_what_other_programs_say_of_it(tmp_path: Path, told: str, why: str | None) -> None:
+    """The converter's last words were once taken for a model that it does not know."""
+    found = rundir.disk_error(tmp_path, RuntimeError(told))
+    assert (found and found.message) == (why and f"`{tmp_path}` cannot be written: {why}")
