@@ -175,8 +175,7 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Phase():
             return f"{event.name} …"
         case Tried():
-            size = f"{event.size_bytes / 2**20:,.0f} MiB"
-            return f"  {event.quantization:8} {size:>12}  KL {event.mean_kl:.3g}, likeliest token equal in {event.top1:.1%}"
+            return _tried(event)
         case Exported():
             return f"{event.path}  {event.size_bytes / 2**20:,.0f} MiB{_asked(event)}"
         case Registered():
@@ -193,6 +192,11 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"backprop {event.version} {event.command}" if verbose else ""
         case _:
             return ""
+
+
+def _tried(event: Tried) -> str:
+    size = f"{event.size_bytes / 2**20:,.0f} MiB"
+    return f"  {event.quantization:8} {size:>12}  KL {event.mean_kl:.3g}, likeliest token equal in {event.top1:.1%}"
 
 
 def _asked(event: Exported | Registered) -> str:

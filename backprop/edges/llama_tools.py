@@ -82,7 +82,8 @@ def size_as(quantization: str, source: Path) -> int:
     Raises:
         ExportError: If llama.cpp refuses, with its own last words.
     """
-    said = _run([str(tool("quantize")), "--dry-run", str(source), quantization], source.parent, "tell a file's size")
+    argv = [str(tool("quantize")), "--dry-run", str(source.resolve()), quantization]
+    said = _run(argv, source.parent, "tell a file's size", errors_too=True)
     found = {kind: float(mib) for kind, mib in re.findall(r"(model|quant) size += +([0-9.]+) MiB", said)}
     if len(found) != 2:
         raise ExportError("llama.cpp did not tell a file's size", hint="run `backprop doctor`")
@@ -107,10 +108,16 @@ def split(gguf: Path, target: Path, *, name: str, size: str) -> Path:
 
 
 def _run(
-    argv: list[str], cwd: Path, what: str, target: Path | None = None, hint: str = "run `backprop doctor`"
+    argv: list[str],
+    cwd: Path,
+    what: str,
+    target: Path | None = None,
+    hint: str = "run `backprop doctor`",
+    *,
+    errors_too: bool = False,
 ) -> str:
     try:
-        return process.run(argv, cwd=cwd)
+        return process.run(argv, cwd=cwd, errors_too=errors_too)
     except ToolError as error:
         if target is not None and shutil.disk_usage(cwd).free < 2**20:
             raise DiskError(

@@ -20,20 +20,33 @@ def cpus() -> int:
 
 
 def run(
-    argv: list[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout_s: float = 3600
+    argv: list[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 3600,
+    errors_too: bool = False,
 ) -> str:
     """Run ``argv`` to its end and return its standard output.
+
+    Args:
+        errors_too: Also return, after it, what it wrote to standard error.
 
     Raises:
         ToolError: If the program is missing, exits non-zero or runs past ``timeout_s``; with its own last words.
     """
-    with running(argv, cwd=cwd, env=env, timeout_s=timeout_s) as finish:
+    with running(argv, cwd=cwd, env=env, timeout_s=timeout_s, errors_too=errors_too) as finish:
         return finish()
 
 
 @contextmanager
 def running(
-    argv: list[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout_s: float = 3600
+    argv: list[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 3600,
+    errors_too: bool = False,
 ) -> Generator[Callable[[], str]]:
     """Run ``argv`` beside the block, which may wait for its end with what it is given; it does not outlive the block.
 
@@ -59,7 +72,7 @@ def running(
         if code != 0:
             last = "\n".join(complained.strip().splitlines()[-5:])
             raise ToolError(f"`{name}` exited with {code}: {last}", hint="run `backprop doctor`")
-        return said
+        return said + complained if errors_too else said
 
     with child:
         try:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def run(taught: Callable[[str], Path]) -> Path:
-    return taught("Llama, tied")
+    return taught("llama-tied")
 
 
 def exported(run: Path, output: Path, *options: str) -> Done:
