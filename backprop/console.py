@@ -181,9 +181,8 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Registered():
             return f"{'replaced' if event.replaced else 'registered'} {event.name} at {event.server}{_asked(event)}"
         case Checked():
-            mark = "ok  " if event.ok else "FAIL"
             needed = "" if event.ok else f"  (needed: {event.needed})\n      mend: {event.mend}"
-            return f"{mark}  {event.name}: {event.found}{needed}"
+            return f"{'ok  ' if event.ok else 'FAIL'}  {event.name}: {event.found}{needed}"
         case RunFinished() if event.result.get("dry_run"):
             return "dry run: nothing was trained or written"
         case RunFinished():

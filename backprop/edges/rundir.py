@@ -232,7 +232,9 @@ def whole(path: Path) -> Generator[Path]:
 
 
 # How libraries that are not Python's own, or other programs, tell of a failed write: Rust, Python, numpy.
-FOREIGN = re.compile(r"([^:]*) ?\(os error \d+\)|\[Errno (?:27|28|122)\] ([^:]*)|OSError: (\d+ requested and \d+ written)")
+FOREIGN = re.compile(
+    r"([^:]*) ?\(os error \d+\)|\[Errno (?:27|28|122)\] ([^:]*)|OSError: (\d+ requested and \d+ written)"
+)
 
 
 def disk_error(path: Path, error: Exception) -> DiskError | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backprop.core.data.formats import Message
 from backprop.engine.load import load_base
 
 if TYPE_CHECKING:
@@ -44,21 +45,48 @@ def available() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
-def load_as_trained(
-    base: str, adapter: Path, *, dtype: str, device: str, trust_remote_code: bool = False
-) -> tuple[Any, Rounding]:
-    """Load the base model in 4 bits with the adapter beside its weights, and tell which of them are held so."""
-    from backprop.engine.merge import wrap
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AsTrained:
+    """What a model that was trained on weights of 4 bits predicts: logits (T, V), float32, of each of ``sequences``."""
 
-    model: Any = load_base(base, dtype=dtype, device=device, four_bit=True, trust_remote_code=trust_remote_code)
-    held = [f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
-    return wrap(model, adapter, of=base).eval(), Rounding(weights=frozenset(held), dtype=dtype)
+    rounding: Rounding
+    sequences: list[list[int]]
+    logits: list[Any]
 
 
-def logits_as_trained(model: Any, sequences: Sequence[Sequence[int]], *, dtype: str) -> list[Any]:
-    """Give the logits of each text, (T, V), float32, computed as in training."""
+def ask_as_trained(
+    base: str,
+    adapter: Path,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool = False,
+) -> AsTrained:
+    """Load the base model in 4 bits with the adapter beside its weights, and ask it as in training."""
     from backprop.engine.batches import computing
+    from backprop.engine.merge import adapted_tokenizer, wrap
+    from backprop.engine.reference import logits, rendered_ids, to_compare
+
+    whole: Any = load_base(base, dtype=dtype, device=device, four_bit=True, trust_remote_code=trust_remote_code)
+    held = [f"{name}.weight" for name, module in whole.named_modules() if type(module).__name__ == "Linear4bit"]
+    tokenizer = adapted_tokenizer(adapter, trust_remote_code=trust_remote_code)
+    vocabulary = int(whole.config.get_text_config().vocab_size)
+    sequences = to_compare(rendered_ids(tokenizer, conversations), vocabulary=vocabulary)
+    model = wrap(whole, adapter, of=base).eval()
+    with computing(model, dtype):
+        found = [logits(model, one) for one in sequences]
+    return AsTrained(rounding=Rounding(weights=frozenset(held), dtype=dtype), sequences=sequences, logits=found)
+
+
+def ask_both_bases(
+    base: str, adapter: Path, trained: AsTrained, *, dtype: str, device: str, trust_remote_code: bool = False
+) -> tuple[list[Any], list[Any]]:
+    """Give the logits of the adapter on the base as it was trained on, and on the 16-bit original."""
+    from backprop.engine.merge import load_adapted
     from backprop.engine.reference import logits
 
-    with computing(model, dtype):
-        return [logits(model, one) for one in sequences]
+    model, _ = load_adapted(base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    original = [logits(model, one) for one in trained.sequences]
+    trained.rounding.apply_to(model.get_base_model())
+    return [logits(model, one) for one in trained.sequences], original

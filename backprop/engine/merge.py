@@ -3,34 +3,55 @@
 from pathlib import Path
 from typing import Any, cast
 
+from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer, load_base, load_tokenizer
 from backprop.errors import ExportError, ModelError
 
 
-def merge(base: str, adapter: Path, folder: Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> None:
+def merge(
+    base: str,
+    adapter: Path,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    rounding: Rounding | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Write the base model with the adapter merged in, and its tokenizer, to ``folder``.
+
+    Args:
+        rounding: Of the base model's weights, before the adapter is added.
 
     Raises:
         ModelError: If the base cannot be loaded.
         ExportError: If the adapter does not belong to it, or changes nothing.
     """
-    model, tokenizer = load_adapted(base, adapter, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_adapted(base, adapter, rounding=rounding, trust_remote_code=trust_remote_code)
     write_merged(model, tokenizer, folder, dtype=dtype)
 
 
 def load_adapted(
-    base: str, adapter: Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+    base: str,
+    adapter: Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    rounding: Rounding | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, HfTokenizer]:
     """Load the base model with the adapter beside its weights, and the adapter's tokenizer. It computes in float32.
 
     Args:
         dtype: In which the weights are held.
+        rounding: Of the base model's weights.
 
     Raises:
         ModelError: If the base cannot be loaded.
         ExportError: If the adapter does not belong to it, or changes nothing.
     """
     model = load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if rounding:
+        rounding.apply_to(model)
     if dtype != "float32":
         compute_in_float32(model)
     return wrap(model, adapter, of=base).eval(), adapted_tokenizer(adapter, trust_remote_code=trust_remote_code)

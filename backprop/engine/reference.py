@@ -68,12 +68,7 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
     texts = [normalize("NFC", text) for text in (*(text for text, _ in chats if text != REFUSED), *hard)]
     ids = [[token.id for token in tokenizer.tokenize(text)] for text in texts]
     vocabulary = int(model.config.get_text_config().vocab_size)
-    most = min(MOST_TOKENS, MOST_BYTES // (4 * vocabulary))
-    sequences: list[list[int]] = []
-    for one in sorted(ids[: len(texts) - len(hard)], key=len):
-        room = min(TOKENS_OF_ONE, most - sum(map(len, sequences)))
-        if room > 1 and len(one) > 1:
-            sequences.append(one[:room])
+    sequences = to_compare(ids[: len(texts) - len(hard)], vocabulary=vocabulary)
     questions = _questions(tokenizer, conversations)
     whole_chats = [ids_of for ids_of, one in zip(ids, answered, strict=False) if one]
     ends = _ends(model, tokenizer, whole_chats)
@@ -97,6 +92,23 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
         questions=questions,
         replies=[reply(model, tokenizer, messages, ends) for messages in questions],
     )
+
+
+def rendered_ids(tokenizer: HfTokenizer, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """Give the tokens of each conversation that the template takes."""
+    texts = [render(tokenizer, messages, asks=messages[-1]["role"] == "user") for messages in conversations]
+    return [[token.id for token in tokenizer.tokenize(normalize("NFC", text))] for text in texts if text != REFUSED]
+
+
+def to_compare(texts: Sequence[list[int]], *, vocabulary: int) -> list[list[int]]:
+    """Choose the shortest texts, cut, whose logits are compared."""
+    most = min(MOST_TOKENS, MOST_BYTES // (4 * vocabulary))
+    chosen: list[list[int]] = []
+    for one in sorted(texts, key=len):
+        room = min(TOKENS_OF_ONE, most - sum(map(len, chosen)))
+        if room > 1 and len(one) > 1:
+            chosen.append(one[:room])
+    return chosen
 
 
 def render(tokenizer: HfTokenizer, messages: Sequence[Message], *, asks: bool) -> str:

@@ -1,7 +1,7 @@
 """A base model's weights with an adapter merged in, one tensor at a time: no second copy on disk, little in memory.
 
 Run as a program, it is llama.cpp's converter, which finds the weights in a folder merged as it reads them:
-`python -m backprop.engine.streamed BASE ADAPTER SCRIPT FOLDER --outfile …`.
+`python -m backprop.engine.streamed OPTIONS SCRIPT FOLDER --outfile …`, with what `write_options` wrote.
 """
 
 import json
@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer
 from backprop.engine.merge import wrap
 from backprop.errors import ExportError
@@ -29,14 +30,19 @@ class Merger:
     Args:
         folder: Of the base model: its configuration is read, and its weights only by name.
         adapter: Of PEFT, of any kind that it merges into weights.
+        rounding: Of the base model's weights, before the adapter is added.
 
     Raises:
         ExportError: If the adapter does not belong to the base, or changes nothing.
     """
 
-    def __init__(self, folder: Path, adapter: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: Path, adapter: Path, *, rounding: Rounding | None = None, trust_remote_code: bool = False
+    ) -> None:
         from peft.tuners.lora import LoraLayer
 
+        self._rounding = rounding
+        self._rounded = rounding.weights if rounding else frozenset[str]()
         wrapped = wrap(_hollow(folder, trust_remote_code=trust_remote_code), adapter, of=str(folder))
         inside = dict(wrapped.get_base_model().named_modules())
         self._layers: dict[str, Any] = {
@@ -50,8 +56,8 @@ class Merger:
         }
 
     def changes(self, name: str) -> bool:
-        """Say whether the adapter changes this weight."""
-        return name in self._layers or name in self._saved
+        """Say whether the adapter changes this weight, or training held it in 4 bits."""
+        return name in self._layers or name in self._saved or name in self._rounded
 
     def merge(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
         """Give ``weight`` with its part of the adapter, in float32."""
@@ -59,6 +65,10 @@ class Merger:
 
         if name in self._saved:
             return self._saved[name].float()
+        if self._rounding and name in self._rounded:
+            weight = self._rounding.apply(weight)
+        if name not in self._layers:
+            return weight.float()
         layer = self._layers[name]
         base = layer.get_base_layer()
         hollow = base.weight
@@ -72,14 +82,14 @@ class Merger:
             base.weight, layer.merged_adapters = hollow, []
 
 
-def why_not(base: Path, adapter: Path) -> str:
+def why_not(base: Path, adapter: Path, rounding: Rounding | None = None) -> str:
     """Say why the weights in ``base`` cannot be merged one by one; empty if they can. Reads names only."""
     weights, keys = set(weights_in(base)), set(weights_in(adapter))
     biased = sorted(key for key in keys if ".lora_" in key and key.endswith(".bias"))
     if biased:
         return f"{biased[0]} changes a bias"
     changed = {_weight_of(key) for key in keys}
-    odd = sorted(changed - weights)
+    odd = sorted((changed | (rounding.weights if rounding else frozenset())) - weights)
     if odd:
         return f"{odd[0]} is stored under another name, or not by itself"
     settings = json.loads((base / "config.json").read_text())
@@ -273,9 +283,25 @@ def _narrow_with_torch(gguf: Any) -> None:
     gguf.quants.quantize = quantize_fast
 
 
+def write_options(path: Path, base: Path, adapter: Path, *, rounding: Rounding | None, trust_remote_code: bool) -> None:
+    """Write down for `main` what is to be merged."""
+    rounded = {"dtype": rounding.dtype, "weights": sorted(rounding.weights)} if rounding else None
+    told = {"base": str(base), "adapter": str(adapter), "rounding": rounded, "trust_remote_code": trust_remote_code}
+    path.write_text(json.dumps(told))
+
+
+def read_options(path: Path) -> Merger:
+    """Make the merger of what `write_options` wrote."""
+    told = json.loads(path.read_text())
+    rounded = told["rounding"]
+    rounding = Rounding(weights=frozenset(rounded["weights"]), dtype=rounded["dtype"]) if rounded else None
+    trust = bool(told["trust_remote_code"])
+    return Merger(Path(told["base"]), Path(told["adapter"]), rounding=rounding, trust_remote_code=trust)
+
+
 def main() -> None:
     """Run the converter script on the rest of the arguments, with an adapter in every weight that it reads."""
-    base, adapter, trust, *sys.argv = sys.argv[1:]
+    options, *sys.argv = sys.argv[1:]
     home, to_f16 = Path(sys.argv[0]).parent, "f16" in sys.argv
     sys.path[:0] = [str(home), str(home / "gguf-py")]
     import gguf
@@ -283,7 +309,7 @@ def main() -> None:
 
     _narrow_with_torch(gguf)
     _compute_ahead(gguf)
-    merger = Merger(Path(base), Path(adapter), trust_remote_code=trust == "trust")
+    merger = read_options(Path(options))
     index = ModelBase.index_tensors
 
     def index_merged(model: Any, *args: Any, **options: Any) -> Any:

@@ -41,9 +41,7 @@ def refuse_early(adapter: Adapter, config: ExportConfig) -> None:
         raise _too_small(config.budget, "any file of this model", least)
 
 
-def choose(
-    config: ExportConfig, source: Path, verifier: Verifier, imatrix: Path | None, say: Sink
-) -> tuple[str, Path]:
+def choose(config: ExportConfig, source: Path, verifier: Verifier, imatrix: Path | None, say: Sink) -> tuple[str, Path]:
     """Make and measure the types that fit, beside ``source``, and give the nearest one and its file.
 
     Args:

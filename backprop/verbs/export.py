@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import backprop
 from backprop.config import ExportConfig
@@ -12,12 +13,16 @@ from backprop.edges import device, llama_cpp, llama_tools, rundir, stopping
 from backprop.errors import BackpropError, DiskError
 from backprop.events import Failed, Phase, RunFinished, RunStarted, Sink, tee
 from backprop.verbs import budget, importance
+from backprop.verbs.bases import nearest_base
 from backprop.verbs.gguf import export_gguf, target_of
 from backprop.verbs.lora_gguf import export_lora_gguf
 from backprop.verbs.records import answered, known_choice, record, refuse_others
 from backprop.verbs.register import destination, register
 from backprop.verbs.source import Adapter, find_adapter
 from backprop.verbs.verify import REJECTED, room_for, verifier_for
+
+if TYPE_CHECKING:
+    from backprop.engine.four_bit import Rounding
 
 # Per weight: the 16-bit GGUF that all are made from, and beside it a file of each kind; of others less than 1.
 SOURCE_BYTES = 2
@@ -161,9 +166,10 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
     loop.quieten()
     rejected = target.with_name(target.name + REJECTED)
     rundir.remove(rejected)
-    verifier = verifier_for(adapter, ["safetensors"], config, say)
+    rounding = nearest_base(adapter, config, say)
+    verifier = verifier_for(adapter, ["safetensors"], config, say, rounding=rounding)
     with rundir.whole(target) as folder:
-        _write_checkpoint(adapter, folder, config, say)
+        _write_checkpoint(adapter, folder, rounding, config, say)
         model = Checkpoint(folder, room_for(folder), trust_remote_code=config.trust_remote_code)
         if verifier:
             verifier.check_checkpoint(folder, model, rejected)
@@ -173,15 +179,17 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
     say(told)
 
 
-def _write_checkpoint(adapter: Adapter, folder: Path, config: ExportConfig, say: Sink) -> None:
+def _write_checkpoint(
+    adapter: Adapter, folder: Path, rounding: "Rounding | None", config: ExportConfig, say: Sink
+) -> None:
     from backprop.engine import merge, streamed
 
     base, trust = Path(adapter.base), config.trust_remote_code
-    merger = streamed.Merger(base, adapter.folder, trust_remote_code=trust)
-    why_not = streamed.why_not(base, adapter.folder)
+    merger = streamed.Merger(base, adapter.folder, rounding=rounding, trust_remote_code=trust)
+    why_not = streamed.why_not(base, adapter.folder, rounding)
     say(Phase(name=f"merging the adapter{' in memory: ' if why_not else ''}{why_not}"))
     if why_not:
-        merge.merge(adapter.base, adapter.folder, folder, dtype="bfloat16", trust_remote_code=trust)
+        merge.merge(adapter.base, adapter.folder, folder, dtype="bfloat16", rounding=rounding, trust_remote_code=trust)
     else:
         streamed.lay_out(base, merge.adapted_tokenizer(adapter.folder, trust_remote_code=trust), folder)
         streamed.write_weights(base, merger, folder)

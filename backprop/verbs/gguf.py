@@ -8,9 +8,11 @@ from typing import get_args
 
 from backprop.config import ExportConfig, Quantization
 from backprop.edges import llama_cpp, llama_tools, rundir
+from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer
 from backprop.events import Phase, Sink
 from backprop.verbs import budget, importance
+from backprop.verbs.bases import nearest_base
 from backprop.verbs.card import write_card
 from backprop.verbs.records import answered, record, refuse_others, remember_choice
 from backprop.verbs.source import Adapter
@@ -29,12 +31,13 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
     loop.quieten()
     forget_rejected(adapter)
     with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
+        rounding = nearest_base(adapter, config, say)
         say(Phase(name="merging and converting to GGUF"))
-        inputs = lay_out(adapter, Path(scratch), config, say)
+        inputs = lay_out(adapter, Path(scratch), config, say, rounding=rounding)
         # Quantizing starts from 16 bits or more; a file that is wanted as it is serves as the source too.
         source = Path(scratch) / "f16.gguf"
         with llama_cpp.converting(inputs.folder, source, kind="f16", through=inputs.through) as finish:
-            verifier = verifier_for(adapter, targets, config, say)
+            verifier = verifier_for(adapter, targets, config, say, rounding=rounding)
             finish()
         if verifier:
             verifier.check_source(source, adapter.output / f"{adapter.name}-f16.gguf{REJECTED}")
@@ -112,27 +115,38 @@ class Inputs:
     """The program that merges what it reads; empty if the folder is to be read as it is."""
 
 
-def lay_out(adapter: Adapter, room: Path, config: ExportConfig, say: Sink, *, merged: bool = True) -> Inputs:
+def lay_out(
+    adapter: Adapter,
+    room: Path,
+    config: ExportConfig,
+    say: Sink,
+    *,
+    merged: bool = True,
+    rounding: Rounding | None = None,
+) -> Inputs:
     """Let the converter merge the weights one by one, or merge them for it where they are stored in another way.
 
     Args:
         merged: Whether the adapter is to be in them; else they are those of the base.
+        rounding: Of the base's weights, before the adapter is added.
     """
     from backprop.engine import merge, pieces, streamed
 
     base, trust = Path(adapter.base), config.trust_remote_code
     tokenizer = merge.adapted_tokenizer(adapter.folder, trust_remote_code=trust)
     folder = room / "merged"
-    why_not = streamed.why_not(base, adapter.folder) if merged else ""
+    why_not = streamed.why_not(base, adapter.folder, rounding) if merged else ""
     if why_not:
         say(Phase(name=f"merging the adapter in memory: {why_not}"))
-        merge.merge(adapter.base, adapter.folder, folder, trust_remote_code=trust)
+        merge.merge(adapter.base, adapter.folder, folder, rounding=rounding, trust_remote_code=trust)
     else:
         streamed.lay_out(base, tokenizer, folder)
         streamed.link_weights(base, folder)
     pieces.tell_converter(tokenizer, folder, base=adapter.base)
     write_card(adapter, folder, name=pieces.model_name(tokenizer, adapter.name, base=adapter.base))
-    streams = ("-m", streamed.__name__, adapter.base, str(adapter.folder), "trust" if trust else "")
+    options = room / "merge.json"
+    streamed.write_options(options, base, adapter.folder, rounding=rounding, trust_remote_code=trust)
+    streams = ("-m", streamed.__name__, str(options))
     return Inputs(folder=folder, tokenizer=tokenizer, through=streams if merged and not why_not else ())
 
 

@@ -35,6 +35,8 @@ class Adapter:
     """The run directory it stands in; None for an adapter by itself."""
     sha256: str
     """Of its weights."""
+    four_bit_dtype: str | None = None
+    """The type that a training on weights of 4 bits computed in; None for any other training."""
 
 
 def find_adapter(source: Path, config: ExportConfig) -> Adapter:
@@ -81,7 +83,14 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         probes=list(manifest.get("probes") or ()) or by_itself(),
         run=run if manifest else None,
         sha256=_adapter_hash(folder),
+        four_bit_dtype=_four_bit_dtype(manifest),
     )
+
+
+def _four_bit_dtype(manifest: Mapping[str, Any]) -> str | None:
+    if (manifest.get("config") or {}).get("method") != "qlora":
+        return None
+    return str(((manifest.get("plan") or {}).get("dtype") or {}).get("value", "bfloat16"))
 
 
 def _adapter_hash(folder: Path) -> str:

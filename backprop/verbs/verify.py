@@ -18,6 +18,7 @@ from backprop.events import Phase, Proved, Sink
 from backprop.verbs.source import Adapter
 
 if TYPE_CHECKING:
+    from backprop.engine.four_bit import Rounding
     from backprop.engine.reference import Checkpoint, Reference
 
 Prover = Callable[[Callable[[], Proved]], None]
@@ -83,9 +84,7 @@ class Verifier:
     def _prove_weights(self, kind: str, found: Sequence[Any], prove: Prover) -> None:
         """Prove that logits are those of the trained model, with the adapter in them once."""
         known = self._reference
-        prove(
-            lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found, rounded=known.rounded)
-        )
+        prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found, rounded=known.rounded))
         prove(lambda: fidelity.prove_adapter(known.base, known.trained, found))
 
     def _prove_words(self, model: "llama_cpp.Loaded | Checkpoint", prove: Prover) -> None:
@@ -178,8 +177,13 @@ class Verifier:
             )
 
 
-def verifier_for(adapter: Adapter, kinds: Iterable[str], config: ExportConfig, say: Sink) -> Verifier | None:
+def verifier_for(
+    adapter: Adapter, kinds: Iterable[str], config: ExportConfig, say: Sink, *, rounding: "Rounding | None" = None
+) -> Verifier | None:
     """Ask the trained model, and forget it, before anything else needs its memory; nothing with `--no-verify`.
+
+    Args:
+        rounding: Of the base model's weights.
 
     Raises:
         ExportError: If the adapter does not belong to its base model, or there is no room for that.
@@ -196,7 +200,12 @@ def verifier_for(adapter: Adapter, kinds: Iterable[str], config: ExportConfig, s
     where = room_for(Path(adapter.base))
     say(Phase(name=f"asking the trained model what its copies will be asked: {where.dtype} on {where.device}"))
     model, tokenizer = load_adapted(
-        adapter.base, adapter.folder, dtype=where.dtype, device=where.device, trust_remote_code=trust
+        adapter.base,
+        adapter.folder,
+        dtype=where.dtype,
+        device=where.device,
+        rounding=rounding,
+        trust_remote_code=trust,
     )
     reference = refer(model, tokenizer, adapter.probes)
     return Verifier(reference, adapter.output, adapter_sha256=adapter.sha256, say=say)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import backprop_process, chat
 
+from backprop import Trainer, events
 from backprop.edges import device
 
 pytestmark = [
@@ -38,6 +39,19 @@ def test_every_method_trains_in_bfloat16_and_learns(
     assert losses[-1] < 0.5 * losses[0]
     plan = result(tmp_path / "output")["plan"]
     assert (plan["device"]["value"], plan["dtype"]["value"]) == ("cuda", "bfloat16")
+
+
+def test_what_was_trained_on_4_bits_is_merged_into_what_it_was_trained_on(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    said: list[Any] = []
+    trainer = Trainer(str(tiny_model), say=said.append, output=tmp_path / "run", method="qlora")
+    trainer.train(write(ROWS), steps=60, batch_size=4, lora_r=16, learning_rate=1e-2)
+    trainer.export("gguf", "f16")
+    (phase,) = [event.name for event in said if isinstance(event, events.Phase) and "goes into" in event.name]
+    assert phase.startswith("the adapter goes into the base as it was trained on"), phase
+    print(phase)
+    print(*[f"{event.name}: {event.found}" for event in said if isinstance(event, events.Proved)][-6:], sep="\n")
 
 
 def test_the_first_loss_on_the_gpu_is_that_on_the_cpu(

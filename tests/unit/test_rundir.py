@@ -207,7 +207,10 @@ def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     [
         ("safetensors: I/O error: No space left on device (os error 28)", "No space left on device"),
         ("`python` exited with 1: OSError: [Errno 28] No space left on device", "No space left on device"),
-        ("`python` exited with 1:     ^^^^\nOSError: 3145728 requested and 103792 written", "3145728 requested and 103792 written"),
+        (
+            "`python` exited with 1:     ^^^^\nOSError: 3145728 requested and 103792 written",
+            "3145728 requested and 103792 written",
+        ),
         ("llama.cpp cannot convert this model: KeyError: 'Qwen9'", None),
     ],
 )

@@ -1,0 +1,144 @@
+"""An adapter that was trained on weights of 4 bits is merged into the base that it was trained on; with bitsandbytes on a CPU.
+
+It is not installed where there is no GPU, since every start would import it: `scripts/setup` puts it into a folder of its
+own, and it is used in other processes. Training on 4 bits needs a GPU (its 4-bit product has no gradient on a CPU):
+here an adapter is trained on weights that were rounded before, which is the same.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HERE, ROOT, Done, backprop, trained_run
+from tiny_models import tiny
+
+from backprop.core.fidelity import likeness
+from backprop.edges import hub, llama_cpp
+from backprop.engine import four_bit, merge, reference
+
+APART = ROOT / ".venv" / "apart"
+needs_bitsandbytes = pytest.mark.skipif(
+    not (four_bit.available() or APART.is_dir()), reason="no bitsandbytes: `scripts/setup`"
+)
+pytestmark = pytest.mark.model
+
+ROUND = """
+import sys, torch
+from pathlib import Path
+from backprop.engine.four_bit import Rounding
+from safetensors.torch import load_file, save_file
+path = Path(sys.argv[1]) / "model.safetensors"
+weights = load_file(path)
+rounding = Rounding(weights=frozenset(name for name in weights if "proj" in name), dtype="float32")
+save_file({name: rounding.apply(one) if "proj" in name else one for name, one in weights.items()}, path, {"format": "pt"})
+"""
+EXPORT = "import sys; from backprop.__main__ import main; main()"
+# As if bitsandbytes here rounded in another way than it did in training.
+SPOILT = """
+import torch
+from backprop.engine.four_bit import Rounding
+Rounding.apply = lambda self, weight: torch.zeros_like(weight)
+"""
+
+
+def with_bitsandbytes(program: str, *arguments: str | Path, cwd: Path) -> Done:
+    path = os.pathsep.join([*([str(APART)] if APART.is_dir() else []), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def told(done: Done) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def pretend(run: Path, base: Path) -> None:
+    """Let a run say that it was trained on the weights of ``base``, in 4 bits."""
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["config"]["method"] = "qlora"
+    manifest["model"] = {"name": str(base), "path": str(base), "sha256": hub.find_model(str(base), offline=True).sha256}
+    (run / "run.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny("llama-untied", tmp_path_factory.mktemp("original") / "model")
+
+
+@pytest.fixture(scope="module")
+def run(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the original's weights in 4 bits; `rounded` beside it holds these weights."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(original, folder / "rounded")
+    done = with_bitsandbytes(ROUND, folder / "rounded", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    run = trained_run(folder / "rounded", folder, HERE, steps=16, learning_rate=5e-3)
+    pretend(run, original)
+    return run
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
+def test_the_file_is_the_model_as_it_was_trained(run: Path, original: Path, tmp_path: Path) -> None:
+    done = with_bitsandbytes(EXPORT, "export", run, "-q", "f16", "--output", tmp_path, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (said,) = [one["name"] for one in told(done) if one["event"] == "phase" and "goes into" in one["name"]]
+    assert said.startswith("the adapter goes into the base as it was trained on: with the base as it was trained on")
+    rounded, unrounded = (merge.load_adapted(str(base), run / "lora")[0] for base in (run.parent / "rounded", original))
+    ids = list(range(20, 60))
+    with llama_cpp.loaded(tmp_path / "run-f16.gguf", context=64, all_logits=True) as model:
+        found = [model.logits(ids)]
+    near, far = (likeness([reference.logits(one, ids)], found).mean_kl for one in (rounded, unrounded))
+    assert near < 1e-5 < 1e-3 < far
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
+def test_safetensors_are_the_model_as_it_was_trained(run: Path, tmp_path: Path) -> None:
+    options = ("--format", "safetensors", "--output", tmp_path, "--json")
+    done = with_bitsandbytes(EXPORT, "export", run, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert any("goes into the base as it was trained on" in one.get("name", "") for one in told(done))
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
+def test_the_original_is_taken_where_it_is_nearer(run: Path, tmp_path: Path) -> None:
+    done = with_bitsandbytes(SPOILT + EXPORT, "export", run, "-q", "f16", "--output", tmp_path, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert any("goes into the 16-bit original" in one.get("name", "") for one in told(done))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("why", ["bitsandbytes", "--no-verify"])
+def test_where_it_cannot_be_measured_the_original_is_taken_aloud(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(four_bit, "available", lambda: False)
+    options = ("--no-verify",) if why == "--no-verify" else ()
+    done = backprop("export", run, "-q", "f16", "--output", tmp_path, *options, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (warned,) = [one["message"] for one in told(done) if one["event"] == "warning"]
+    assert "is merged into the 16-bit original" in warned
+    assert why in warned
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
+def test_a_weight_that_is_stored_in_another_way_is_merged_in_memory(run: Path, original: Path, tmp_path: Path) -> None:
+    from backprop.engine import streamed
+
+    odd = four_bit.Rounding(weights=frozenset({"model.layers.0.mlp.experts.3.weight"}), dtype="float32")
+    assert streamed.why_not(original, run / "lora") == ""
+    assert "is stored under another name" in streamed.why_not(original, run / "lora", odd)
