@@ -131,8 +131,15 @@ def make_plan(
     model: Choice[str],
     max_length: Choice[int],
 ) -> Plan:
-    """Decide what `train` will do."""
+    """Decide what `train` will do.
+
+    Raises:
+        HardwareError: If the method needs a GPU, and there is none.
+    """
     on_gpu = bool(hardware.gpus)
+    if config.method == "qlora" and not on_gpu:
+        # bitsandbytes 0.50 multiplies 4-bit weights on a CPU without a gradient: most of the adapter would stand still.
+        raise HardwareError("`--method qlora` needs an NVIDIA GPU, and none was found", hint="add `--method lora`")
     batch = _choose_batch(config, data)
     micro = _choose_micro_batch(config, batch.value, max_length.value, shape, hardware)
     steps = _choose_steps(config, data, batch.value)

@@ -65,6 +65,14 @@ def weigh(source: Path, texts: Sequence[str], target: Path, *, num_tokens: int) 
     _run([*argv, "-t", str(process.cpus())], target.parent, "compute an importance matrix")
 
 
+def is_importance_matrix(path: Path) -> bool:
+    """Say whether a file begins as one of llama-imatrix does: as GGUF, or with counts and a tensor's name, as it was before."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    count, length = (int.from_bytes(head[start : start + 4], "little") for start in (0, 4))
+    return head.startswith(b"GGUF") or (0 < count < 2**20 and 0 < length <= 56 and head[8 : 8 + length].isascii())
+
+
 def quantize(source: Path, target: Path, *, quantization: str, imatrix: Path) -> None:
     """Quantize a GGUF file of 16 or 32 bits by an importance matrix.
 

@@ -16,7 +16,7 @@ from backprop.verbs.bases import nearest_base
 from backprop.verbs.card import write_card
 from backprop.verbs.records import answered, record, refuse_others, remember_choice
 from backprop.verbs.source import Adapter
-from backprop.verbs.verify import REJECTED, Verifier, verifier_for
+from backprop.verbs.verify import REJECTED, Verifier, room_for, verifier_for
 
 
 def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> Mapping[str, Path]:
@@ -31,6 +31,8 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
     loop.quieten()
     forget_rejected(adapter)
     with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
+        if config.verify:
+            room_for(Path(adapter.base))
         rounding = nearest_base(adapter, config, say)
         say(Phase(name="merging and converting to GGUF"))
         inputs = lay_out(adapter, Path(scratch), config, say, rounding=rounding)

@@ -16,12 +16,16 @@ def refuse_early(adapter: Adapter, config: ExportConfig) -> None:
     """See that `--imatrix` can be had, before any work.
 
     Raises:
-        UsageError: If there are no rows to compute it with.
+        UsageError: If there are no rows to compute it with, or the file is none.
         ToolError: If llama.cpp's programs are missing.
     """
     if config.imatrix is None:
         return
     llama_tools.tool("quantize")
+    if config.imatrix != AUTO and not llama_tools.is_importance_matrix(Path(config.imatrix)):
+        raise UsageError(
+            f"`{config.imatrix}` is no importance matrix", hint="give a file of llama-imatrix, or `--imatrix auto`"
+        )
     if config.imatrix == AUTO:
         llama_tools.tool("imatrix")
         if not any(messages[-1]["role"] == "assistant" for messages in adapter.probes):

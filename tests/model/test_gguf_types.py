@@ -284,12 +284,28 @@ def test_an_importance_matrix_may_be_given(run: Path, tmp_path: Path) -> None:
     exported(run, tmp_path / "out", "-q", "iq3_xxs", "--imatrix", matrix, "--no-verify")
     found = metadata(tmp_path / "out" / "run-iq3_xxs.gguf")
     assert found["quantize.imatrix.file"] == "-mine.gguf"
-    matrix.write_text("no matrix")
+    matrix.write_bytes(b"GGUF, says it")
     done = backprop(
         "export", run, "-q", "iq3_xxs", "--imatrix", matrix, "--no-verify", "--output", tmp_path / "other", cwd=tmp_path
     )
     assert done.returncode == 7
     assert "did not quantize to iq3_xxs" in done.stderr
+
+
+def test_a_file_that_is_no_importance_matrix_is_refused_before_any_work(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no matrix")
+    done = backprop("export", run, "-q", "iq3_xxs", "--imatrix", "notes.txt", "--output", "other", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "`notes.txt` is no importance matrix" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_importance_matrices_of_both_forms_are_known(tmp_path: Path) -> None:
+    old = tmp_path / "old.dat"
+    old.write_bytes((210).to_bytes(4, "little") + (19).to_bytes(4, "little") + b"blk.0.attn_q.weight" + bytes(40))
+    assert llama_tools.is_importance_matrix(old)
+    old.write_bytes(bytes(64))
+    assert not llama_tools.is_importance_matrix(old)
 
 
 def test_too_few_rows_make_no_importance_matrix(tmp_path: Path) -> None:

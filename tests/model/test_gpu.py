@@ -47,7 +47,7 @@ def test_what_was_trained_on_4_bits_is_merged_into_what_it_was_trained_on(
     said: list[Any] = []
     trainer = Trainer(str(tiny_model), say=said.append, output=tmp_path / "run", method="qlora")
     trainer.train(write(ROWS), steps=60, batch_size=4, lora_r=16, learning_rate=1e-2)
-    trainer.export("gguf", "f16")
+    trainer.export(quantization="f16")
     (phase,) = [event.name for event in said if isinstance(event, events.Phase) and "goes into" in event.name]
     assert phase.startswith("the adapter goes into the base as it was trained on"), phase
     print(phase)

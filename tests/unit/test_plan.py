@@ -98,3 +98,10 @@ def test_nothing_is_cut_unless_the_model_has_no_positions() -> None:
 def test_more_positions_than_the_model_has_are_refused_with_both_numbers() -> None:
     with pytest.raises(UsageError, match="beyond the 8192 positions"):
         choose_max_length(TrainConfig(data=("x",), max_length=9000), 100, SMALL)
+
+
+def test_weights_of_4_bits_without_a_gpu_are_refused_before_any_work() -> None:
+    """bitsandbytes trains on a CPU without complaint, but most of the adapter stands still."""
+    with pytest.raises(HardwareError, match="needs an NVIDIA GPU"):
+        plan(TrainConfig(data=("x",), method="qlora"))
+    assert plan(TrainConfig(data=("x",), method="qlora"), hardware=machine(8)).device.value == "cuda"
