@@ -46,6 +46,9 @@ ADAPTER_SHARE = (0.95, 1.05)
 # Tokens whose logits are this close (in nats) are equally likely: rounding may choose either.
 TIE = 0.05
 
+WIDEST_KL, WIDEST_TOP1 = 1e-3, 0.95
+"""Of a file of f16, however far rounding moves the model: a head in another place is 2.5e-3."""
+
 ROUNDING = 10.0
 """How far rounding in the file and in llama.cpp may move a model, in units of what rounding every input of a layer to 16 bits
 does to the trained model itself: docs/export.md."""
@@ -133,26 +136,25 @@ def prove_likeness(
     expected: Sequence["Logits"],
     found: Sequence["Logits"],
     *,
-    rounded: Sequence["Logits"] = (),
+    noise: Likeness | None = None,
 ) -> Proved:
     """Hold a file's distributions to those of what it was made from.
 
     Args:
         kind: The file's type, as in `MOST_KL`.
         of: What it was made from, in words.
-        rounded: What ``expected`` become with inputs of 16 bits in every layer. Where that alone moves them far, as in models
-            that are very sure, more is allowed.
+        noise: How like inputs of 16 bits in every layer leave the trained model to itself. Where that alone moves it far, as
+            a model that is very sure, more is allowed, up to `WIDEST_KL` and `WIDEST_TOP1`.
     """
     name = f"the {kind} file predicts as {of}"
     try:
         measured = likeness(expected, found)
     except ValueError as error:
         return Proved(name=name, ok=False, found=str(error))
-    noise = likeness(expected, rounded) if rounded else None
     most, least = MOST_KL[kind], LEAST_TOP1.get(kind, 0.0)
     if noise:
-        most *= max(1.0, ROUNDING * noise.mean_kl / MOST_KL["f16"])
-        least = min(least, 1 - ROUNDING * (1 - noise.top1))
+        most *= min(max(1.0, ROUNDING * noise.mean_kl / MOST_KL["f16"]), WIDEST_KL / MOST_KL["f16"])
+        least = min(least, max(WIDEST_TOP1, 1 - ROUNDING * (1 - noise.top1)))
     allowed = f"at most {most:.3g}" + (f" and at least {least:.0%}" if least else "")
     ok = measured.mean_kl <= most and measured.top1 >= least
     return Proved(name=name, ok=ok, found=f"{measured}; {allowed} allowed")

@@ -84,13 +84,17 @@ def quantize(source: Path, target: Path, *, quantization: str, imatrix: Path) ->
     _run([str(tool("quantize")), *options, str(process.cpus())], imatrix.parent, f"quantize to {quantization}", target)
 
 
-def size_as(quantization: str, source: Path) -> int:
+def size_as(quantization: str, source: Path, *, imatrix: Path | None = None) -> int:
     """Give the bytes that a GGUF of 16 or 32 bits would have as another type, without making it.
+
+    Args:
+        imatrix: By which it would be made: some tensors then get other types.
 
     Raises:
         ExportError: If llama.cpp refuses, with its own last words.
     """
-    argv = [str(tool("quantize")), "--dry-run", str(source.resolve()), quantization]
+    by = ["--imatrix", str(imatrix.resolve())] if imatrix else []
+    argv = [str(tool("quantize")), "--dry-run", *by, str(source.resolve()), quantization]
     said = _run(argv, source.parent, "tell a file's size", errors_too=True)
     found = {kind: float(mib) for kind, mib in re.findall(r"(model|quant) size += +([0-9.]+) MiB", said)}
     if len(found) != 2:

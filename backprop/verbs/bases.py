@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from backprop.config import ExportConfig
 from backprop.core import fidelity
+from backprop.core.placement import BYTES_FOR_WORK
 from backprop.edges import device
 from backprop.events import Phase, Sink, Warned
 from backprop.verbs.source import Adapter
@@ -12,6 +13,20 @@ from backprop.verbs.verify import room_for
 
 if TYPE_CHECKING:
     from backprop.engine.four_bit import Rounding
+
+
+def measurable(config: ExportConfig) -> bool:
+    """Say whether it can be measured which base is nearer."""
+    from backprop.engine import four_bit
+
+    return config.verify and four_bit.available()
+
+
+def name_of(rounding: "Rounding | None", adapter: Adapter, config: ExportConfig) -> str | None:
+    """Name the base that an adapter was merged into for having been measured as the nearer one; None if it was not."""
+    if adapter.four_bit_dtype is None or not measurable(config):
+        return None
+    return "rounded" if rounding else "original"
 
 
 def nearest_base(adapter: Adapter, config: ExportConfig, say: Sink) -> "Rounding | None":
@@ -38,7 +53,7 @@ def nearest_base(adapter: Adapter, config: ExportConfig, say: Sink) -> "Rounding
         adapter.folder,
         adapter.probes,
         dtype=adapter.four_bit_dtype,
-        device="cuda" if device.probe().gpus else "cpu",
+        device=_place_in_four_bits(Path(adapter.base)),
         trust_remote_code=trust,
     )
     loop.release()
@@ -56,3 +71,14 @@ def nearest_base(adapter: Adapter, config: ExportConfig, say: Sink) -> "Rounding
         )
     )
     return trained.rounding if rounded <= original else None
+
+
+# Half a byte for each weight, its scales, and 16 bits for those of words and norms.
+FOUR_BIT_BYTES = 0.8
+
+
+def _place_in_four_bits(base: Path) -> str:
+    from backprop.engine.streamed import size_of
+
+    free = max((gpu.memory_free_bytes for gpu in device.probe().gpus), default=0)
+    return "cuda" if size_of(base)[0] * FOUR_BIT_BYTES + BYTES_FOR_WORK <= free else "cpu"

@@ -38,7 +38,16 @@ def refuse_early(adapter: Adapter, config: ExportConfig) -> None:
     llama_tools.tool("quantize")
     least = int(streamed.size_of(Path(adapter.base))[0] * FEWEST_BITS / 8)
     if bytes_of(config.budget) < least:
-        raise _too_small(config.budget, "any file of this model", least)
+        raise _too_small(config, "any file of this model", least)
+
+
+def to_make(config: ExportConfig, source: Path) -> Sequence[str]:
+    """Name the types that may have to be made; none if there is no budget, or the 16-bit file fits it."""
+    if config.budget is None or source.stat().st_size <= bytes_of(config.budget):
+        return ()
+    named: Sequence[str] = get_args(Quantization)
+    kinds = [kind for kind in named if kind not in llama_cpp.CONVERTED]
+    return [kind for kind in kinds if config.imatrix is not None or kind not in NEEDS_IMATRIX]
 
 
 def choose(config: ExportConfig, source: Path, verifier: Verifier, imatrix: Path | None, say: Sink) -> tuple[str, Path]:
@@ -54,7 +63,7 @@ def choose(config: ExportConfig, source: Path, verifier: Verifier, imatrix: Path
     budget = bytes_of(config.budget or "")
     if source.stat().st_size <= budget:
         return "f16", source
-    kinds = _fitting(source, budget, config)
+    kinds = _fitting(source, budget, config, imatrix)
     say(Phase(name=f"trying what fits {config.budget}: {', '.join(kinds)}"))
     best, least = kinds[0], float("inf")
     for kind in kinds:
@@ -64,7 +73,7 @@ def choose(config: ExportConfig, source: Path, verifier: Verifier, imatrix: Path
         size = made.stat().st_size
         say(Tried(quantization=kind, size_bytes=size, mean_kl=found.mean_kl, p99_kl=found.p99_kl, top1=found.top1))
         worse = kind
-        if found.mean_kl < least:
+        if found.mean_kl < least and size <= budget:
             best, least, worse = kind, found.mean_kl, best
         if worse != best:
             _tried(worse, source).unlink()
@@ -83,22 +92,22 @@ def quantize(kind: str, source: Path, target: Path, *, imatrix: Path | None) -> 
         llama_tools.quantize(source, target, quantization=kind, imatrix=imatrix)
 
 
-def _fitting(source: Path, budget: int, config: ExportConfig) -> Sequence[str]:
+def _fitting(source: Path, budget: int, config: ExportConfig, imatrix: Path | None) -> Sequence[str]:
     """Name the types whose file fits and that are worth trying, the largest first."""
-    named: Sequence[str] = get_args(Quantization)
-    kinds = [kind for kind in named if kind not in llama_cpp.CONVERTED]
-    kinds = [kind for kind in kinds if config.imatrix is not None or kind not in NEEDS_IMATRIX]
-    sizes = {kind: llama_tools.size_as(kind, source) for kind in kinds}
+    kinds = to_make(config, source)
+    by = {kind: imatrix if importance.matters(kind, config) else None for kind in kinds}
+    sizes = {kind: llama_tools.size_as(kind, source, imatrix=by[kind]) for kind in kinds}
     fitting = {kind: size for kind, size in sizes.items() if size <= budget}
     if not fitting:
         smallest = min(sizes, key=lambda kind: sizes[kind])
-        raise _too_small(config.budget or "", smallest, sizes[smallest])
+        raise _too_small(config, smallest, sizes[smallest])
     enough = WORTH_TRYING * max(fitting.values())
     return sorted((kind for kind, size in fitting.items() if size >= enough), key=lambda kind: -fitting[kind])
 
 
-def _too_small(budget: str, what: str, size: int) -> UsageError:
+def _too_small(config: ExportConfig, what: str, size: int) -> UsageError:
+    smaller = "" if config.imatrix else "add `--imatrix auto` for smaller types, "
     return UsageError(
-        f"nothing fits a `--budget` of {budget}: {what} takes {size / 2**20:,.0f} MiB",
-        hint="give more, add `--imatrix auto` for smaller types, or train a smaller model",
+        f"nothing fits a `--budget` of {config.budget}: {what} takes {size / 2**20:,.0f} MiB",
+        hint=f"give more, {smaller}or train a smaller model",
     )

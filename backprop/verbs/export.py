@@ -5,15 +5,14 @@ import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import backprop
-from backprop.config import ExportConfig
+from backprop.config import ExportConfig, Quantization
 from backprop.edges import device, llama_cpp, llama_tools, rundir, stopping
 from backprop.errors import BackpropError, DiskError
-from backprop.events import Failed, Phase, RunFinished, RunStarted, Sink, tee
-from backprop.verbs import budget, importance
-from backprop.verbs.bases import nearest_base
+from backprop.events import Event, Failed, Phase, RunFinished, RunStarted, Sink, tee
+from backprop.verbs import bases, budget, importance
 from backprop.verbs.gguf import export_gguf, target_of
 from backprop.verbs.lora_gguf import export_lora_gguf
 from backprop.verbs.records import answered, known_choice, record, refuse_others
@@ -65,11 +64,15 @@ def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
         for folder in {adapter.output.resolve(), *([adapter.run.resolve()] if adapter.run else [])}:
             stack.enter_context(rundir.locked(folder))
         rundir.sweep(adapter.output)
-        done = {} if config.overwrite else refuse_others(adapter, targets, config)
+        # What `--budget` may choose is not known yet: no file of any type may be another's.
+        may_be = targets or {kind: target_of(kind, adapter, config) for kind in get_args(Quantization)}
+        done = {} if config.overwrite else refuse_others(adapter, may_be, config)
+        done = {kind: exported for kind, exported in done.items() if kind in targets}
         if adapter.run is not None and os.access(adapter.run, os.W_OK):
             log = stack.enter_context(rundir.event_log(adapter.run))
             stack.enter_context(_told_to_the_end(log))
             say = tee(say, log)
+        say = _unless_time_is_over(say)
         say(RunStarted(command="export", output=str(adapter.output), version=backprop.__version__))
         for exported in done.values():
             say(exported)
@@ -99,6 +102,16 @@ def _write(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, 
         if told is None or isinstance(error, DiskError):
             raise
         raise told from error
+
+
+def _unless_time_is_over(say: Sink) -> Sink:
+    """Let each event be an instant at which `--max-minutes` is heard, also in threads, where no alarm rings."""
+
+    def checked(event: Event) -> None:
+        say(event)
+        stopping.check()
+
+    return checked
 
 
 @contextmanager
@@ -149,7 +162,7 @@ def _make_room(adapter: Adapter, kinds: Iterable[str], *, split: bool) -> None:
 
     base = Path(adapter.base)
     files = sum(BYTES_OF.get(kind, 1) for kind in kinds) + (BYTES_OF_SPLIT if split else 0)
-    in_memory = BYTES_OF["f32"] if why_not(base, adapter.folder) else 0
+    in_memory = BYTES_OF["f32"] if adapter.four_bit_dtype or why_not(base, adapter.folder) else 0
     need = size_of(base)[0] * (SOURCE_BYTES + files + in_memory)
     free = device.disk_free_bytes(adapter.output)
     if free < need:
@@ -166,7 +179,7 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
     loop.quieten()
     rejected = target.with_name(target.name + REJECTED)
     rundir.remove(rejected)
-    rounding = nearest_base(adapter, config, say)
+    rounding = bases.nearest_base(adapter, config, say)
     verifier = verifier_for(adapter, ["safetensors"], config, say, rounding=rounding)
     with rundir.whole(target) as folder:
         _write_checkpoint(adapter, folder, rounding, config, say)
@@ -175,7 +188,7 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
             verifier.check_checkpoint(folder, model, rejected)
         answer = model.reply([{"role": "user", "content": adapter.question}]).text
         told = answered(adapter, answer, target, folder, format="safetensors", quantization="bf16")
-        record(adapter, target, folder, told, config, verified=config.verify)
+        record(adapter, target, folder, told, config, base=bases.name_of(rounding, adapter, config))
     say(told)
 
 

@@ -11,8 +11,7 @@ from backprop.edges import llama_cpp, llama_tools, rundir
 from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer
 from backprop.events import Phase, Sink
-from backprop.verbs import budget, importance
-from backprop.verbs.bases import nearest_base
+from backprop.verbs import bases, budget, importance
 from backprop.verbs.card import write_card
 from backprop.verbs.records import answered, record, refuse_others, remember_choice
 from backprop.verbs.source import Adapter
@@ -33,7 +32,7 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
     with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
         if config.verify:
             room_for(Path(adapter.base))
-        rounding = nearest_base(adapter, config, say)
+        rounding = bases.nearest_base(adapter, config, say)
         say(Phase(name="merging and converting to GGUF"))
         inputs = lay_out(adapter, Path(scratch), config, say, rounding=rounding)
         # Quantizing starts from 16 bits or more; a file that is wanted as it is serves as the source too.
@@ -43,19 +42,20 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
             finish()
         if verifier:
             verifier.check_source(source, adapter.output / f"{adapter.name}-f16.gguf{REJECTED}")
-        by_imatrix = bool(config.budget and config.imatrix) or any(importance.matters(kind, config) for kind in targets)
+        by_imatrix = any(importance.matters(kind, config) for kind in targets or budget.to_make(config, source))
         imatrix = importance.find(adapter, config, inputs.tokenizer, source, say) if by_imatrix else None
         made = {"f16": source}
         if config.budget and verifier and not targets:
             kind, file = budget.choose(config, source, verifier, imatrix, say)
             targets, made[kind] = {kind: target_of(kind, adapter, config)}, file
-            remember_choice(adapter, config, kind)
             done = {} if config.overwrite else refuse_others(adapter, targets, config)
+            remember_choice(adapter, config, kind)
             for exported in done.values():
                 say(exported)
             if done:
                 return targets
-        maker = Maker(adapter, config, inputs, made, imatrix, verifier, Path(scratch), say)
+        base = bases.name_of(rounding, adapter, config)
+        maker = Maker(adapter, config, inputs, made, imatrix, verifier, base, Path(scratch), say)
         for kind, target in targets.items():
             maker.write(kind, target)
     return targets
@@ -72,6 +72,7 @@ class Maker:
     """Files that are there already, by their type: the 16-bit one at least."""
     imatrix: Path | None
     verifier: Verifier | None
+    base: str | None
     scratch: Path
     say: Sink
 
@@ -89,7 +90,7 @@ class Maker:
                 whole.unlink()
             (reply,) = llama_cpp.ask(gguf, [[{"role": "user", "content": adapter.question}]])
             told = answered(adapter, reply.text, target, beside, format="gguf", quantization=kind)
-            record(adapter, target, beside, told, config, verified=config.verify)
+            record(adapter, target, beside, told, config, base=self.base)
         self.say(told)
 
     def _make(self, kind: str, gguf: Path) -> None:

@@ -10,7 +10,7 @@ from backprop.config import ExportConfig
 from backprop.edges import rundir
 from backprop.errors import ExportError, UsageError
 from backprop.events import Exported
-from backprop.verbs import importance
+from backprop.verbs import bases, importance
 from backprop.verbs.source import Adapter
 
 # Beside the exported files: from which adapter each came, its hash, and what it answered.
@@ -43,25 +43,36 @@ def refuse_others(adapter: Adapter, targets: Mapping[str, Path], config: ExportC
         ours = ours and known.get("options", {}) == _options(config, kind)
         if not ours or known.get("sha256") != _hash_of(target):
             raise UsageError(f"`{target}` is there already", hint="add `--overwrite`, or choose another `--output`")
-        if known.get("verified") or not config.verify:
+        if (known.get("verified") or not config.verify) and not _nearer_base_unknown(adapter, config, known):
             done[kind] = Exported(**known["told"])
     return done
 
 
 def record(
-    adapter: Adapter, target: Path, beside: Path, told: Exported, config: ExportConfig, *, verified: bool = False
+    adapter: Adapter, target: Path, beside: Path, told: Exported, config: ExportConfig, *, base: str | None = None
 ) -> None:
-    """Write down what is about to stand at ``target``: the same command need not do it again."""
+    """Write down what is about to stand at ``target``: the same command need not do it again.
+
+    Args:
+        base: Which of the bases of a training on 4-bit weights it was merged into, as `bases.name_of` tells.
+    """
     records = _records(adapter)
     records[target.name] = {
         "adapter": adapter.sha256,
         "question": adapter.question,
         "sha256": _hash_of(beside),
-        "verified": verified,
+        "verified": config.verify,
+        "base": base,
         "options": _options(config, told.quantization),
         "told": asdict(told),
     }
     rundir.write_text(adapter.output / RECORDS, json.dumps(records, indent=2) + "\n")
+
+
+def _nearer_base_unknown(adapter: Adapter, config: ExportConfig, known: Mapping[str, Any]) -> bool:
+    """Say whether a file was merged into a base without measuring which is nearer, and that could be measured now."""
+    unmeasured = config.format != "lora-gguf" and adapter.four_bit_dtype is not None and known.get("base") is None
+    return unmeasured and bases.measurable(config)
 
 
 def remember_choice(adapter: Adapter, config: ExportConfig, kind: str) -> None:

@@ -41,6 +41,8 @@ class Verifier:
     def __init__(self, reference: "Reference", output: Path, *, adapter_sha256: str, say: Sink) -> None:
         self._reference, self._output, self._adapter, self._say = reference, output, adapter_sha256, say
         self._of_source: list[Any] = []
+        trained, rounded = reference.trained, reference.rounded
+        self._noise = fidelity.likeness(trained, rounded) if trained else None
 
     def check_source(self, gguf: Path, rejected: Path) -> None:
         """Hold the 16-bit file, from which all others are made, to the trained model.
@@ -84,7 +86,7 @@ class Verifier:
     def _prove_weights(self, kind: str, found: Sequence[Any], prove: Prover) -> None:
         """Prove that logits are those of the trained model, with the adapter in them once."""
         known = self._reference
-        prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found, rounded=known.rounded))
+        prove(lambda: fidelity.prove_likeness(kind, "the trained model", known.trained, found, noise=self._noise))
         prove(lambda: fidelity.prove_adapter(known.base, known.trained, found))
 
     def _prove_words(self, model: "llama_cpp.Loaded | Checkpoint", prove: Prover) -> None:
@@ -123,7 +125,9 @@ class Verifier:
         prove = self._prover(proofs)
         with llama_cpp.loaded(gguf, context=CONTEXT, all_logits=True) as model:
             found = [model.logits(ids) for ids in known.sequences]
-            prove(lambda: fidelity.prove_likeness(kind, "the 16-bit file", self._of_source, found))
+            # f32 differs from f16 by the rounding itself.
+            noise = self._noise if kind in llama_cpp.CONVERTED else None
+            prove(lambda: fidelity.prove_likeness(kind, "the 16-bit file", self._of_source, found, noise=noise))
             prove(lambda: self._prove_replies(kind, model))
         self._settle(kind, proofs, gguf, rejected)
 

@@ -70,6 +70,16 @@ def test_a_budget_that_takes_the_16_bit_file_takes_it(run: Path, tmp_path: Path)
     assert [event["quantization"] for event in told(done, "exported")] == ["f16"]
 
 
+def test_a_file_of_another_is_refused_before_any_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run-q5_0.gguf").write_text("mine")
+    monkeypatch.setattr(llama_cpp, "converting", lambda *_, **__: pytest.fail("it is converted"))
+    done = exported(run, tmp_path, "--budget", "1GiB")
+    assert done.returncode == 2
+    assert "run-q5_0.gguf` is there already" in told(done, "error")[0]["message"]
+
+
 def test_a_budget_that_nothing_fits_is_refused_before_any_work(run: Path, tmp_path: Path) -> None:
     done = exported(run, tmp_path / "files", "--budget", "0.001MiB")
     assert done.returncode == 2
@@ -106,6 +116,17 @@ def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], said: str) -
 @pytest.mark.parametrize(("text", "count"), [("5GiB", 5 * 2**30), ("0.5GB", 5 * 10**8), ("1.5MiB", 3 * 2**19)])
 def test_sizes_are_read_as_written(text: str, count: int) -> None:
     assert budget.bytes_of(text) == count
+
+
+@pytest.mark.slow
+def test_an_importance_matrix_changes_sizes_and_none_is_beyond_the_budget(run: Path, tmp_path: Path) -> None:
+    plain = exported(run, tmp_path / "plain", "-q", "iq3_m", "--imatrix", "auto")
+    most = told(plain, "exported")[0]["size_bytes"] / 2**20 + 0.1
+    done = exported(run, tmp_path / "chosen", "--budget", f"{most:.3f}MiB", "--imatrix", "auto")
+    assert done.returncode == 0, done.stderr
+    tried = told(done, "tried")
+    assert {"iq3_m", "iq3_s"} <= {event["quantization"] for event in tried}
+    assert max(event["size_bytes"] for event in tried) <= most * 2**20
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])

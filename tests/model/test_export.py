@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,27 @@ def test_the_time_limit_ends_an_export_in_any_phase_and_the_same_command_ends_it
     assert (told[-1]["code"], told[-1]["message"]) == (75, "the time of `--max-minutes` is over")
     assert not list((tmp_path / "run" / "export").glob(".*"))
     assert backprop(*command, cwd=tmp_path).returncode == 0
+
+
+def test_the_time_limit_is_heard_in_a_thread(run: Path, tmp_path: Path) -> None:
+    """Where no alarm rings: each event is an instant at which the time is looked at."""
+    from backprop.config import ExportConfig
+    from backprop.verbs.export import export
+
+    ended: list[object] = []
+
+    def work() -> None:
+        try:
+            ended.append(
+                export(run, ExportConfig(output=tmp_path, max_minutes=0.001), say=lambda event: time.sleep(0.1))
+            )
+        except BackpropError as error:
+            ended.append(error.code)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert ended == [75]
 
 
 def test_a_time_limit_that_is_over_at_once_leaves_nothing(run: Path, tmp_path: Path) -> None:

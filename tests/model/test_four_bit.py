@@ -105,6 +105,20 @@ def test_the_file_is_the_model_as_it_was_trained(run: Path, original: Path, tmp_
 
 @needs_bitsandbytes
 @pytest.mark.slow
+def test_a_file_whose_base_was_not_measured_is_made_again_once_it_can_be(run: Path, tmp_path: Path) -> None:
+    options = ("export", run, "-q", "f16", "--output", tmp_path, "--json")
+    without = "from backprop.engine import four_bit; four_bit.available = lambda: False\n"
+    files: list[bytes] = []
+    for program in (without + EXPORT, without + EXPORT, EXPORT, EXPORT):
+        done = with_bitsandbytes(program, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        files.append((tmp_path / "run-f16.gguf").read_bytes())
+    assert files[0] == files[1] != files[2] == files[3]
+    assert not [one for one in told(done) if one["event"] == "phase"], "it is made once more"
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
 def test_safetensors_are_the_model_as_it_was_trained(run: Path, tmp_path: Path) -> None:
     options = ("--format", "safetensors", "--output", tmp_path, "--json")
     done = with_bitsandbytes(EXPORT, "export", run, *options, cwd=tmp_path)
@@ -136,7 +150,7 @@ def test_where_it_cannot_be_measured_the_original_is_taken_aloud(
 
 @needs_bitsandbytes
 @pytest.mark.slow
-def test_a_weight_that_is_stored_in_another_way_is_merged_in_memory(run: Path, original: Path, tmp_path: Path) -> None:
+def test_a_rounded_weight_that_is_stored_in_another_way_is_not_merged_one_by_one(run: Path, original: Path) -> None:
     from backprop.engine import streamed
 
     odd = four_bit.Rounding(weights=frozenset({"model.layers.0.mlp.experts.3.weight"}), dtype="float32")

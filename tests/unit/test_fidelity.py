@@ -2,7 +2,7 @@
 
 import pytest
 
-from backprop.core.fidelity import Reply, prove_equal, prove_likeness, prove_replies
+from backprop.core.fidelity import Reply, likeness, prove_equal, prove_likeness, prove_replies
 
 
 def replies(*texts: str) -> list[Reply]:
@@ -42,11 +42,11 @@ def test_a_model_that_rounding_moves_far_may_be_moved_further() -> None:
     trained = [numpy.array([[0.0, 9.0], [9.0, 0.0]] * 8, numpy.float32)]
     near, found, far = (trained[0] * numpy.float32(share) for share in (0.92, 0.85, 0.7))  # 4e-5, 2e-4, 1e-3 nats away
     allowed = [
-        prove_likeness("f16", "it", trained, [one], rounded=rounded).ok
+        prove_likeness("f16", "it", trained, [one], noise=noise).ok
         for one in (found, far)
-        for rounded in ([], [near], [found])
+        for noise in (None, likeness(trained, [near]), likeness(trained, [found]))
     ]
-    assert allowed == [False, True, True, False, False, True]
+    assert allowed == [False, True, True, False, False, False]
 
 
 def test_what_16_bits_make_of_ties_is_allowed() -> None:
@@ -55,7 +55,19 @@ def test_what_16_bits_make_of_ties_is_allowed() -> None:
     trained = [numpy.array([[0.0, 1.0]] * 98 + [[0.0, 0.06]] * 2, numpy.float32)]
     tied = [numpy.array([[0.0, 1.0]] * 98 + [[0.06, 0.059]] * 2, numpy.float32)]
     assert not prove_likeness("f16", "it", trained, tied).ok
-    assert prove_likeness("f16", "it", trained, tied, rounded=tied).ok
+    assert prove_likeness("f16", "it", trained, tied, noise=likeness(trained, tied)).ok
+
+
+def test_noise_never_lets_everything_pass() -> None:
+    import numpy
+
+    trained = [numpy.array([[0.0, 9.0]] * 4, numpy.float32)]
+    for noise in (trained[0] * numpy.float32(-1), trained[0] * numpy.float32("nan")):
+        proof = prove_likeness(
+            "f16", "it", trained, [trained[0] * numpy.float32(0.6)], noise=likeness(trained, [noise])
+        )
+        assert not proof.ok
+        assert "and at least 95% allowed" in proof.found or "and at least 99% allowed" in proof.found
 
 
 def test_figures_near_a_bound_are_told_apart() -> None:
