@@ -88,11 +88,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def merge_there(folder: Path, base: str, adapter: str) -> None:
+def merge_there(folder: Path, options: str) -> None:
     """Put merged weights in the place of the link to the base model's."""
     from safetensors.torch import load_file, save_file
 
-    merger = streamed.Merger(Path(base), Path(adapter))
+    merger = streamed.read_options(Path(options))
     weights = load_file(folder / "model.safetensors")
     merged = {name: merger.merge(name, one) if merger.changes(name) else one for name, one in weights.items()}
     (folder / "model.safetensors").unlink()
@@ -157,7 +157,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None]) -> N
     converting = llama_cpp.converting
 
     def faulty(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Any:
-        merge_there(folder, *through[2:4])
+        merge_there(folder, through[2])
         fault(folder)
         return converting(folder, gguf, kind=kind)
 
@@ -208,9 +208,10 @@ def test_an_adapter_that_is_not_in_it_or_twice_is_found(
     edited("adapter_config.json", lambda config: config.update(lora_alpha=2 * config["lora_alpha"]))(twice)
 
     def faulty(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Any:
-        changed = [str(twice) if one == str(run / "lora") else one for one in through]
-        assert changed != list(through)
-        return converting(folder, gguf, kind=kind, through=changed if times else ())
+        options = json.loads(Path(through[2]).read_text())
+        assert options["adapter"] == str(run / "lora")
+        Path(through[2]).write_text(json.dumps({**options, "adapter": str(twice)}))
+        return converting(folder, gguf, kind=kind, through=through if times else ())
 
     monkeypatch.setattr(llama_cpp, "converting", faulty)
     done = backprop("export", run, "-q", "f16", "--output", tmp_path / "out", cwd=tmp_path)
