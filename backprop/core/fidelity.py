@@ -153,7 +153,7 @@ def prove_likeness(
         return Proved(name=name, ok=False, found=str(error))
     most, least = MOST_KL[kind], LEAST_TOP1.get(kind, 0.0)
     if noise:
-        most *= min(max(1.0, ROUNDING * noise.mean_kl / MOST_KL["f16"]), WIDEST_KL / MOST_KL["f16"])
+        most = max(most, min(ROUNDING * noise.mean_kl, WIDEST_KL))
         least = min(least, max(WIDEST_TOP1, 1 - ROUNDING * (1 - noise.top1)))
     allowed = f"at most {most:.3g}" + (f" and at least {least:.0%}" if least else "")
     ok = measured.mean_kl <= most and measured.top1 >= least

@@ -14,6 +14,7 @@ from backprop.verbs.source import Adapter
 from backprop.verbs.verify import Verifier
 
 UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
+MAY_CHOOSE: Sequence[str] = [kind for kind in get_args(Quantization) if kind not in ("f32", "bf16")]
 WORTH_TRYING = 2 / 3
 """Of the largest file that fits: types of smaller ones lose more, and are not made."""
 FEWEST_BITS = 1.56
@@ -45,8 +46,7 @@ def to_make(config: ExportConfig, source: Path) -> Sequence[str]:
     """Name the types that may have to be made; none if there is no budget, or the 16-bit file fits it."""
     if config.budget is None or source.stat().st_size <= bytes_of(config.budget):
         return ()
-    named: Sequence[str] = get_args(Quantization)
-    kinds = [kind for kind in named if kind not in llama_cpp.CONVERTED]
+    kinds = [kind for kind in MAY_CHOOSE if kind not in llama_cpp.CONVERTED]
     return [kind for kind in kinds if config.imatrix is not None or kind not in NEEDS_IMATRIX]
 
 

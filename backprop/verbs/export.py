@@ -5,10 +5,10 @@ import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import backprop
-from backprop.config import ExportConfig, Quantization
+from backprop.config import ExportConfig
 from backprop.edges import device, llama_cpp, llama_tools, rundir, stopping
 from backprop.errors import BackpropError, DiskError
 from backprop.events import Event, Failed, Phase, RunFinished, RunStarted, Sink, tee
@@ -65,7 +65,7 @@ def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
             stack.enter_context(rundir.locked(folder))
         rundir.sweep(adapter.output)
         # What `--budget` may choose is not known yet: no file of any type may be another's.
-        may_be = targets or {kind: target_of(kind, adapter, config) for kind in get_args(Quantization)}
+        may_be = targets or {kind: target_of(kind, adapter, config) for kind in budget.MAY_CHOOSE}
         done = {} if config.overwrite else refuse_others(adapter, may_be, config)
         done = {kind: exported for kind, exported in done.items() if kind in targets}
         if adapter.run is not None and os.access(adapter.run, os.W_OK):
@@ -162,7 +162,7 @@ def _make_room(adapter: Adapter, kinds: Iterable[str], *, split: bool) -> None:
 
     base = Path(adapter.base)
     files = sum(BYTES_OF.get(kind, 1) for kind in kinds) + (BYTES_OF_SPLIT if split else 0)
-    in_memory = BYTES_OF["f32"] if adapter.four_bit_dtype or why_not(base, adapter.folder) else 0
+    in_memory = BYTES_OF["f32"] if why_not(base, adapter.folder) else 0
     need = size_of(base)[0] * (SOURCE_BYTES + files + in_memory)
     free = device.disk_free_bytes(adapter.output)
     if free < need:

@@ -49,7 +49,6 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
             kind, file = budget.choose(config, source, verifier, imatrix, say)
             targets, made[kind] = {kind: target_of(kind, adapter, config)}, file
             done = {} if config.overwrite else refuse_others(adapter, targets, config)
-            remember_choice(adapter, config, kind)
             for exported in done.values():
                 say(exported)
             if done:
@@ -58,6 +57,8 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
         maker = Maker(adapter, config, inputs, made, imatrix, verifier, base, Path(scratch), say)
         for kind, target in targets.items():
             maker.write(kind, target)
+            if config.budget:
+                remember_choice(adapter, config, kind)
     return targets
 
 
