@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     Logits = numpy.ndarray
 
 MOST_KL = {
-    "f32": 1e-4,
-    "f16": 1e-4,
+    "f32": 1e-3,
+    "f16": 1e-3,
     "bf16": 5e-3,
     "q8_0": 0.1,
     "q6_k": 0.3,
@@ -25,8 +25,8 @@ MOST_KL = {
     **dict.fromkeys(("q5_1", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_xs", "iq3_xxs"), 3.0),
     **dict.fromkeys(("q4_1", "iq3_m", "iq3_s", "q2_k", "q2_k_s"), 5.0),
     **dict.fromkeys(("iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"), 5.0),
-    "lora-f32": 1e-4,
-    "lora-f16": 1e-4,
+    "lora-f32": 1e-3,
+    "lora-f16": 1e-3,
     "lora-bf16": 5e-3,
     "lora-q8_0": 5e-3,
 }
@@ -34,8 +34,7 @@ MOST_KL = {
 the 16-bit file."""
 
 LEAST_TOP1 = {
-    **dict.fromkeys(("f32", "f16", "lora-f32", "lora-f16"), 0.99),
-    **dict.fromkeys(("bf16", "lora-bf16", "lora-q8_0"), 0.95),
+    **dict.fromkeys(("f32", "f16", "bf16", "lora-f32", "lora-f16", "lora-bf16", "lora-q8_0"), 0.95),
     "q8_0": 0.8,
 }
 """Smallest share of positions with the same likeliest token; of other types none is asked."""
@@ -46,7 +45,7 @@ ADAPTER_SHARE = (0.95, 1.05)
 # Tokens whose logits are this close (in nats) are equally likely: rounding may choose either.
 TIE = 0.05
 
-WIDEST_KL, WIDEST_TOP1 = 1e-3, 0.95
+WIDEST_KL, WIDEST_TOP1 = 2e-3, 0.9
 """Of a file of f16, however far rounding moves the model: a head in another place is 2.5e-3."""
 
 ROUNDING = 10.0

@@ -40,7 +40,7 @@ def test_a_model_that_rounding_moves_far_may_be_moved_further() -> None:
     import numpy
 
     trained = [numpy.array([[0.0, 9.0], [9.0, 0.0]] * 8, numpy.float32)]
-    near, found, far = (trained[0] * numpy.float32(share) for share in (0.92, 0.85, 0.7))  # 4e-5, 2e-4, 1e-3 nats away
+    near, found, far = (trained[0] * numpy.float32(share) for share in (0.8, 0.7, 0.6))  # 4e-4, 1.4e-3, 3e-3 nats away
     allowed = [
         prove_likeness("f16", "it", trained, [one], noise=noise).ok
         for one in (found, far)
@@ -52,8 +52,8 @@ def test_a_model_that_rounding_moves_far_may_be_moved_further() -> None:
 def test_what_16_bits_make_of_ties_is_allowed() -> None:
     import numpy
 
-    trained = [numpy.array([[0.0, 1.0]] * 98 + [[0.0, 0.06]] * 2, numpy.float32)]
-    tied = [numpy.array([[0.0, 1.0]] * 98 + [[0.06, 0.059]] * 2, numpy.float32)]
+    trained = [numpy.array([[0.0, 1.0]] * 90 + [[0.0, 0.06]] * 10, numpy.float32)]
+    tied = [numpy.array([[0.0, 1.0]] * 90 + [[0.06, 0.059]] * 10, numpy.float32)]
     assert not prove_likeness("f16", "it", trained, tied).ok
     assert prove_likeness("f16", "it", trained, tied, noise=likeness(trained, tied)).ok
 
@@ -67,7 +67,7 @@ def test_noise_never_lets_everything_pass() -> None:
             "f16", "it", trained, [trained[0] * numpy.float32(0.6)], noise=likeness(trained, [noise])
         )
         assert not proof.ok
-        assert "and at least 95% allowed" in proof.found or "and at least 99% allowed" in proof.found
+        assert "and at least 90% allowed" in proof.found or "and at least 95% allowed" in proof.found
 
 
 def test_figures_near_a_bound_are_told_apart() -> None:
