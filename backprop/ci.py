@@ -199,6 +199,8 @@ def _figures(events: Sequence[Event]) -> list[tuple[str, str]]:
         for event in (of_run[0], *of_run[1:][-1:]):
             when = f"after step {event.step:,}" if event.step else "before"
             rows.append((_of_run(f"held-out loss {when}", run, events), f"{event.loss:.3f}"))
+            if event.accuracy is not None:
+                rows.append((_of_run(f"preferred rightly {when}", run, events), f"{event.accuracy:.0%}"))
     if steps:
         busy = sum(step.seconds for step in steps)
         tokens = sum(step.tokens_per_second * step.seconds for step in steps)

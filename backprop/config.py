@@ -24,7 +24,8 @@ RUNS = Group.create_ordered("Runs")
 EXPORT = Group.create_ordered("Export")
 RUN = Group.create_ordered("Run")
 
-Method = Literal["lora", "qlora", "dora"]
+Method = Literal["lora", "qlora", "dora", "full"]
+Objective = Literal["sft", "dpo", "orpo", "kto"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 MergeMode = Literal["slao", "sequential", "average", "ema"]
@@ -114,6 +115,10 @@ class TrainConfig:
     """How the rate falls after the warm-up."""
     warmup: Annotated[float, Bounds(least=0, most=0.5), Parameter(group=TRAINING)] = 0.05
     """Share of the steps in which the rate rises."""
+    objective: Annotated[Objective, Parameter(group=TRAINING)] = "sft"
+    """Learn from answers, or from preferences."""
+    beta: Annotated[float, Bounds(above=0, most=100), Parameter(group=TRAINING)] = 0.1
+    """How strict preferences are; see the README."""
     weight_decay: Annotated[float, Bounds(least=0, most=1), Parameter(group=TRAINING)] = 0.0
     """AdamW's weight decay."""
     eval_steps: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
@@ -128,13 +133,15 @@ class TrainConfig:
     """The same bits each time on a GPU too; slower."""
 
     method: Annotated[Method, Parameter(group=LORA)] = "lora"
-    """`qlora` holds the base in 4 bits; `dora` also trains magnitudes."""
+    """`qlora` holds the base in 4 bits; `dora` also trains magnitudes; `full` trains every weight."""
     lora_r: Annotated[int, Bounds(least=1, most=1024), Parameter(group=LORA)] = 16
     """Rank."""
     lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
     """Scale times the rank. Default: twice the rank."""
     rslora: Annotated[bool, Parameter(group=LORA, negative="", show_default=False)] = False
     """Divide alpha by the root of the rank."""
+    pissa: Annotated[bool, Parameter(group=LORA, negative="", show_default=False)] = False
+    """Start from each weight's largest singular vectors."""
     lora_plus: Annotated[float | None, Bounds(least=1, most=1000), Parameter(group=LORA)] = None
     """LoRA+: how much faster B learns than A, e.g. 16."""
     lora_dropout: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=LORA)] = 0.0
@@ -177,8 +184,14 @@ class TrainConfig:
             raise UsageError("both `--steps` and `--epochs` are given", hint="give one of them")
         if self.lora_plus is not None and self.method == "dora":
             raise UsageError("`--lora-plus` would also quicken DoRA's magnitudes", hint="leave out one of them")
+        if self.method == "full" and (self.lora_plus is not None or self.rslora or self.pissa or self.target_modules):
+            raise UsageError("`--method full` has no adapter to refine", hint="leave out the options of LoRA")
+        if self.pissa and self.method in ("qlora", "dora"):
+            raise UsageError(f"`--pissa` cannot begin `--method {self.method}`", hint="leave out one of them")
         if self.eval_data and self.eval_fraction is not None:
             raise UsageError("both `--eval-data` and `--eval-fraction` are given", hint="give one of them")
+        if self.objective != "sft" and self.loss_on == "all":
+            raise UsageError("`--loss-on all` is for `--objective sft`", hint="leave out one of them")
         if self.from_run is not None and self.data:
             raise UsageError("both `--data` and `--from-run` are given", hint="give one of them")
         if not self.data and self.from_run is None:

@@ -83,8 +83,8 @@ class Console:
 
     def _show(self, event: Examples) -> None:
         """Colour what is trained on. Nothing but our own escapes reaches the terminal."""
-        for number, spans in enumerate(event.examples, start=1):
-            print(f"--- example {number}\n{colour_spans(spans, colour=True)}", file=self._stream, flush=True)
+        for name, spans in zip(event.names, event.examples, strict=True):
+            print(f"--- example {name}\n{colour_spans(spans, colour=True)}", file=self._stream, flush=True)
 
     def _step(self, step: Step) -> None:
         if self._detail == "quiet":
@@ -96,10 +96,7 @@ class Console:
         last = step.step == step.num_steps
         if now - self._last_line >= LINE_EVERY_S or step.step == 1 or last or self._detail == "verbose":
             self._last_line = now
-            self._print(
-                f"step {step.step}/{step.num_steps}  loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tok/s  "
-                f"{step.memory_bytes / GIB:.1f} GiB"
-            )
+            self._print(f"step {step.step}/{step.num_steps}  {_figures(step)}")
 
     def _advance(self, step: Step) -> None:
         if self._bar is None:
@@ -116,8 +113,7 @@ class Console:
             )
             self._task = self._bar.add_task("", total=step.num_steps)
             self._bar.start()
-        text = f"loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tok/s  {step.memory_bytes / GIB:.1f} GiB"
-        self._bar.update(self._task, completed=step.step, description=text)
+        self._bar.update(self._task, completed=step.step, description=_figures(step))
 
     def _stop_bar(self) -> None:
         if self._bar is not None:
@@ -129,6 +125,12 @@ class Console:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(without_escapes(text), file=self._stream, flush=True)
+
+
+def _figures(step: Step) -> str:
+    right = "" if step.accuracy is None else f"  {step.accuracy:.0%} right"
+    speed, memory = f"{step.tokens_per_second:,.0f} tok/s", f"{step.memory_bytes / GIB:.1f} GiB"
+    return f"loss {step.loss:.3f}{right}  {speed}  {memory}"
 
 
 def told(event: Event, *, verbose: bool = False) -> str:
@@ -146,11 +148,7 @@ def told(event: Event, *, verbose: bool = False) -> str:
             sizes = {"tokens": event.tokens, "trained_tokens": event.trained_tokens, "longest": event.longest}
             return ledger_text({"rows": event.rows, "held_out": event.eval_rows, **told_data, **sizes})
         case Eval():
-            return (
-                f"held-out loss {event.loss:.3f} (perplexity {event.perplexity:.3g}) after step {event.step}"
-                if event.part == "eval"
-                else (f"loss {event.loss:.3f} on {event.part} after run {event.run}")
-            )
+            return _evaluated(event)
         case RunMerged():
             return f"run {event.run}/{event.num_runs} merged ({event.mode})"
         case Proved():
@@ -191,6 +189,17 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"backprop {event.version} {event.command}" if verbose else ""
         case _:
             return ""
+
+
+def _evaluated(event: Eval) -> str:
+    if event.part != "eval":
+        return f"loss {event.loss:.3f} on {event.part} after run {event.run}"
+    if event.accuracy is None or event.margin is None:
+        return f"held-out loss {event.loss:.3f} (perplexity {event.perplexity:.3g}) after step {event.step}"
+    return (
+        f"held-out loss {event.loss:.3f}, {event.accuracy:.0%} preferred rightly, by {event.margin:.3f} nats on average, "
+        f"after step {event.step}"
+    )
 
 
 def _tried(event: Tried) -> str:

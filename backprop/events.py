@@ -60,11 +60,16 @@ class Examples:
 
     text: str
     examples: Sequence[Sequence[tuple[str, bool]]] = ()
+    names: Sequence[str] = ()
+    """Of each: its number, and of a preference which side it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One optimizer step. `loss` is the mean over its trained tokens, in nats; padding counts in no figure."""
+    """One optimizer step. `loss` is the mean over its trained tokens, in nats, or over its preferences.
+
+    Padding counts in no figure. `accuracy` is the share of its preferences that are on their right side.
+    """
 
     step: int
     num_steps: int
@@ -74,22 +79,30 @@ class Step:
     seconds: float
     tokens_per_second: float
     memory_bytes: int
+    accuracy: float | None = None
     run: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Eval:
-    """Mean loss over the trained tokens of a held-out set, in nats; perplexity is its exponential."""
+    """Mean loss over the trained tokens of a held-out set, in nats; perplexity is its exponential.
+
+    Of preferences: the mean loss of the objective, the share that are on their right side, and by how much on average,
+    in nats; such a loss has no perplexity.
+    """
 
     step: int
     loss: float
     part: str = "eval"
     run: int = 1
-    perplexity: float = field(init=False)
+    accuracy: float | None = None
+    margin: float | None = None
+    perplexity: float | None = field(init=False)
 
     def __post_init__(self) -> None:
         # JSON knows no infinity.
-        object.__setattr__(self, "perplexity", math.exp(min(self.loss, 700.0)))
+        perplexity = math.exp(min(self.loss, 700.0)) if self.accuracy is None else None
+        object.__setattr__(self, "perplexity", perplexity)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -370,6 +383,8 @@ _PRIMITIVES: dict[object, str] = {str: "string", int: "integer", float: "number"
 def _schema_of_type(hint: object) -> dict[str, JSON]:
     if hint in _PRIMITIVES:
         return {"type": _PRIMITIVES[hint]}
+    if isinstance(hint, types.UnionType):
+        return {"type": ["null" if one is type(None) else _PRIMITIVES[one] for one in typing.get_args(hint)]}
     if typing.get_origin(hint) is Sequence:
         return {"type": "array"}
     if typing.get_origin(hint) is Mapping:

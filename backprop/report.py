@@ -77,23 +77,32 @@ def _curves(steps: Sequence[Step], evals: Sequence[Eval]) -> list[str]:
     # In a multi-run the step starts at one again in each run: the axis goes on.
     first_of_run = {event.run: index for index, event in reversed(list(enumerate(steps)))}
     losses = Series(name="training loss", points=[(index + 1, step.loss) for index, step in enumerate(steps)])
-    held_out = Series(
-        name="held-out loss",
-        points=[(first_of_run.get(e.run, 0) + e.step, e.loss) for e in evals if e.part == "eval"],
-        color="--other",
-        dots=True,
-    )
+    measured = [(first_of_run.get(e.run, 0) + e.step, e) for e in evals if e.part == "eval"]
+    held_out = Series(name="held-out loss", points=[(at, e.loss) for at, e in measured], color="--other", dots=True)
     rates = Series(name="learning rate", points=[(index + 1, step.learning_rate) for index, step in enumerate(steps)])
     speeds = Series(name="tokens/s", points=[(index + 1, step.tokens_per_second) for index, step in enumerate(steps)])
     return [
         "<h2>Loss</h2>",
         _chart([losses, held_out]),
+        *_preferred(steps, measured),
         "<h2>Throughput, tokens per second</h2>",
         _chart([speeds]),
         "<h2>Learning rate</h2>",
         _chart([rates]),
         f'<p class="soft">peak memory {max(step.memory_bytes for step in steps) / 2**30:.2f} GiB</p>',
     ]
+
+
+def _preferred(steps: Sequence[Step], measured: Sequence[tuple[int, Eval]]) -> list[str]:
+    trained = [(index + 1, step.accuracy) for index, step in enumerate(steps) if step.accuracy is not None]
+    if not trained:
+        return []
+    held_out = [(at, event.accuracy) for at, event in measured if event.accuracy is not None]
+    series = [
+        Series(name="in training", points=trained),
+        Series(name="held out", points=held_out, color="--other", dots=True),
+    ]
+    return ["<h2>Share of preferences on their right side</h2>", _chart(series)]
 
 
 def _chart(series: Sequence[Series]) -> str:

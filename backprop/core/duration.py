@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from backprop.config import TrainConfig
 from backprop.core.hardware import Hardware
-from backprop.core.plan import BF16_CAPABILITY, Choice, DataShape, ModelShape, Plan
+from backprop.core.plan import BF16_CAPABILITY, Choice, DataShape, ModelShape, Plan, num_weights
 from backprop.presets import GIB
 
 # Operations per weight and token: a product and a sum, each in the pass forward and in that of the gradients back to the
@@ -33,12 +33,9 @@ def rate_of(hardware: Hardware) -> float:
 
 def estimate_seconds(plan: Plan, shape: ModelShape, data: DataShape, hardware: Hardware) -> float:
     """Estimate the time of a run's steps; evaluations, proofs and attention over long rows are not counted."""
-    # As if every head had keys of its own: rather too many.
-    block = shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
-    weights = shape.num_layers * block + shape.hidden_size * shape.vocabulary
     tokens = plan.steps.value * plan.batch_size.value * data.num_tokens / data.num_examples
     per_weight = FORWARD + BACKWARD + (FORWARD if plan.checkpointing.value else 0)
-    return tokens * weights * per_weight / rate_of(hardware)
+    return tokens * num_weights(shape) * per_weight / rate_of(hardware)
 
 
 def choose_rehearsal(config: TrainConfig, seconds: Sequence[float], hardware: Hardware) -> Choice[bool]:

@@ -19,12 +19,13 @@ METRICS = (
     "final_loss",
     "perplexity",
     "eval_loss_change",
+    "eval_accuracy",
     "tokens_per_second",
     "tokens",
     "steps",
     "seconds",
 )
-_HELD_OUT = {"eval_loss", "eval_loss_before", "perplexity", "eval_loss_change"}
+_HELD_OUT = {"eval_loss", "eval_loss_before", "perplexity", "eval_loss_change", "eval_accuracy"}
 
 # Intervals of few rows are too narrow. Where nothing changed, 2.5% of them should lie above 0; of 20,000 simulated sets
 # of normally distributed differences, 9.4% do for 4 rows, 5.8% for 8, 3.8% for 16, 2.9% for 64.

@@ -114,9 +114,21 @@ ADAPTER_WIDTHS = 4 * 2 + 3 * (1 + 4)
 SMALL_FILES_BYTES = 64 * 2**20
 
 
+def sides_of(config: TrainConfig) -> int:
+    """Count what goes through the model at once for each example: both sides of a preference."""
+    return 2 if config.objective in ("dpo", "orpo") else 1
+
+
+def num_weights(shape: ModelShape) -> int:
+    """Count a model's weights; rather too many, as if every head had keys of its own."""
+    block = shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
+    return shape.num_layers * block + shape.hidden_size * shape.vocabulary
+
+
 def disk_bytes(config: TrainConfig, shape: ModelShape) -> int:
     """Estimate what a run writes at most: the adapter twice while it is replaced, and its checkpoints."""
     adapter = 4 * ADAPTER_WIDTHS * config.lora_r * shape.hidden_size * shape.num_layers
+    adapter = 4 * num_weights(shape) if config.method == "full" else adapter
     moments, best = 2, int(config.early_stopping is not None)
     checkpoints = (config.keep_checkpoints + 1) * (1 + moments + best)
     return adapter * (2 + checkpoints) + SMALL_FILES_BYTES
@@ -141,7 +153,7 @@ def make_plan(
         # bitsandbytes 0.50 multiplies 4-bit weights on a CPU without a gradient: most of the adapter would stand still.
         raise HardwareError("`--method qlora` needs an NVIDIA GPU, and none was found", hint="add `--method lora`")
     batch = _choose_batch(config, data)
-    micro = _choose_micro_batch(config, batch.value, max_length.value, shape, hardware)
+    micro = _choose_micro_batch(config, batch.value, max_length.value * sides_of(config), shape, hardware)
     steps = _choose_steps(config, data, batch.value)
     return Plan(
         model=model,
@@ -156,15 +168,21 @@ def make_plan(
         steps=steps,
         eval_steps=_choose_eval_steps(config, steps.value),
         learning_rate=_choose_rate(config, shape),
-        lora_alpha=Choice(config.lora_alpha, "set by `--lora-alpha`")
-        if config.lora_alpha is not None
-        else Choice(2.0 * math.sqrt(config.lora_r), "twice the root of the rank, for `--rslora`")
-        if config.rslora
-        else Choice(2.0 * config.lora_r, "twice the rank"),
+        lora_alpha=_choose_alpha(config),
         checkpointing=Choice(
             on_gpu, "memory for speed; a later plan will measure" if on_gpu else "main memory is enough"
         ),
     )
+
+
+def _choose_alpha(config: TrainConfig) -> Choice[float]:
+    if config.method == "full":
+        return Choice(0.0, "every weight is trained: no adapter")
+    if config.lora_alpha is not None:
+        return Choice(config.lora_alpha, "set by `--lora-alpha`")
+    if config.rslora:
+        return Choice(2.0 * math.sqrt(config.lora_r), "twice the root of the rank, for `--rslora`")
+    return Choice(2.0 * config.lora_r, "twice the rank")
 
 
 # Every GPU from Ampere (compute capability 8.0) on multiplies in bfloat16.
@@ -249,11 +267,18 @@ def _choose_eval_steps(config: TrainConfig, steps: int) -> Choice[int]:
 # fine-tuning (5e-5), falling with the width as (2000 / width) ** 0.781 for the Llama family, whatever the rank.
 RATE_AT_2000 = 5e-4
 RATE_EXPONENT = 0.781
+FASTER_THAN_FULL = 10
+# Preferences move a model that answers already, and need far less; see docs/preferences.md.
+RATE_SHARES = {"sft": 1.0, "orpo": 0.2, "dpo": 0.05, "kto": 0.05}
 
 
 def _choose_rate(config: TrainConfig, shape: ModelShape) -> Choice[float]:
     if config.learning_rate is not None:
         return Choice(config.learning_rate, "set by `--learning-rate`")
-    rate = RATE_AT_2000 * (2000 / shape.hidden_size) ** RATE_EXPONENT
+    share = RATE_SHARES[config.objective]
+    full = config.method == "full"
+    rate = share * RATE_AT_2000 * (2000 / shape.hidden_size) ** RATE_EXPONENT / (FASTER_THAN_FULL if full else 1)
+    less = f", {share:g} of it for {config.objective}" if share < 1 else ""
     faster = f"; B learns {config.lora_plus:g} times faster" if config.lora_plus else ""
-    return Choice(float(f"{rate:.1e}"), f"for LoRA at width {shape.hidden_size}{faster}")
+    trained = "every weight" if full else "LoRA"
+    return Choice(float(f"{rate:.1e}"), f"for {trained} at width {shape.hidden_size}{less}{faster}")

@@ -49,7 +49,8 @@ QUESTIONS = (
 
 def choose(conversations: Sequence[Conversation]) -> list[Conversation]:
     """Choose the shortest conversations that end in an answer, up to `MOST_PROBES` and `MOST_CHARACTERS`."""
-    whole = [one for one in conversations if one.messages and not one.tools and one.messages[-1]["role"] == "assistant"]
+    wanted = [one for one in conversations if one.messages and not one.tools and one.desirable is not False]
+    whole = [one for one in wanted if one.messages[-1]["role"] == "assistant"]
     chosen: list[Conversation] = []
     room = MOST_CHARACTERS
     for conversation in sorted(whole, key=lambda one: _length(one.messages)):

@@ -10,6 +10,8 @@ from backprop.core.data.render import Example
 
 IGNORED = -100
 """The label that torch's cross-entropy skips."""
+BESIDE = ("labels", "references", "desirable")
+"""What a pass holds beside the arguments of the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +41,22 @@ def passes(examples: Sequence[Example], size: PassSize) -> list[dict[str, Any]]:
 
     Which examples share a pass changes no result: losses are summed over all passes.
     """
+    groups = [(example,) for example in examples]
+    return [as_pass([examples[number] for number in row], size) for row in rows_of(groups, size)]
+
+
+def rows_of(groups: Sequence[Sequence[Example]], size: PassSize) -> list[list[int]]:
+    """Share groups of examples out to forward passes, each group whole; give the numbers of the groups of each."""
     if size.packing:
-        rows = best_fit([len(example.ids) for example in examples], size.tokens)
-        return [packed([examples[position] for position in row]) for row in rows]
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    return [padded(ordered[start : start + size.examples]) for start in range(0, len(ordered), size.examples)]
+        return best_fit([sum(len(example.ids) for example in group) for group in groups], size.tokens)
+    lengths = [max(len(example.ids) for example in group) for group in groups]
+    ordered = sorted(range(len(groups)), key=lambda number: lengths[number])
+    return [ordered[start : start + size.examples] for start in range(0, len(ordered), size.examples)]
+
+
+def as_pass(examples: Sequence[Example], size: PassSize) -> dict[str, Any]:
+    """Put examples, in their order, into one forward pass."""
+    return packed(examples) if size.packing else padded(examples)
 
 
 def packed(examples: Sequence[Example]) -> dict[str, Any]:
@@ -104,13 +117,44 @@ def sum_of_losses(model: Any, one: Mapping[str, Any]) -> Any:
     Logits are made only at positions where some row is trained: with a large vocabulary and short answers that saves
     a good part of the time and most of the memory.
     """
+    losses, _ = _cross_entropy(model, one, reduction="sum")
+    return losses
+
+
+def log_likelihoods(model: Any, one: Mapping[str, Any]) -> Any:
+    """Sum the log-likelihood over the trained tokens of each document of a pass, in nats; of shape (D,)."""
+    import torch
+
+    losses, keep_K = _cross_entropy(model, one, reduction="none")
+    losses_BK = losses.view(-1, len(keep_K))
+    if "document_ends" not in one:
+        return -losses_BK.sum(dim=1)
+    # A product with ones: sums by index are not the same bits each time on a GPU.
+    documents_K = torch.bucketize(keep_K + 1, one["document_ends"][1:], right=True)
+    numbers_D = torch.arange(len(one["document_lengths"]), device=keep_K.device)
+    return -((documents_K == numbers_D[:, None]).to(losses_BK.dtype) @ losses_BK[0])
+
+
+def trained_by_document(one: Mapping[str, Any]) -> Any:
+    """Count the trained tokens of each document of a pass; of shape (D,)."""
+    import torch
+
+    trained_BT = one["labels"] != IGNORED
+    if "document_lengths" not in one:
+        return trained_BT.sum(dim=1)
+    return torch.stack([part.sum() for part in trained_BT[0].split(one["document_lengths"])])
+
+
+def _cross_entropy(model: Any, one: Mapping[str, Any], *, reduction: str) -> tuple[Any, Any]:
+    """Give the negative log-likelihood, and the positions of the logits that were made."""
     import torch
 
     targets_BT = one["labels"][:, 1:]
     keep_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-    rest = {name: value for name, value in one.items() if name != "labels"}
+    rest = {name: value for name, value in one.items() if name not in BESIDE}
     logits_BKV = model(**rest, logits_to_keep=keep_K, use_cache=False).logits.float()
     assert logits_BKV.shape[1] == len(keep_K), "this architecture does not know `logits_to_keep`"
-    return torch.nn.functional.cross_entropy(
-        logits_BKV.flatten(0, 1), targets_BT[:, keep_K].flatten(), ignore_index=IGNORED, reduction="sum"
+    losses = torch.nn.functional.cross_entropy(
+        logits_BKV.flatten(0, 1), targets_BT[:, keep_K].flatten(), ignore_index=IGNORED, reduction=reduction
     )
+    return losses, keep_K

@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 from backprop.core.data.render import Example
 from backprop.engine import proofs
-from backprop.engine.attention import within_documents
-from backprop.engine.batches import PassSize, computing, num_trained, padded, passes, sum_of_losses, to_device
+from backprop.engine.batches import PassSize, computing, num_trained, padded, sum_of_losses, to_device
 from backprop.engine.load import HfTokenizer
+from backprop.engine.objectives import Measured, Objective, measure
 from backprop.events import JSON, Proved, Sampled, Sink, Warned
 
 Prove = Callable[[Callable[[], Proved]], Proved]
@@ -36,34 +35,42 @@ class Exam:
         examples: Sequence[Example],
         held_out: Sequence[Example],
         *,
+        objective: Objective,
         size: PassSize,
         proofs_too: bool,
         before: Mapping[str, Any] | None = None,
     ) -> None:
-        self._model, self._tokenizer, self._held_out, self._size = model, tokenizer, held_out, size
+        self._model, self._tokenizer, self._held_out = model, tokenizer, held_out
+        self._objective, self._size = objective, size
         self._proofs_too = proofs_too
         self._seen = examples[:MOST_EXAMINED] if proofs_too and not held_out else ()
         self._asked = proofs.askable(held_out or self._seen) if proofs_too else []
         self._seconds_before = {"loss": 0.0, "answers": 0.0}
         if before is None:
             started = time.monotonic()
-            self.loss_before = self.held_out_loss()
-            self._seen_before = mean_loss(model, self._seen, size) if self._seen else None
+            self.before = self.measure()
+            self._seen_before = self._measure_seen()
             measured = time.monotonic()
             self._answers_before = self._answers()
             self._seconds_before = {"loss": measured - started, "answers": time.monotonic() - measured}
         else:
-            self.loss_before, self._seen_before = before["loss"], before["seen"]
+            self.before, self._seen_before = (
+                Measured(**before[name]) if before[name] else None for name in ("held_out", "seen")
+            )
             self._answers_before = proofs.Asked(**before["answers"]) if before["answers"] else None
 
     def to_json(self) -> dict[str, JSON]:
         """Give what was found before training."""
         answers = asdict(self._answers_before) if self._answers_before else None
-        return {"loss": self.loss_before, "seen": self._seen_before, "answers": answers}
+        held_out, seen = (asdict(one) if one else None for one in (self.before, self._seen_before))
+        return {"held_out": held_out, "seen": seen, "answers": answers}
 
-    def held_out_loss(self) -> float | None:
+    def measure(self) -> Measured | None:
         """Give the loss on the held-out examples; None without any."""
-        return mean_loss(self._model, self._held_out, self._size) if self._held_out else None
+        return measure(self._model, self._held_out, self._size, self._objective) if self._held_out else None
+
+    def _measure_seen(self) -> Measured | None:
+        return measure(self._model, self._seen, self._size, self._objective) if self._seen else None
 
     def _answers(self) -> proofs.Asked | None:
         if not self._asked:
@@ -72,24 +79,24 @@ class Exam:
             return proofs.ask(self._model, self._tokenizer, self._asked)
 
     def judge(
-        self, loss_after: float | None, *, last_loss: float, prove: Prove, say: Sink, run: int
+        self, measured_after: Measured | None, *, last_loss: float, prove: Prove, say: Sink, run: int
     ) -> tuple[Proved, ...]:
         """Prove what was learnt; give what does not hold.
 
         Args:
-            loss_after: On the held-out examples; None without any.
+            measured_after: On the held-out examples; None without any.
             last_loss: Of the last training step.
         """
         if not self._proofs_too:
             return ()
         made: list[Proved] = []
-        before = self.loss_before if self._held_out else self._seen_before
+        before = self.before if self._held_out else self._seen_before
 
         def learnt() -> Proved:
-            after = mean_loss(self._model, self._seen, self._size) if self._seen else loss_after
+            after = self._measure_seen() if self._seen else measured_after
             assert before is not None
             assert after is not None
-            proof = proofs.prove_learnt(before, after, held_out=bool(self._held_out))
+            proof = proofs.prove_learnt(before.loss, after.loss, held_out=bool(self._held_out))
             return replace(proof, seconds=self._seconds_before["loss"])
 
         if before is not None:
@@ -106,23 +113,6 @@ class Exam:
             else:
                 made.append(prove(lambda: replace(stopping, seconds=seconds)))
         return tuple(proof for proof in made if not proof.ok)
-
-
-def mean_loss(model: Any, examples: Sequence[Example], size: PassSize) -> float:
-    """Mean of the negative log-likelihood over all trained tokens of ``examples``, in nats."""
-    import torch
-
-    total, count = 0.0, 0
-    was_training = bool(model.training)
-    model.eval()
-    device = next(model.parameters()).device
-    documents = within_documents(model) if size.packing else nullcontext()
-    with torch.no_grad(), documents, computing(model, size.dtype):
-        for one in passes(examples, size):
-            total += float(sum_of_losses(model, to_device(one, device)))
-            count += num_trained(one)
-    model.train(was_training)
-    return total / count
 
 
 def row_losses(model: Any, examples: Sequence[Example], *, dtype: str) -> list[tuple[float, int]]:

@@ -1,6 +1,9 @@
 """Base model and adapter, ready to train."""
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -215,7 +218,7 @@ def _nf4(dtype: "torch.dtype") -> object:
 
 
 def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any:
-    """Wrap the base model with a fresh adapter, in float32 (so that small steps are not lost).
+    """Wrap the base model with a fresh adapter, or with a copy of all its weights, in float32: small steps are not lost.
 
     Raises:
         ModelError: If `--target-modules` names no layer of this model.
@@ -228,16 +231,98 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
     model: Any = base
     if config.method == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=plan.checkpointing.value)
+    if config.method == "full":
+        whole: Any = get_peft_model(model, _every_weight(model))
+        for weight in whole.parameters():
+            weight.data = weight.data.float() if weight.requires_grad else weight.data
+        return whole
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=cast(int, plan.lora_alpha.value),
         lora_dropout=config.lora_dropout,
         use_dora=config.method == "dora",
         use_rslora=config.rslora,
+        init_lora_weights=cast(Any, PISSA if config.pissa else True),
         target_modules=list(config.target_modules) or "all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    adapted: Any = get_peft_model(model, lora)
+    if config.pissa:
+        setattr(adapted, START, adapter_state(adapted))
+    return adapted
+
+
+# Singular vectors by 16 rounds of subspace iteration, as PEFT's documentation advises (arXiv:2404.02948).
+PISSA = "pissa_niter_16"
+START = "backprop_start"
+"""Where a model keeps the adapter that PiSSA took out of its weights."""
+
+
+def start_of(model: Any) -> Mapping[str, "torch.Tensor"]:
+    """Give the adapter that the base model needs to be itself, under PEFT's names; empty if it is whole without."""
+    return cast(Mapping[str, "torch.Tensor"], getattr(model, START, {}))
+
+
+@contextmanager
+def as_before_training(model: Any) -> Generator[None]:
+    """Let ``model`` be what it was before training, for the length of the block."""
+    start = start_of(model)
+    if not start:
+        with model.disable_adapter():
+            yield
+        return
+    trained = adapter_state(model)
+    set_adapter_state(model, start)
+    try:
+        yield
+    finally:
+        set_adapter_state(model, trained)
+
+
+def _every_weight(base: "PreTrainedModel") -> Any:
+    """Let PEFT train a copy of every module that has weights of its own.
+
+    The base stays beside it, so that a run can be compared with it, and what is delivered is loaded, merged and proved
+    as any adapter is.
+    """
+    from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    inside = {name: module for name, module in base.named_modules() if list(module.parameters(recurse=False))}
+    shared = _has_shared_output(base)
+    output: Any = base.get_output_embeddings()
+    return LoraConfig(
+        target_modules=DUMMY_TARGET_MODULES,
+        modules_to_save=[name for name, module in inside.items() if not (shared and module is output)],
+        ensure_weight_tying=shared,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _has_shared_output(base: "PreTrainedModel") -> bool:
+    output: Any = base.get_output_embeddings()
+    return output is not None and output.weight is base.get_input_embeddings().weight
+
+
+def _write_difference(model: Any, folder: Path) -> None:
+    """Write an adapter of twice the rank for the whole base model: what was trained, less what it began with.
+
+    BA - B₀A₀ is [B | -B₀] times A over A₀, at the same scale.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    start = start_of(model)
+    parts = {
+        name: torch.cat([now, start[name]], dim=0) if "lora_A" in name else torch.cat([now, -start[name]], dim=1)
+        for name, now in adapter_state(model).items()
+    }
+    save_file(parts, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    scale = math.sqrt(2) if settings["use_rslora"] else 2
+    plain = {"init_lora_weights": True, "r": 2 * settings["r"], "lora_alpha": scale * settings["lora_alpha"]}
+    path.write_text(json.dumps({**settings, **plain}, indent=2))
 
 
 def _check_targets(base: "PreTrainedModel", targets: Sequence[str]) -> None:
@@ -275,7 +360,7 @@ def set_adapter_state(model: Any, state: Mapping[str, "torch.Tensor"]) -> None:
     from peft import set_peft_model_state_dict
 
     result: Any = set_peft_model_state_dict(model, dict(state))
-    missing = [key for key in result.missing_keys if "lora_" in key]
+    missing = [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]
     assert not missing, f"adapter tensors without a value: {missing[:3]}"
     assert not result.unexpected_keys, f"tensors without a place: {result.unexpected_keys[:3]}"
 
@@ -283,6 +368,8 @@ def set_adapter_state(model: Any, state: Mapping[str, "torch.Tensor"]) -> None:
 def save_adapter(model: Any, tokenizer: HfTokenizer, folder: Path) -> None:
     """Write the adapter, the tokenizer and its chat template; plain PEFT loads the folder."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    if start_of(model):
+        _write_difference(model, folder)
     # safetensors writes files that only their owner can read; the rest of the folder follows the user's umask.
     (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode)
     whole: Any = tokenizer.inner

@@ -1,5 +1,6 @@
 """The training loop: trl's SFTTrainer on examples that are already tokens, with what a run must say and check."""
 
+import math
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -9,20 +10,31 @@ from typing import Any, cast
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.plan import Plan
+from backprop.core.plan import Plan, sides_of
 from backprop.core.schedule import schedule_of
 from backprop.edges import checkpoints, rundir, stopping
 from backprop.edges.checkpoints import Checkpoint
 from backprop.engine import proofs
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize
-from backprop.engine.exam import Exam, Prove
+from backprop.engine.exam import MOST_EXAMINED, Exam, Prove
 from backprop.engine.load import HfTokenizer, adapter_state, set_adapter_state
-from backprop.engine.snapshot import Progress, Saver, Stand, best_of, refuse_other, refuse_other_future, restore
+from backprop.engine.objectives import Objective, objective_of, with_references
+from backprop.engine.snapshot import (
+    Progress,
+    Saver,
+    Stand,
+    best_of,
+    references_of,
+    refuse_other,
+    refuse_other_future,
+    refuse_other_start,
+    restore,
+)
 from backprop.engine.trackers import Trackers
-from backprop.engine.validation import Validation
+from backprop.engine.validation import Validation, told
 from backprop.errors import Diverged, HardwareError, TrainingError
-from backprop.events import Eval, Proved, Resumed, RolledBack, Sink, Warned
+from backprop.events import Phase, Proved, Resumed, RolledBack, Sink, Warned
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +50,8 @@ class Fit:
     eval_loss_before: float | None
     """None without held-out data."""
     eval_loss: float | None
+    eval_accuracy: float | None
+    """Share of held-out preferences that are on their right side."""
     size: PassSize
     """How much went through the model at once."""
     failed: tuple[Proved, ...]
@@ -76,8 +90,9 @@ def fit(
     prove = _prover(say, run)
     with _hardware_told(plan):
         size = _pass_size(model, config, plan, prove, say)
+        objective = objective_of(config, examples)
         trained = _Training(
-            model, tokenizer, examples, held_out, config, plan, size, folder, data_sha256, prove, say, run
+            model, tokenizer, examples, held_out, objective, config, plan, size, folder, data_sha256, prove, say, run
         )
         stand = trained.to_the_last_step()
         progress, validation = stand.progress, stand.validation
@@ -87,10 +102,18 @@ def fit(
             save()
         planned = schedule_of(len(examples), config, plan).order.times_seen(progress.step)
         seen = prove(lambda: proofs.prove_order(progress.seen.tolist(), planned))
-        failed = stand.exam.judge(after, last_loss=progress.losses[-1], prove=prove, say=say, run=run)
-    failed = failed if seen.ok else (seen, *failed)
-    losses = (stand.exam.loss_before, after)
-    return Fit(tuple(progress.losses), progress.seconds, progress.tokens, *losses, size=stand.size, failed=failed)
+        last_loss = progress.losses[-1] if config.objective == "sft" else math.inf  # others tell nothing of answers
+        failed = stand.exam.judge(after, last_loss=last_loss, prove=prove, say=say, run=run)
+    return Fit(
+        tuple(progress.losses),
+        progress.seconds,
+        progress.tokens,
+        eval_loss_before=before.loss if (before := stand.exam.before) else None,
+        eval_loss=after.loss if after else None,
+        eval_accuracy=after.accuracy if after else None,
+        size=stand.size,
+        failed=failed if seen.ok else (seen, *failed),
+    )
 
 
 # How often a run goes back when it diverges, each time with half the rate.
@@ -105,6 +128,7 @@ class _Training:
     tokenizer: HfTokenizer
     examples: Sequence[Example]
     held_out: Sequence[Example]
+    objective: Objective
     config: TrainConfig
     plan: Plan
     size: PassSize
@@ -113,6 +137,8 @@ class _Training:
     prove: Prove
     say: Sink
     run: int
+    references: Any = None
+    """Of all examples, then of all that are held out; a tensor of shape (N, sides), NaN where none is needed."""
 
     def to_the_last_step(self) -> Stand:
         """Train from the newest checkpoint on; where that diverges and it is wanted, go back and on with half the rate.
@@ -127,7 +153,10 @@ class _Training:
             checkpoint = checkpoints.read(Path(self.config.resume))
         if checkpoint is not None:
             refuse_other(checkpoint, self.config, self.plan, self.data_sha256)
+            refuse_other_start(checkpoint, self.model)
             refuse_other_future(checkpoint, schedule_of(len(self.examples), self.config, self.plan))
+        if self.objective.needs_reference:
+            self._refer(checkpoint)
         stand = self._stand(checkpoint)
         for left in reversed(range(MOST_ROLLBACKS + 1)):
             try:
@@ -138,10 +167,31 @@ class _Training:
                 stand = self._back_from(stand, start, reason=error.message)
         raise AssertionError
 
+    def _refer(self, checkpoint: Checkpoint | None) -> None:
+        """Let each example know what the model said before training, which a checkpoint remembers."""
+        import torch
+
+        both = [*self.examples, *self.held_out]
+        if checkpoint is not None:
+            self.references = references_of(checkpoint)
+            known = self.references.tolist()
+            both = [replace(one, references=tuple(value)) for one, value in zip(both, known, strict=True)]
+        else:
+            self.say(Phase(name="weighing the answers before training"))
+            seen = schedule_of(len(self.examples), self.config, self.plan).order.times_seen(self.plan.steps.value)
+            needed = [n for n in range(len(both)) if n >= len(seen) or seen[n] or n < MOST_EXAMINED]
+            found = with_references(self.model, [both[number] for number in needed], self.size)
+            self.references = torch.full((len(both), len(found[0].sides)), torch.nan)
+            for number, example in zip(needed, found, strict=True):
+                self.references[number] = torch.tensor(example.references)
+                both[number] = example
+        self.examples, self.held_out = both[: len(self.examples)], both[len(self.examples) :]
+
     def _train(self, stand: Stand) -> Stand:
         from backprop.engine.trainer import Curves, StepPasses, StepTrainer, Watch
 
-        steps = StepPasses(self.examples, self.config, self.plan, stand.size, first=stand.progress.step)
+        first = stand.progress.step
+        steps = StepPasses(self.examples, self.objective, self.config, self.plan, stand.size, first=first)
         saver = Saver(
             self.folder / "checkpoints",
             self.config,
@@ -149,6 +199,7 @@ class _Training:
             self.model,
             stand,
             steps,
+            references=self.references,
             data_sha256=self.data_sha256,
             say=self.say,
             run=self.run,
@@ -202,17 +253,18 @@ class _Training:
             self.tokenizer,
             self.examples,
             self.held_out,
+            objective=self.objective,
             size=size,
             proofs_too=not self.config.skip_proofs,
             before=examined,
         )
         patience = self.config.early_stopping
-        validation = Validation(self.model, exam.held_out_loss, patience=patience, say=self.say, run=self.run)
+        validation = Validation(self.model, exam.measure, patience=patience, say=self.say, run=self.run)
         if checkpoint is None:
             progress = Progress.start(len(self.examples))
             progress.skipped_proofs = self.config.skip_proofs
-            if exam.loss_before is not None and not examined:
-                self.say(Eval(step=0, loss=exam.loss_before, run=self.run))
+            if exam.before is not None and not examined:
+                self.say(told(exam.before, step=0, run=self.run))
         else:
             progress = restore(checkpoint, self.model)
             if progress.skipped_proofs and not self.config.skip_proofs:
@@ -284,9 +336,8 @@ def _pass_size(model: Any, config: TrainConfig, plan: Plan, prove: Prove, say: S
         TrainingError: If 4-bit weights are computed wrongly; or if packing was asked for and cannot be.
     """
     micro = plan.micro_batch.value
-    size = PassSize(
-        examples=micro, tokens=micro * plan.max_length.value, packing=plan.packing.value, dtype=plan.dtype.value
-    )
+    tokens = micro * plan.max_length.value * sides_of(config)
+    size = PassSize(examples=micro, tokens=tokens, packing=plan.packing.value, dtype=plan.dtype.value)
     if config.method == "qlora" and not config.skip_proofs:
         proof = prove(lambda: proofs.prove_quantized_layer(model))
         if not proof.ok:

@@ -92,7 +92,8 @@ def wrap(model: Any, adapter: Path, *, of: str) -> Any:
             f"the adapter in `{adapter}` does not fit `{of}`: {str(error)[:300]}", hint="give the run it came from"
         ) from error
     _check_keys(wrapped, adapter, of)
-    if not any(bool(value.any()) for name, value in wrapped.named_parameters() if "lora_B" in name):
+    added = [value for name, value in wrapped.named_parameters() if "lora_B" in name or ".modules_to_save." in name]
+    if not any(bool(value.any()) for value in added):
         raise ExportError(f"the adapter in `{adapter}` is all zero: nothing was learnt", hint="train it first")
     return wrapped
 

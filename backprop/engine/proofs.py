@@ -122,7 +122,7 @@ class Movement:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._trained = {name: value.detach().clone() for name, value in self._parameters(trained=True)}
+        self._trained = {name: _checksum(value) for name, value in self._parameters(trained=True)}
         self._frozen = {name: _checksum(value) for name, value in self._parameters(trained=False)}
         self._without_gradient: set[str] = set()
 
@@ -138,7 +138,7 @@ class Movement:
     def prove(self) -> Proved:
         """Compare with the state before the step."""
         parameters = self._parameters(trained=True)
-        still = {name for name, value in parameters if self._trained[name].equal(value)}
+        still = {name for name, value in parameters if self._trained[name] == _checksum(value)}
         held = {name for name, _ in self._parameters(trained=False) if "lora_" in name}
         # A pair starts with one matrix at zero, which leaves the other without a gradient; a pair without any at all is
         # of a layer that this step did not need, as an expert that no token was sent to. If most are, something is wrong.
@@ -147,7 +147,7 @@ class Movement:
         changed = sorted(
             name for name, value in self._parameters(trained=False) if _checksum(value) != self._frozen[name]
         )
-        found = f"{len(parameters) - len(still)} of {len(parameters)} adapter matrices moved"
+        found = f"{len(parameters) - len(still)} of {len(parameters)} trained matrices moved"
         if stuck:
             found += f"; {len(stuck)} that should have did not, first: {stuck[0]}"
         if changed:
@@ -224,7 +224,7 @@ MOST_NEW_TOKENS = 256
 
 def askable(examples: Sequence[Example]) -> list[Example]:
     """Choose the examples with a prompt whose answers are shortest; none if all is text to be continued."""
-    asked = [example for example in examples if example.answers and example.answers == example.ended]
+    asked = [one for one in examples if one.answers and one.answers == one.ended and one.desirable]
     return sorted(asked, key=lambda example: example.num_trained)[:MOST_ASKED]
 
 

@@ -4,6 +4,7 @@ The examples, the rate and the random state of a step are functions of the run a
 down all the same, and a program that would go on with others is refused.
 """
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from backprop.edges import checkpoints, stopping
 from backprop.edges.checkpoints import Checkpoint
 from backprop.engine.batches import PassSize
 from backprop.engine.exam import Exam
-from backprop.engine.load import set_adapter_state
+from backprop.engine.load import set_adapter_state, start_of
 from backprop.engine.validation import Validation
 from backprop.errors import UsageError
 from backprop.events import JSON, Checkpointed, Sink
@@ -30,9 +31,9 @@ ADAPTER, OPTIMIZER, PROGRESS = "adapter_model.safetensors", "optimizer.safetenso
 DECIDED = ("max_length", "batch_size", "steps", "learning_rate", "lora_alpha", "dtype")
 GIVEN = (
     *("seed", "scheduler", "warmup", "weight_decay", "loss_on", "method", "early_stopping"),
-    *("lora_r", "rslora", "lora_plus", "lora_dropout", "target_modules"),
+    *("lora_r", "rslora", "pissa", "lora_plus", "lora_dropout", "target_modules", "objective", "beta"),
 )
-FORMAT = 2
+FORMAT = 3
 # Saving costs at most this share of the time.
 MOST_SAVING = 0.02
 SAVE_EVERY_S = 300.0
@@ -105,10 +106,12 @@ class Saver:
         stand: Stand,
         steps: Steps,
         *,
+        references: "torch.Tensor | None",
         data_sha256: str,
         say: Sink,
         run: int,
     ) -> None:
+        self._references = references
         self._folder, self._config, self._plan, self._say, self._run = folder, config, plan, say, run
         self._model, self._steps, self.progress = model, steps, stand.progress
         self._exam, self.validation = stand.exam, stand.validation
@@ -148,6 +151,7 @@ class Saver:
             "format": FORMAT,
             "step": done.step,
             "run": decided(self._config, self._plan, self._data_sha256),
+            "start": fingerprint(start_of(self._model)),
             "next": self._steps.schedule.of_step(done.step),
             "scaler": None,  # nothing is computed in float16
             "size": size,
@@ -164,7 +168,8 @@ class Saver:
         save_file(_flat(self.optimizer.state_dict()["state"]), folder / OPTIMIZER)
         losses = torch.tensor(self.progress.losses, dtype=torch.float64)
         best = {f"best.{name}": tensor.contiguous() for name, tensor in self.validation.best.items()}
-        save_file({"losses": losses, "seen": self.progress.seen, **best}, folder / PROGRESS)
+        weighed = {} if self._references is None else {"references": self._references}
+        save_file({"losses": losses, "seen": self.progress.seen, **weighed, **best}, folder / PROGRESS)
 
 
 def decided(config: TrainConfig, plan: Plan, data_sha256: str) -> dict[str, JSON]:
@@ -198,6 +203,27 @@ def refuse_other(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, data_s
         )
 
 
+def refuse_other_start(checkpoint: Checkpoint, model: Any) -> None:
+    """Refuse to go on from another start than PiSSA found when this run began; singular vectors vary with the machine.
+
+    Raises:
+        UsageError: If it differs.
+    """
+    if checkpoint.state["start"] != fingerprint(start_of(model)):
+        raise UsageError(
+            f"`{checkpoint.folder}` began with other singular vectors than this machine computes",
+            hint="go on with the machine and the versions that began it, or begin anew with `--resume never`",
+        )
+
+
+def fingerprint(state: "Mapping[str, torch.Tensor]") -> str:
+    """Hash tensors with their names; empty if there are none."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest() if state else ""
+
+
 def refuse_other_future(checkpoint: Checkpoint, schedule: Schedule) -> None:
     """Refuse to go on with other examples, another rate or another random state than was meant at the time.
 
@@ -229,6 +255,13 @@ def restore(checkpoint: Checkpoint, model: Any) -> Progress:
         rate_share=float(state["rate_share"]),
         skipped_proofs=bool(state["skipped_proofs"]),
     )
+
+
+def references_of(checkpoint: Checkpoint) -> "torch.Tensor":
+    """Give what a checkpoint remembers of how likely its examples were before training."""
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint.folder / PROGRESS)["references"]
 
 
 def best_of(checkpoint: Checkpoint) -> dict[str, "torch.Tensor"]:

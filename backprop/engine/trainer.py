@@ -6,7 +6,7 @@ The one module that imports torch and trl at its top, since it has classes of th
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,9 +23,10 @@ from backprop.core.data.render import Example
 from backprop.core.plan import Plan
 from backprop.core.schedule import schedule_of
 from backprop.edges import stopping
-from backprop.engine.batches import PassSize, num_tokens, num_trained, passes, sum_of_losses, to_device
+from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
 from backprop.engine.load import HfTokenizer
+from backprop.engine.objectives import Objective, Part
 from backprop.engine.proofs import Movement
 from backprop.engine.snapshot import Saver, Stand, restore_optimizer
 from backprop.engine.trackers import Trackers
@@ -41,9 +42,16 @@ class StepPasses(torch.utils.data.Dataset[Any]):
     """
 
     def __init__(
-        self, examples: Sequence[Example], config: TrainConfig, plan: Plan, size: PassSize, *, first: int
+        self,
+        examples: Sequence[Example],
+        objective: Objective,
+        config: TrainConfig,
+        plan: Plan,
+        size: PassSize,
+        *,
+        first: int,
     ) -> None:
-        self.size, self.first = size, first
+        self.objective, self.size, self.first = objective, size, first
         self.schedule = schedule_of(len(examples), config, plan)
         self._examples = examples
 
@@ -57,11 +65,11 @@ class StepPasses(torch.utils.data.Dataset[Any]):
 
     def passes_of(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Give the forward passes of these examples, of the size that holds now."""
-        return passes([self._examples[number] for number in numbers], self.size)
+        return self.objective.passes([self._examples[number] for number in numbers], self.size)
 
     def shrink(self) -> bool:
         """Halve what goes through the model at once; false if it is one example already."""
-        longest = max(len(example.ids) for example in self._examples)
+        longest = max(example.num_tokens for example in self._examples)
         tokens, examples = max(self.size.tokens // 2, longest), max(self.size.examples // 2, 1)
         smaller = replace(self.size, tokens=tokens, examples=examples)
         could = smaller.tokens < self.size.tokens if self.size.packing else smaller.examples < self.size.examples
@@ -86,6 +94,8 @@ class Watch(TrainerCallback):
         self.progress = saver.progress
         self.tokens = 0
         """Of the step under way."""
+        self.accuracy: float | None = None
+        """Share of its preferences that are on their right side."""
         self.numbers: Sequence[int] = ()
         """Examples of the step under way."""
         self._saver = saver
@@ -140,6 +150,7 @@ class Watch(TrainerCallback):
                 seconds=self._step_seconds,
                 tokens_per_second=self.tokens / self._step_seconds,
                 memory_bytes=memory_bytes(),
+                accuracy=self.accuracy,
                 run=self._run,
             )
         )
@@ -264,15 +275,21 @@ class StepTrainer(SFTTrainer):
 
     def _all_passes(self, model: Any, step: int, todo: Sequence[Mapping[str, Any]]) -> Any:
         torch.manual_seed(self._steps.schedule.random_seed(step))
-        count = sum(num_trained(one) for one in todo)
         self._watch.tokens = sum(num_tokens(one) for one in todo)
+        parts = self._steps.objective.parts(model, todo, self.args.device)
         losses: list[Any] = []
-        for one in todo:
-            with self.compute_loss_context_manager():
-                loss = sum_of_losses(model, to_device(one, self.args.device)) / count
-            self.accelerator.backward(loss)
-            losses.append(loss.detach())
+        margins: list[Any] = []
+        while (part := self._next(parts)) is not None:
+            self.accelerator.backward(part.loss)
+            losses.append(part.loss.detach())
+            margins += [] if part.margins is None else [part.margins]
+        self._watch.accuracy = float((torch.cat(margins) > 0).float().mean()) if margins else None
         return torch.stack(losses).sum()
+
+    def _next(self, parts: Iterator[Part]) -> Part | None:
+        """Go forward once more, and leave the gradients outside of autocast."""
+        with self.compute_loss_context_manager():
+            return next(parts, None)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Count nothing: transformers would look for one batch of tokens."""

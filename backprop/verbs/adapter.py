@@ -76,6 +76,7 @@ def measures(fit: "Fit", output: Path) -> dict[str, JSON]:
         "final_loss": fit.losses[-1],
         "eval_loss_before": fit.eval_loss_before,
         "eval_loss": fit.eval_loss,
+        "eval_accuracy": fit.eval_accuracy,
         "tokens": fit.tokens,
         "tokens_per_second": fit.tokens / fit.seconds,
         "packing": fit.size.packing,

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from backprop.config import DoctorConfig
-from backprop.core.data.formats import judge
+from backprop.core.data.judge import judge
 from backprop.core.hardware import Hardware
 from backprop.core.plan import choose_model
 from backprop.edges import demo_model, device, hub, llama_cpp

@@ -5,7 +5,8 @@ from typing import Any
 
 from backprop.config import TrainConfig
 from backprop.core import gate
-from backprop.core.data.formats import Conversation, judge, parse_columns
+from backprop.core.data.formats import Conversation, parse_columns
+from backprop.core.data.judge import judge
 from backprop.core.data.render import Example
 from backprop.errors import TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Sink
@@ -34,6 +35,12 @@ def refuse_gates_without_figures(config: TrainConfig, *, held_out: bool) -> None
         UsageError: Naming it.
     """
     for text in config.gate:
+        metric = gate.parse_gate(text).metric
+        if metric == ("eval_accuracy" if config.objective == "sft" else "perplexity"):
+            raise UsageError(
+                f"`--gate {text}` cannot be measured with `--objective {config.objective}`",
+                hint="`eval_accuracy` is of preferences, `perplexity` of answers",
+            )
         if gate.parse_gate(text).needs_held_out and not held_out:
             raise UsageError(
                 f"`--gate {text}` needs held-out rows, and there are none",
@@ -63,7 +70,7 @@ def check_gates(config: TrainConfig, prepared: Prepared, model: Any, figures: Ma
         say(Phase(name="comparing with the base model"))
         ok, found = gate.judge_old(_interval(model, prepared.gate_rows, prepared))
         gates.append(Gated(gate="old tasks are not worse", ok=ok, found=found))
-        if prepared.held_out:
+        if prepared.held_out and config.objective == "sft":  # preferences may make a wanted answer less likely
             ok, found = gate.judge_new(_interval(model, prepared.held_out, prepared))
             gates.append(Gated(gate="new tasks are better", ok=ok, found=found))
     for one in gates:
@@ -78,9 +85,10 @@ def check_gates(config: TrainConfig, prepared: Prepared, model: Any, figures: Ma
 
 def _interval(model: Any, examples: Sequence[Example], prepared: Prepared) -> gate.Interval:
     from backprop.engine.exam import row_losses
+    from backprop.engine.load import as_before_training
 
     dtype = prepared.plan.dtype.value
     after = row_losses(model, examples, dtype=dtype)
-    with model.disable_adapter():
+    with as_before_training(model):
         before = row_losses(model, examples, dtype=dtype)
     return gate.paired_interval(before, after)

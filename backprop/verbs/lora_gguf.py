@@ -67,6 +67,11 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ExportError(
             "llama.cpp's adapters have no place for DoRA's magnitudes", hint="leave out `--format lora-gguf`"
         )
+    if settings.get("modules_to_save"):
+        raise ExportError(
+            "llama.cpp's adapters have no place for layers that were trained whole",
+            hint="leave out `--format lora-gguf`",
+        )
     several = [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]
     if several:
         raise ExportError(

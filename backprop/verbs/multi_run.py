@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from backprop.config import MergeMode, MultiRunConfig, TrainConfig
 from backprop.core import slao
-from backprop.core.data.formats import Conversation, Judged, judge, parse_columns
+from backprop.core.data.formats import Conversation, parse_columns
+from backprop.core.data.judge import Judged, judge
 from backprop.core.data.split import hold_out
 from backprop.edges import rundir, stopping
 from backprop.errors import DataError, UsageError
@@ -69,6 +70,12 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
         )
     if config.from_run is not None:
         raise UsageError("`--from-run` is for train", hint="give the data")
+    if config.objective != "sft":
+        raise UsageError("multi-run learns from answers only", hint="give preferences to `backprop train`")
+    if config.pissa:
+        raise UsageError("`--pissa` is for train: multi-run begins each run from the last", hint="leave it out")
+    if config.method == "full":
+        raise UsageError("multi-run merges adapters, and `--method full` trains none", hint="add `--method lora`")
     if config.gate or config.gate_data:
         raise UsageError("gates cannot be given to multi-run yet", hint="train the parts one by one, or without gates")
     parts = parts_of(config, options)
@@ -188,10 +195,10 @@ def _fold(
 
 def _score(model: Any, part: Prepared, index: int, run: int, size: "PassSize", *, say: Sink) -> float:
     """Measure the loss on the held-out rows of a part; on its training rows, and saying so, where none are held out."""
-    from backprop.engine.exam import mean_loss
+    from backprop.engine.objectives import Supervised, measure
 
     examples = (part.held_out or part.train.examples)[:MOST_EVALUATED]
-    loss = mean_loss(model, examples, size)
+    loss = measure(model, examples, size, Supervised()).loss
     say(
         Eval(step=0, loss=loss, part=f"part {index}" if part.held_out else f"part {index} (its training rows)", run=run)
     )

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from backprop.config import TrainConfig
 from backprop.console import colour_spans
-from backprop.core.data.formats import Conversation, Judged, Message, Row, judge, parse_columns
+from backprop.core.data.formats import Conversation, Message, Row, parse_columns
 from backprop.core.data.inspect import Ledger, histogram, inspect
-from backprop.core.data.render import Encoded, Example, cut, encode_all
+from backprop.core.data.judge import Judged, judge
+from backprop.core.data.render import Encoded, Example, cut, encode_all, with_mismatched
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import adapt, with_control_tokens
 from backprop.core.duration import estimate_seconds
@@ -49,9 +50,9 @@ class Prepared:
 def read_data(config: TrainConfig) -> tuple[Judged, tuple[Conversation, ...]]:
     """Read and judge what to train on and what to hold out, before anything heavy is imported."""
     columns = parse_columns(config.column)
-    judged = judge(_rows(config.data, config), columns)
+    judged = judge(_rows(config.data, config), columns, objective=config.objective)
     if config.eval_data:
-        evaluation = judge(_rows(config.eval_data, config), columns)
+        evaluation = judge(_rows(config.eval_data, config), columns, objective=config.objective)
         notes = tuple(f"evaluation data: {warning}" for warning in evaluation.warnings)
         return replace(judged, warnings=(*judged.warnings, *notes)), evaluation.conversations
     kept, held_out = hold_out(judged.conversations, fraction=config.eval_fraction)
@@ -118,6 +119,10 @@ def prepare(
     train = cut(whole, max_length.value)
     check_supervision(config, whole, train, most=shape.max_positions, say=say)
     held_examples = _cut_held_out(held, max_length.value, say, what="evaluation data")
+    if config.objective == "kto":
+        _say_ratings(train.examples, say)
+        train = replace(train, examples=with_mismatched(train.examples, max_length.value))
+        held_examples = with_mismatched(held_examples, max_length.value)
     old_tasks = encode_all(adapt(gate_rows, tokenizer).conversations, tokenizer, loss_on=config.loss_on)
     gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
@@ -193,12 +198,16 @@ def _say_template(tokenizer: "HfTokenizer", name: str, say: Sink) -> None:
         )
 
 
+def _say_ratings(examples: Sequence[Example], say: Sink) -> None:
+    wanted = sum(example.desirable for example in examples)
+    if wanted in (0, len(examples)):
+        kind = "wanted" if wanted else "unwanted"
+        say(Warned(message=f"all {len(examples)} answers are {kind}: nothing is learnt of what tells them apart"))
+
+
 def lengths_of(train: Encoded) -> list[list[int]]:
     """Count the examples by their number of tokens."""
-    return [
-        [bucket.low, bucket.high, bucket.count]
-        for bucket in histogram([len(example.ids) for example in train.examples])
-    ]
+    return [[bucket.low, bucket.high, bucket.count] for bucket in histogram([len(side.ids) for side in train.sides])]
 
 
 # More tokens lost than this is a fault of the settings, unless it is wanted.
@@ -215,12 +224,13 @@ def check_supervision(config: TrainConfig, whole: Encoded, train: Encoded, *, mo
         DataError: If more than 5 % of the tokens or examples are lost to the length, and this was not allowed.
         ModelError: If the template ends answers without a token that stops them.
     """
-    per_example = sorted(example.num_trained for example in train.examples)
+    per_example = sorted(side.num_trained for side in train.sides)
     lost = train.dropped / len(whole.examples)
+    parts = "sides of preferences" if config.objective in ("dpo", "orpo") else "examples"
     trained = Proved(
         name="every example is trained on",
         ok=lost <= MOST_CUT or config.allow_truncation,
-        found=f"{per_example[0]} to {per_example[-1]} trained tokens in each of {len(per_example)} examples, half of "
+        found=f"{per_example[0]} to {per_example[-1]} trained tokens in each of {len(per_example)} {parts}, half of "
         f"them {per_example[len(per_example) // 2]} or more; {train.dropped} dropped, which had none",
     )
     share = train.tokens_cut / whole.tokens
@@ -250,7 +260,7 @@ def check_supervision(config: TrainConfig, whole: Encoded, train: Encoded, *, mo
 
 
 def _prove_ends(config: TrainConfig, whole: Encoded, train: Encoded, say: Sink) -> None:
-    answers = sum(example.answers for example in whole.examples)
+    answers = sum(side.answers for side in whole.sides)
     if not answers:
         return
     ends = Proved(
@@ -268,7 +278,7 @@ def _prove_ends(config: TrainConfig, whole: Encoded, train: Encoded, say: Sink) 
 
 
 def _num_ended(encoded: Encoded) -> int:
-    return sum(example.ended for example in encoded.examples)
+    return sum(side.ended for side in encoded.sides)
 
 
 def _cut_held_out(held: Encoded, max_length: int, say: Sink, *, what: str) -> tuple[Example, ...]:
@@ -309,6 +319,8 @@ def fingerprint_of(conversations: Sequence[Conversation]) -> str:
     digest = hashlib.sha256()
     for conversation in conversations:
         content = [conversation.messages, conversation.text, *([conversation.tools] if conversation.tools else [])]
+        content += [conversation.rejected] if conversation.rejected else []
+        content += [] if conversation.desirable is None else [conversation.desirable]
         digest.update(json.dumps(content, ensure_ascii=False).encode())
     return digest.hexdigest()
 
@@ -317,19 +329,34 @@ def digest(examples: Sequence[Example]) -> str:
     """Hash the tokens and masks that are trained on."""
     found = hashlib.sha256()
     for example in examples:
-        found.update(repr((example.ids, example.mask)).encode())
+        for side in example.sides:
+            found.update(repr((side.ids, side.mask)).encode())
+        found.update(b"" if example.desirable else b"unwanted")
     return found.hexdigest()
 
 
 def show_examples(prepared: Prepared, *, count: int = 3) -> Examples:
     """Write the first examples as text, and say which parts of it are trained on."""
-    shown = [_spans(example, prepared.tokenizer) for example in prepared.train.examples[:count]]
-    texts = [
-        f"--- example {number}: {example.num_trained} of {len(example.ids)} tokens trained\n"
-        f"{colour_spans(spans, colour=False)}"
-        for number, (example, spans) in enumerate(zip(prepared.train.examples, shown, strict=False), start=1)
+    shown = [
+        (f"{number}{kind}", side)
+        for number, example in enumerate(prepared.train.examples[:count], start=1)
+        for kind, side in _kinds(example)
     ]
-    return Examples(text="\n".join(texts), examples=shown)
+    spans = [_spans(side, prepared.tokenizer) for _, side in shown]
+    texts = [
+        f"--- example {name}: {side.num_trained} of {len(side.ids)} tokens trained\n{colour_spans(part, colour=False)}"
+        for (name, side), part in zip(shown, spans, strict=True)
+    ]
+    return Examples(text="\n".join(texts), examples=spans, names=[name for name, _ in shown])
+
+
+def _kinds(example: Example) -> list[tuple[str, Example]]:
+    """Give the sides that are judged, each with what it is."""
+    if example.rejected:
+        return [(", chosen", example), (", rejected", example.rejected)]
+    if example.mismatched:
+        return [(", wanted" if example.desirable else ", unwanted", example)]
+    return [("", example)]
 
 
 def _spans(example: Example, tokenizer: "HfTokenizer") -> list[tuple[str, bool]]:

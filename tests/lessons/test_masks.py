@@ -12,7 +12,8 @@ import pytest
 from conftest import ASSETS, chat
 
 from backprop.config import TrainConfig
-from backprop.core.data.formats import Conversation, Message, Row, judge
+from backprop.core.data.formats import Conversation, Message, Row
+from backprop.core.data.judge import judge
 from backprop.core.data.render import Encoded, Example, Token, cut, encode, encode_all
 from backprop.core.data.template import adapt
 from backprop.errors import DataError, ModelError

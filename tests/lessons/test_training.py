@@ -172,7 +172,7 @@ def test_a_first_step_with_a_rate_of_zero_is_exit_6(train: Callable[..., Run], m
     monkeypatch.setattr(schedule, "rate_share", lambda step, **_: min(step, 1))
     failed = train(steps=1).failed
     assert failed.code == 6
-    assert "not proved: the adapter moves, and nothing else: 0 of 28 adapter matrices moved" in failed.message
+    assert "not proved: the adapter moves, and nothing else: 0 of 28 trained matrices moved" in failed.message
 
 
 @pytest.mark.slow

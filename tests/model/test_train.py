@@ -181,7 +181,8 @@ def test_the_loss_is_that_of_plain_transformers(train: Callable[..., Path], tiny
     import torch
     from transformers import AutoModelForCausalLM
 
-    from backprop.core.data.formats import Row, judge
+    from backprop.core.data.formats import Row
+    from backprop.core.data.judge import judge
     from backprop.core.data.render import encode
     from backprop.engine.batches import labels_of
     from backprop.engine.load import load_tokenizer
@@ -197,7 +198,8 @@ def test_the_loss_is_that_of_plain_transformers(train: Callable[..., Path], tiny
 
 
 def test_with_the_real_tokenizer_the_answers_and_their_end_tokens_are_trained(tiny_model: Path) -> None:
-    from backprop.core.data.formats import Row, judge
+    from backprop.core.data.formats import Row
+    from backprop.core.data.judge import judge
     from backprop.core.data.render import encode
     from backprop.engine.load import load_tokenizer
 

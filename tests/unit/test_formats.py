@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from backprop.core.data.formats import Conversation, Row, judge, parse_columns, to_conversations
+from backprop.core.data.formats import Conversation, Row, parse_columns, to_conversations
+from backprop.core.data.judge import judge
 from backprop.errors import DataError, UsageError
 
 ANSWERED = [("user", "hi"), ("assistant", "ho")]

@@ -17,8 +17,7 @@ A `system` column goes in front, a reasoning column into the answer, `tools` bes
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -50,6 +49,20 @@ class Conversation:
     place: str
     tools: tuple[Mapping[str, object], ...] = ()
     """The functions that the chat template offers, as OpenAI writes them."""
+    rejected: tuple[Message, ...] = ()
+    """Of a preference: the same turns with the answer that is not wanted."""
+    desirable: bool | None = None
+    """Whether the last answer is wanted, where it was rated."""
+
+    @property
+    def num_given(self) -> int:
+        """Count the first turns that are not judged: those before the answers of a preference, or before a rated one."""
+        if self.rejected:
+            pairs = zip(self.messages, self.rejected, strict=False)
+            return next((number for number, (one, other) in enumerate(pairs) if one != other), len(self.rejected))
+        if self.desirable is not None:
+            return max(number for number, turn in enumerate(self.messages) if turn["role"] == "assistant")
+        return 0
 
 
 # These are turns whatever they hold; the others are ordinary words, and must hold a list that begins with a turn.
@@ -73,7 +86,10 @@ KNOWN_SHAPES = (
 # Some data sets say with such a word whether the answer was reasoned.
 FLAGS = ("on", "off", "yes", "no", "true", "false")
 # What `--column` can name.
-COLUMN_ROLES = ("messages", "system", "user", "assistant", "reasoning", "text", "tools")
+COLUMN_ROLES = (
+    *("messages", "system", "user", "assistant", "reasoning", "text", "tools"),
+    *("chosen", "rejected", "label"),
+)
 NO_COLUMNS: Mapping[str, str] = {}
 
 
@@ -162,7 +178,8 @@ def has_known_shape(value: Mapping[str, object]) -> bool:
     keys = {key.lower() for key in value}
     pair = keys.intersection(ASKING_KEYS) and keys.intersection((*ANSWERING_KEYS, "instances"))
     turns = any(_is_conversation(key.lower(), value[key]) for key in value)
-    return bool(pair or turns or keys.intersection((*CONVERSATION_KEYS, "text")))
+    preference = {"chosen", "rejected"} <= keys
+    return bool(pair or turns or preference or keys.intersection((*CONVERSATION_KEYS, "text")))
 
 
 def _cells(row: Row, value: Mapping[str, object], columns: Mapping[str, str]) -> _Cells:
@@ -217,8 +234,8 @@ def _refuse_media_and_preferences(row: Row, cells: _Cells, columns: Mapping[str,
         role = "messages"
     raise bad(
         row,
-        "is a preference (`chosen` and `rejected`), which answers are not trained from",
-        hint=f"keep `chosen`: `--column {role}={cells.names['chosen']}`",
+        "is a preference (`chosen` and `rejected`), and nothing says how to learn from it",
+        hint=f"add `--objective dpo`; or train on `chosen` alone: `--column {role}={cells.names['chosen']}`",
     )
 
 
@@ -374,67 +391,3 @@ def _unknown(row: Row, cells: _Cells) -> DataError:
         f"has unknown columns: {columns}",
         hint=f"each row needs one of: {KNOWN_SHAPES}; or name them: `--column user=NAME --column assistant=NAME`",
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
-    """Conversations that can be trained on, and what was seen on the way."""
-
-    conversations: tuple[Conversation, ...]
-    shapes: Mapping[str, int]
-    warnings: tuple[str, ...]
-    empty_turns: int = 0
-    """Turns that say nothing and call nothing."""
-
-
-def judge(rows: Iterable[Row], columns: Mapping[str, str] = NO_COLUMNS) -> Judged:
-    """Turn rows into conversations and refuse data with nothing to train on.
-
-    Args:
-        columns: Names by role, as ``parse_columns`` gives them.
-
-    Raises:
-        DataError: At the first bad row; or if there are no rows, or none has an assistant turn or text.
-    """
-    conversations: list[Conversation] = []
-    without_answer: list[str] = []
-    for row in rows:
-        for conversation in to_conversations(row, columns):
-            if conversation.text.strip() or any(map(_is_answer, conversation.messages)):
-                conversations.append(conversation)
-            else:
-                without_answer.append(conversation.place)
-    if without_answer and not conversations:
-        raise DataError(
-            f"none of the {len(without_answer)} rows has an assistant turn with text in it, first: {without_answer[0]}",
-            hint="rows need an answer to train on: a turn with `role` `assistant`",
-        )
-    if not conversations:
-        raise DataError("the data holds no rows", hint="check the path, and that the file is not empty")
-    empty = [
-        f"{conversation.place}, turn {number}"
-        for conversation in conversations
-        for number, turn in enumerate(conversation.messages, start=1)
-        if not turn["content"].strip() and not turn.get("tool_calls")
-    ]
-    warnings: list[str] = []
-    opened = sum(one.messages[0]["role"] == "assistant" for one in conversations if one.messages)
-    if opened:
-        warnings.append(f"{opened} conversations begin with an answer: it is context, and not trained on")
-    if without_answer:
-        warnings.append(
-            f"{len(without_answer)} rows without an assistant turn are left out, first: {without_answer[0]}"
-        )
-    if empty:
-        warnings.append(f"{len(empty)} turns are empty, first: {empty[0]}")
-    shapes = Counter(conversation.shape for conversation in conversations)
-    if len(shapes) > 1:
-        counts = ", ".join(f"{count} {shape}" for shape, count in shapes.most_common())
-        warnings.append(f"the rows have several shapes: {counts}")
-    return Judged(
-        conversations=tuple(conversations), shapes=dict(shapes), warnings=tuple(warnings), empty_turns=len(empty)
-    )
-
-
-def _is_answer(turn: Message) -> bool:
-    return turn["role"] == "assistant" and bool(turn["content"].strip() or turn.get("tool_calls"))

@@ -173,7 +173,8 @@ def _read(conversations: Iterable[Conversation], near_most: int) -> _Part:
             part.duplicates_first = part.duplicates_first or (conversation.place, part.places[digest])
             continue
         part.places[digest] = conversation.place
-        _note_question(part, parts, conversation.place)
+        if conversation.desirable is None:  # rated answers to one question are meant to differ
+            _note_question(part, parts, conversation.place)
         sketch = _sketch_of(parts, conversation.place) if digest < below else None
         if sketch:
             part.sketches[digest] = sketch
@@ -201,14 +202,16 @@ def _parts_of(conversation: Conversation) -> _Parts:
     answered: list[str] = []
     question: list[str] = []
     answer: list[str] = []
-    for message in conversation.messages:
+    # A preference is another one where another answer is rejected, and a rating where it is the other.
+    turns = (*conversation.messages, *conversation.rejected[conversation.num_given :])
+    for message in turns:
         is_answer = message["role"] == "assistant"
         (answered if is_answer else asked).append(_identity(message))
         # A system turn is often that of all rows, and would make them alike.
         if message["role"] != "system":
             (answer if is_answer else question).append(message["content"])
     return _Parts(
-        order=" ".join(message["role"] for message in conversation.messages),
+        order=" ".join((*(message["role"] for message in turns), str(conversation.desirable or ""))),
         asked="\0".join(asked),
         answered="\0".join(answered),
         question="\n".join(question),

@@ -52,7 +52,7 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids and, of the same length, whether each is trained on."""
+    """Token ids and, of the same length, whether each is trained on; with what an answer is weighed against."""
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
@@ -62,6 +62,24 @@ class Example:
     """Those of them whose last trained token is the special token that ends a turn."""
     question: str = ""
     """What the last answer answers."""
+    rejected: "Example | None" = None
+    """Of a preference: the answer to the same that is not wanted."""
+    desirable: bool = True
+    """Whether this answer is wanted."""
+    mismatched: "Example | None" = None
+    """Of a rated answer: another's answer to the same, from which it is told how far the model has moved at all."""
+    references: tuple[float, ...] = ()
+    """Log-likelihoods of the sides before training, in nats, summed over their trained tokens."""
+
+    @property
+    def sides(self) -> "tuple[Example, ...]":
+        """Give all that goes through the model: this, then what it is weighed against."""
+        return (self, *(side for side in (self.rejected, self.mismatched) if side))
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the tokens of all sides."""
+        return sum(len(side.ids) for side in self.sides)
 
     @property
     def num_trained(self) -> int:
@@ -81,19 +99,36 @@ def encode(
 ) -> list[Example]:
     """Supervise the assistant's words and the token that ends its turn, and nothing else.
 
-    An answer that opens the conversation has nothing that asks for it: it is context.
+    An answer that opens the conversation has nothing that asks for it: it is context. Of a preference or a rated answer,
+    all that is given before is context too.
 
     Returns:
         One example; or one for each assistant turn, if the template rewrites earlier turns (dropping old reasoning,
         say), so that no single rendering shows every turn as the model would write it.
 
     Raises:
-        DataError: If what the template puts before an answer differs from what it puts there when asking for one.
+        DataError: If what the template puts before an answer differs from what it puts there when asking for one; or if
+            several answers that are judged together would have to be rendered apart.
     """
     if not conversation.messages:
         ids = tokenizer.encode_text(conversation.text)
         return [Example(tuple(ids), (True,) * len(ids))]
-    messages = conversation.messages
+    examples = _turns(conversation, conversation.messages, tokenizer, loss_on)
+    if not conversation.num_given:
+        return examples
+    rejected = _turns(conversation, conversation.rejected, tokenizer, loss_on) if conversation.rejected else [None]
+    if len(examples) > 1 or len(rejected) > 1:
+        raise DataError(
+            f"{conversation.place}: this model's chat template rewrites earlier turns, and several answers are judged "
+            "together",
+            hint="choose another model, or rows whose sides are one answer each",
+        )
+    return [replace(examples[0], rejected=rejected[0], desirable=conversation.desirable is not False)]
+
+
+def _turns(
+    conversation: Conversation, messages: Sequence[Message], tokenizer: ChatTokenizer, loss_on: str
+) -> list[Example]:
     tools = conversation.tools
     text = tokenizer.render(messages, tools=tools, add_generation_prompt=False)
     if loss_on == "all":
@@ -104,7 +139,7 @@ def encode(
     alone: list[tuple[str, Span, str]] = []
     rewritten = False
     for number, message in enumerate(messages):
-        if number == 0 or message["role"] != "assistant":
+        if number == 0 or number < conversation.num_given or message["role"] != "assistant":
             continue
         prompt = tokenizer.render(messages[:number], tools=tools, add_generation_prompt=True)
         upto = tokenizer.render(messages[: number + 1], tools=tools, add_generation_prompt=False)
@@ -159,23 +194,28 @@ class Encoded:
 
     @property
     def tokens(self) -> int:
-        """Count all tokens."""
-        return sum(len(example.ids) for example in self.examples)
+        """Count all tokens, of both sides of a preference."""
+        return sum(len(side.ids) for side in self.sides)
 
     @property
     def trained_tokens(self) -> int:
         """Count the trained tokens."""
-        return sum(example.num_trained for example in self.examples)
+        return sum(side.num_trained for side in self.sides)
+
+    @property
+    def sides(self) -> tuple[Example, ...]:
+        """Give the examples, and what is weighed against each."""
+        return tuple(side for example in self.examples for side in example.sides)
 
     @property
     def unended(self) -> int:
         """Count the answers whose end is not trained, so that the model would not learn to stop."""
-        return sum(example.answers - example.ended for example in self.examples)
+        return sum(side.answers - side.ended for side in self.sides)
 
     @property
     def longest(self) -> int:
         """Give the number of tokens of the longest example."""
-        return max((len(example.ids) for example in self.examples), default=0)
+        return max((len(side.ids) for side in self.sides), default=0)
 
 
 def encode_all(
@@ -207,8 +247,8 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
     Raises:
         DataError: If no example has a trained token left.
     """
-    short = [_shortened(example, max_length) for example in encoded.examples]
-    kept = tuple(example for example in short if example.num_trained)
+    short = [_sides_shortened(example, max_length) for example in encoded.examples]
+    kept = tuple(example for example in short if _teaches(example))
     if not kept:
         raise DataError(
             f"none of the {len(short)} examples has a token to train on within {max_length} tokens",
@@ -217,10 +257,41 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
     return Encoded(
         examples=kept,
         dropped=len(short) - len(kept),
-        tokens_cut=encoded.tokens - sum(len(example.ids) for example in short),
-        trained_tokens_cut=encoded.trained_tokens - sum(example.num_trained for example in short),
+        tokens_cut=encoded.tokens - sum(example.num_tokens for example in short),
+        trained_tokens_cut=encoded.trained_tokens - sum(side.num_trained for one in short for side in one.sides),
         rewritten=encoded.rewritten,
     )
+
+
+def _teaches(example: Example) -> bool:
+    """Say whether there is something to learn: trained tokens on each side, and sides that differ."""
+    rejected = example.rejected
+    differ = rejected is None or example.ids != rejected.ids
+    return differ and all(side.num_trained for side in example.sides)
+
+
+def _sides_shortened(example: Example, max_length: int) -> Example:
+    rejected = example.rejected and _shortened(example.rejected, max_length)
+    return replace(_shortened(example, max_length), rejected=rejected)
+
+
+def with_mismatched(examples: Sequence[Example], max_length: int) -> tuple[Example, ...]:
+    """Give each rated answer another's beside it: the same prompt, answered as the next example is.
+
+    From these KTO estimates how far the model has moved whatever it is asked (arXiv:2402.01306, section 4.1). Which
+    answer it is depends on the data alone, so that a run that goes on later finds the same.
+    """
+    following = [*examples[1:], *examples[:1]]
+    return tuple(
+        replace(one, mismatched=_spliced(one, other, max_length))
+        for one, other in zip(examples, following, strict=True)
+    )
+
+
+def _spliced(one: Example, other: Example, max_length: int) -> Example:
+    start, theirs = one.mask.index(True), other.mask.index(True)
+    ids = (one.ids[:start] + other.ids[theirs:])[:max_length]
+    return Example(ids, (one.mask[:start] + other.mask[theirs:])[:max_length])
 
 
 def _shortened(example: Example, max_length: int) -> Example:

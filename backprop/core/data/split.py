@@ -37,6 +37,8 @@ def hold_out(
 
 def _position(conversation: Conversation) -> float:
     """Map the content to a number in [0, 1) that looks random and never changes."""
-    content = json.dumps([conversation.messages, conversation.text], ensure_ascii=False, sort_keys=True)
+    # Answers to one prompt, of which one is wanted and one is not, must not be on both sides.
+    messages = conversation.messages[: conversation.num_given or None]
+    content = json.dumps([messages, conversation.text], ensure_ascii=False, sort_keys=True)
     digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64

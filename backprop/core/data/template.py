@@ -97,7 +97,10 @@ def adapt(conversations: Iterable[Conversation], tokenizer: ChatTokenizer) -> Ad
                     else "choose a model that knows tools, such as Qwen 3; or remove these rows",
                 )
             moved[thing] += 1
-            conversation = replace(conversation, messages=MOVES[thing](conversation.messages))
+            move = MOVES[thing]
+            conversation = replace(
+                conversation, messages=move(conversation.messages), rejected=move(conversation.rejected)
+            )
         adapted.append(conversation)
     notes = tuple(
         f"this model's template has no place for {thing}: {SAID[thing].format(moved[thing])}" for thing in moved
@@ -111,15 +114,18 @@ def with_control_tokens(conversations: Iterable[Conversation], tokenizer: ChatTo
     return [
         conversation.place
         for conversation in conversations
-        if found.search(json.dumps([conversation.messages, conversation.tools], ensure_ascii=False))
+        if found.search(
+            json.dumps([conversation.messages, conversation.rejected, conversation.tools], ensure_ascii=False)
+        )
     ]
 
 
 def _things(conversation: Conversation) -> list[str]:
-    messages = conversation.messages
+    sides = (conversation.messages, conversation.rejected)
+    messages = [*conversation.messages, *conversation.rejected]
     found = {
         "turns of text": bool(messages),
-        "system turns after the first turn": any(message["role"] == "system" for message in messages[1:]),
+        "system turns after the first turn": any(message["role"] == "system" for side in sides for message in side[1:]),
         "system turns": bool(messages) and messages[0]["role"] == "system",
         "tools": bool(conversation.tools),
         "tool calls": any(message.get("tool_calls") for message in messages),

@@ -1,0 +1,251 @@
+"""What a step makes smaller: the loss of answers, or of which answers are wanted.
+
+Each loss is one of the whole optimizer step, whatever shares a forward pass: passes give parts of it that add up. trl's
+trainers take a mean of means over passes instead, and KTO's distance over one pass; the tests hold these against trl's on
+a single pass, where both are the same.
+"""
+
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from backprop.config import TrainConfig
+from backprop.core.data.render import Example
+from backprop.engine.attention import within_documents
+from backprop.engine.batches import (
+    PassSize,
+    as_pass,
+    computing,
+    log_likelihoods,
+    num_trained,
+    passes,
+    rows_of,
+    sum_of_losses,
+    to_device,
+    trained_by_document,
+)
+
+Pass = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one pass adds to the loss of a step."""
+
+    loss: Any
+    """A scalar tensor."""
+    margins: Any = None
+    """By how much each answer, or pair, is on its right side, in nats; of shape (D,). None without preferences."""
+
+
+class Objective(Protocol):
+    """A loss over the examples of a step."""
+
+    needs_reference: bool
+    """Whether it weighs against what the model said before training."""
+
+    def passes(self, examples: Sequence[Example], size: PassSize) -> list[dict[str, Any]]:
+        """Cut the examples of a step into forward passes."""
+        ...
+
+    def parts(self, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
+        """Give, pass by pass, what adds up to the loss of the step."""
+        ...
+
+
+def objective_of(config: TrainConfig, examples: Sequence[Example]) -> Objective:
+    """Give what a run over ``examples`` makes smaller."""
+    match config.objective:
+        case "sft":
+            return Supervised()
+        case "dpo":
+            return DPO(config.beta)
+        case "orpo":
+            return ORPO(config.beta)
+        case "kto":
+            wanted = sum(example.desirable for example in examples)
+            return KTO(config.beta, *rating_weights(wanted, len(examples) - wanted))
+
+
+def rating_weights(wanted: int, unwanted: int) -> tuple[float, float]:
+    """Let as much weight lie on wanted as on unwanted answers, as eq. 8 of arXiv:2402.01306 asks, by raising the rarer."""
+    if not wanted or not unwanted:
+        return 1.0, 1.0
+    return max(1.0, unwanted / wanted), max(1.0, wanted / unwanted)
+
+
+class Supervised:
+    """Mean negative log-likelihood over all trained tokens of the step, in nats."""
+
+    needs_reference = False
+
+    def passes(self, examples: Sequence[Example], size: PassSize) -> list[dict[str, Any]]:
+        """Let every example stand alone."""
+        return passes(examples, size)
+
+    def parts(self, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
+        """Divide each pass's sum by the tokens of the step."""
+        count = sum(map(num_trained, step))
+        for one in step:
+            yield Part(sum_of_losses(model, to_device(one, device)) / count)
+
+
+class _Paired:
+    """Passes that hold the two sides of each pair one after the other."""
+
+    def passes(self, examples: Sequence[Example], size: PassSize) -> list[dict[str, Any]]:
+        """Keep the sides of a pair together."""
+        rows = rows_of([example.sides for example in examples], size)
+        return [_with_references([examples[number] for number in row], size) for row in rows]
+
+
+def _with_references(examples: Sequence[Example], size: PassSize) -> dict[str, Any]:
+    import torch
+
+    one = as_pass([side for example in examples for side in example.sides], size)
+    references = [value for example in examples for value in example.references]
+    return {**one, "references": torch.tensor(references)} if references else one
+
+
+def _moved(model: Any, one: Pass, device: Any) -> Any:
+    """Give how much likelier each document of a pass has become since before training, in nats; of shape (D,)."""
+    one = to_device(one, device)
+    return log_likelihoods(model, one) - one["references"]
+
+
+@dataclass(frozen=True)
+class DPO(_Paired):
+    """Direct preference optimization (arXiv:2305.18290, eq. 7): mean over the pairs of the step."""
+
+    beta: float
+    needs_reference = True
+
+    def parts(self, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
+        """Weigh how much likelier each side has become against the other."""
+        import torch
+
+        pairs = sum(len(one["references"]) // 2 for one in step)
+        for one in step:
+            moved_D = _moved(model, one, device)
+            margins_P = self.beta * (moved_D[0::2] - moved_D[1::2])
+            yield Part(-torch.nn.functional.logsigmoid(margins_P).sum() / pairs, margins_P.detach())
+
+
+@dataclass(frozen=True)
+class ORPO(_Paired):
+    """Odds ratio preference optimization (arXiv:2403.07691, eq. 6 and 7).
+
+    The loss of the chosen answers is the mean over their trained tokens in the step; what is given is not trained on.
+    """
+
+    beta: float
+    needs_reference = False
+
+    def parts(self, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
+        """Add to the loss of the chosen answers how their odds stand against those of the rejected."""
+        import torch
+
+        counts = [trained_by_document(one) for one in step]
+        tokens = sum(int(count[0::2].sum()) for count in counts)
+        pairs = sum(len(count) // 2 for count in counts)
+        for one, count in zip(step, counts, strict=True):
+            likelihoods_D = log_likelihoods(model, to_device(one, device))
+            mean_D = likelihoods_D / count.to(device)
+            # Of a token that is certain the odds are infinite.
+            log_odds_D = mean_D - torch.log(-torch.expm1(mean_D.clamp(max=-1e-6)))
+            margins_P = log_odds_D[0::2] - log_odds_D[1::2]
+            odds = -torch.nn.functional.logsigmoid(margins_P).sum() / pairs
+            yield Part(-likelihoods_D[0::2].sum() / tokens + self.beta * odds, margins_P.detach())
+
+
+@dataclass(frozen=True)
+class KTO:
+    """Kahneman-Tversky optimization (arXiv:2402.01306, eq. 7 and 8): mean over the rated answers of the step.
+
+    How far the model has moved at all is estimated over the whole step, from answers that belong to other prompts.
+    """
+
+    beta: float
+    weight_wanted: float = 1.0
+    weight_unwanted: float = 1.0
+    needs_reference = True
+
+    def passes(self, examples: Sequence[Example], size: PassSize) -> list[dict[str, Any]]:
+        """Put the mismatched answers, which need no gradient, into passes of their own."""
+        import torch
+
+        made: list[dict[str, Any]] = []
+        for number, group in enumerate(zip(*(example.sides for example in examples), strict=True)):
+            for row in rows_of([(side,) for side in group], size):
+                references = torch.tensor([examples[one].references[number] for one in row])
+                one = {**as_pass([group[one] for one in row], size), "references": references}
+                made.append(one if number else {**one, "desirable": torch.tensor([examples[n].desirable for n in row])})
+        return made
+
+    def parts(self, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
+        """Weigh each answer against how far the model has moved."""
+        import torch
+
+        rated = [one for one in step if "desirable" in one]
+        with torch.no_grad():
+            moved = [_moved(model, one, device) for one in step if "desirable" not in one]
+        distance = torch.cat(moved).mean().clamp(min=0)
+        answers = sum(len(one["desirable"]) for one in rated)
+        for one in rated:
+            wanted_D = one["desirable"].to(device)
+            margins_D = self.beta * (_moved(model, one, device) - distance) * torch.where(wanted_D, 1.0, -1.0)
+            weights_D = torch.where(wanted_D, self.weight_wanted, self.weight_unwanted)
+            yield Part((weights_D * (1 - torch.sigmoid(margins_D))).sum() / answers, margins_D.detach())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """A loss over a set of examples."""
+
+    loss: float
+    accuracy: float | None = None
+    """Share of pairs, or of rated answers, that are on their right side."""
+    margin: float | None = None
+    """By how much on average, in nats."""
+
+
+def measure(model: Any, examples: Sequence[Example], size: PassSize, objective: Objective) -> Measured:
+    """Give the loss of ``examples``, as if they were one step."""
+    total = 0.0
+    margins: list[float] = []
+    with _looking(model, size) as device:
+        for part in objective.parts(model, objective.passes(examples, size), device):
+            total += float(part.loss)
+            margins += [] if part.margins is None else part.margins.tolist()
+    if not margins:
+        return Measured(loss=total)
+    right = sum(margin > 0 for margin in margins) / len(margins)
+    return Measured(loss=total, accuracy=right, margin=math.fsum(margins) / len(margins))
+
+
+def with_references(model: Any, examples: Sequence[Example], size: PassSize) -> tuple[Example, ...]:
+    """Write beside each example how likely the model finds its sides, as it is now."""
+    found: dict[int, tuple[float, ...]] = {}
+    with _looking(model, size) as device:
+        for row in rows_of([example.sides for example in examples], size):
+            one = as_pass([side for number in row for side in examples[number].sides], size)
+            values = iter(log_likelihoods(model, to_device(one, device)).tolist())
+            found |= {number: tuple(next(values) for _ in examples[number].sides) for number in row}
+    return tuple(replace(example, references=found[number]) for number, example in enumerate(examples))
+
+
+@contextmanager
+def _looking(model: Any, size: PassSize) -> Generator[Any]:
+    """Let the model compute as in training, but for dropout and gradients; gives its device."""
+    import torch
+
+    was_training = bool(model.training)
+    model.eval()
+    documents = within_documents(model) if size.packing else nullcontext()
+    try:
+        with torch.no_grad(), documents, computing(model, size.dtype):
+            yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
