@@ -1,5 +1,6 @@
 """What a copy is asked to prove that it is the model: held-out conversations, and strings that tokenizers trip over."""
 
+import heapq
 from collections.abc import Sequence
 
 from backprop.core.data.formats import Conversation, Message
@@ -49,13 +50,13 @@ QUESTIONS = (
 
 def choose(conversations: Sequence[Conversation]) -> list[Conversation]:
     """Choose the shortest conversations that end in an answer, up to `MOST_PROBES` and `MOST_CHARACTERS`."""
-    wanted = [one for one in conversations if one.messages and not one.tools and one.desirable is not False]
-    whole = [one for one in wanted if one.messages[-1]["role"] == "assistant"]
+    wanted = (one for one in conversations if one.messages and not one.tools and one.desirable is not False)
+    whole = (one for one in wanted if one.messages[-1]["role"] == "assistant")
     chosen: list[Conversation] = []
     room = MOST_CHARACTERS
-    for conversation in sorted(whole, key=lambda one: _length(one.messages)):
+    for conversation in heapq.nsmallest(MOST_PROBES, whole, key=lambda one: _length(one.messages)):
         room -= _length(conversation.messages)
-        if room < 0 or len(chosen) == MOST_PROBES:
+        if room < 0:
             break
         chosen.append(conversation)
     return chosen

@@ -14,18 +14,17 @@ from backprop.core.plan import Plan, sides_of
 from backprop.core.schedule import schedule_of
 from backprop.edges import checkpoints, rundir, stopping
 from backprop.edges.checkpoints import Checkpoint
-from backprop.engine import proofs
+from backprop.engine import proofs, snapshot
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize
 from backprop.engine.exam import MOST_EXAMINED, Exam, Prove
 from backprop.engine.load import HfTokenizer, adapter_state, set_adapter_state
-from backprop.engine.objectives import Objective, objective_of, with_references
+from backprop.engine.objectives import Objective, Weighed, objective_of, references_of
 from backprop.engine.snapshot import (
     Progress,
     Saver,
     Stand,
     best_of,
-    references_of,
     refuse_other,
     refuse_other_future,
     refuse_other_start,
@@ -171,21 +170,18 @@ class _Training:
         """Let each example know what the model said before training, which a checkpoint remembers."""
         import torch
 
-        both = [*self.examples, *self.held_out]
         if checkpoint is not None:
-            self.references = references_of(checkpoint)
-            known = self.references.tolist()
-            both = [replace(one, references=tuple(value)) for one, value in zip(both, known, strict=True)]
+            self.references = snapshot.references_of(checkpoint)
         else:
             self.say(Phase(name="weighing the answers before training"))
             seen = schedule_of(len(self.examples), self.config, self.plan).order.times_seen(self.plan.steps.value)
-            needed = [n for n in range(len(both)) if n >= len(seen) or seen[n] or n < MOST_EXAMINED]
-            found = with_references(self.model, [both[number] for number in needed], self.size)
-            self.references = torch.full((len(both), len(found[0].sides)), torch.nan)
-            for number, example in zip(needed, found, strict=True):
-                self.references[number] = torch.tensor(example.references)
-                both[number] = example
-        self.examples, self.held_out = both[: len(self.examples)], both[len(self.examples) :]
+            needed = [number for number, times in enumerate(seen) if times or number < MOST_EXAMINED]
+            held = self.held_out
+            parts = [references_of(self.model, self.examples, needed, self.size)]
+            parts += [references_of(self.model, held, range(len(held)), self.size)] if held else []
+            self.references = torch.cat(parts)
+        trained, held = self.references.split([len(self.examples), len(self.held_out)])
+        self.examples, self.held_out = Weighed(self.examples, trained), Weighed(self.held_out, held)
 
     def _train(self, stand: Stand) -> Stand:
         from backprop.engine.trainer import Curves, StepPasses, StepTrainer, Watch

@@ -13,7 +13,7 @@ from backprop.events import JSON, Gated, Phase, Sink
 from backprop.verbs.prepare import Prepared, rows_of
 
 
-def read_gates(config: TrainConfig) -> tuple[Conversation, ...]:
+def read_gates(config: TrainConfig) -> Sequence[Conversation]:
     """Read what `--gate` and `--gate-data` say, before any work.
 
     Raises:

@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backprop.config import MergeMode, MultiRunConfig, TrainConfig
 from backprop.core import slao
-from backprop.core.data.formats import Conversation, parse_columns
-from backprop.core.data.judge import Judged, judge
+from backprop.core.data.formats import Conversation
+from backprop.core.data.judge import Judged
+from backprop.core.data.sequences import pick
 from backprop.core.data.split import hold_out
 from backprop.edges import rundir, stopping
 from backprop.errors import DataError, UsageError
@@ -23,6 +25,7 @@ from backprop.verbs.prepare import (
     check_held_out,
     fingerprint_of,
     first_question,
+    judge_rows,
     prepare,
     probes_of,
     read_data,
@@ -46,7 +49,7 @@ class Part:
     """What one run trains on, and what it holds out."""
 
     judged: Judged
-    held_out: tuple[Conversation, ...]
+    held_out: Sequence[Conversation]
 
 
 def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Path:
@@ -80,7 +83,7 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
         raise UsageError("gates cannot be given to multi-run yet", hint="train the parts one by one, or without gates")
     parts = parts_of(config, options)
     mode = options.merge_mode or ("slao" if len(config.data) > 1 else "sequential")
-    everything = [row for part in parts for row in (*part.judged.conversations, *part.held_out)]
+    everything = (row for part in parts for row in chain(part.judged.conversations, part.held_out))
     with running(
         config, command="multi-run", fingerprint=fingerprint_of(everything), say=say, extra=options
     ) as session:
@@ -130,14 +133,17 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
     runs = options.runs or DEFAULT_RUNS
     source = next(iter(config.data))
     wanted = runs * options.samples if options.samples else None
-    judged = judge(islice(rows_of(source, offline=config.offline), wanted), parse_columns(config.column))
-    rows = list(judged.conversations)
-    if len(rows) < runs:
-        raise DataError(f"{len(rows)} rows cannot be cut into {runs} runs", hint=f"give `--runs {len(rows)}` or less")
-    random.Random(config.seed).shuffle(rows)
+    judged = judge_rows(islice(rows_of(source, offline=config.offline), wanted), config)
+    numbers = array("I", range(len(judged.conversations)))
+    if len(numbers) < runs:
+        raise DataError(
+            f"{len(numbers)} rows cannot be cut into {runs} runs", hint=f"give `--runs {len(numbers)}` or less"
+        )
+    random.Random(config.seed).shuffle(numbers)
     parts: list[Part] = []
     for number in range(runs):
-        kept, held_out = hold_out(rows[number::runs], fraction=config.eval_fraction)
+        chunk = pick(judged.conversations, numbers[number::runs])
+        kept, held_out = hold_out(chunk, fraction=config.eval_fraction)
         check_held_out(config, held_out)
         parts.append(Part(judged=dataclasses.replace(judged, conversations=kept), held_out=held_out))
     return parts

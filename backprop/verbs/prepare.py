@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,12 @@ from backprop.core.data.inspect import Ledger, histogram, inspect
 from backprop.core.data.judge import Judged, judge
 from backprop.core.data.render import Encoded, Example, cut, encode_all, with_mismatched
 from backprop.core.data.split import hold_out
-from backprop.core.data.template import adapt, with_control_tokens
+from backprop.core.data.template import Adapter, Forgeries, adapt
 from backprop.core.duration import estimate_seconds
 from backprop.core.hardware import Hardware
 from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, disk_bytes, make_plan
 from backprop.core.probes import choose
-from backprop.edges import device, files, hub
+from backprop.edges import device, files, hub, spill
 from backprop.errors import DataError, ModelError, UsageError
 from backprop.events import DataRead, Examples, Phase, PlanMade, Proved, Sink, Warned
 
@@ -34,8 +34,8 @@ class Prepared:
     model: hub.ModelSource
     tokenizer: "HfTokenizer"
     train: Encoded
-    held_out: tuple[Example, ...]
-    gate_rows: tuple[Example, ...] = ()
+    held_out: Sequence[Example]
+    gate_rows: Sequence[Example] = ()
     """Of old tasks, which must not get worse."""
     plan: Plan
     train_sha256: str
@@ -47,12 +47,17 @@ class Prepared:
     """What its steps will take, roughly."""
 
 
-def read_data(config: TrainConfig) -> tuple[Judged, tuple[Conversation, ...]]:
-    """Read and judge what to train on and what to hold out, before anything heavy is imported."""
+def judge_rows(rows: Iterable[Row], config: TrainConfig) -> Judged:
+    """Turn rows into conversations, on the disk where they are many."""
     columns = parse_columns(config.column)
-    judged = judge(_rows(config.data, config), columns, objective=config.objective)
+    return judge(rows, columns, objective=config.objective, keep=spill.conversations())
+
+
+def read_data(config: TrainConfig) -> tuple[Judged, Sequence[Conversation]]:
+    """Read and judge what to train on and what to hold out, before anything heavy is imported."""
+    judged = judge_rows(_rows(config.data, config), config)
     if config.eval_data:
-        evaluation = judge(_rows(config.eval_data, config), columns, objective=config.objective)
+        evaluation = judge_rows(_rows(config.eval_data, config), config)
         notes = tuple(f"evaluation data: {warning}" for warning in evaluation.warnings)
         return replace(judged, warnings=(*judged.warnings, *notes)), evaluation.conversations
     kept, held_out = hold_out(judged.conversations, fraction=config.eval_fraction)
@@ -116,12 +121,12 @@ def prepare(
     shape = load.load_shape(source.path, trust_remote_code=config.trust_remote_code)
     whole, held = _encode(config, judged, held_out, tokenizer, say)
     max_length = choose_max_length(config, max(whole.longest, held.longest), shape)
-    train = cut(whole, max_length.value)
+    train = cut(whole, max_length.value, keep=spill.examples())
     check_supervision(config, whole, train, most=shape.max_positions, say=say)
     held_examples = _cut_held_out(held, max_length.value, say, what="evaluation data")
     if config.objective == "kto":
         _say_ratings(train.examples, say)
-        train = replace(train, examples=with_mismatched(train.examples, max_length.value))
+        train = replace(train, examples=with_mismatched(train.examples, max_length.value, keep=spill.examples()))
         held_examples = with_mismatched(held_examples, max_length.value)
     old_tasks = encode_all(adapt(gate_rows, tokenizer).conversations, tokenizer, loss_on=config.loss_on)
     gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
@@ -157,14 +162,18 @@ def _encode(
     say: Sink,
 ) -> tuple[Encoded, Encoded]:
     """Give what is trained on and what is held out as tokens and masks, and tell what had to be adapted."""
-    suited, suited_held_out = (adapt(part, tokenizer) for part in (judged.conversations, held_out))
-    for note in (*suited.notes, *(f"evaluation data: {note}" for note in suited_held_out.notes)):
-        say(Warned(message=note))
-    forged = with_control_tokens((*suited.conversations, *suited_held_out.conversations), tokenizer)
-    if forged:
-        say(Warned(message=f"{len(forged)} rows hold control tokens of the model in their text, first: {forged[0]}"))
-    whole = encode_all(suited.conversations, tokenizer, loss_on=config.loss_on)
-    held = encode_all(suited_held_out.conversations, tokenizer, loss_on=config.loss_on)
+    encoded: list[Encoded] = []
+    forgeries = Forgeries(tokenizer)
+    for part, whose in ((judged.conversations, ""), (held_out, "evaluation data: ")):
+        adapter = Adapter(tokenizer)
+        suited = (forgeries.seen(adapter.adapted(conversation)) for conversation in part)
+        encoded.append(encode_all(suited, tokenizer, loss_on=config.loss_on, keep=spill.examples()))
+        for note in adapter.notes:
+            say(Warned(message=f"{whose}{note}"))
+    if forgeries.count:
+        told = f"{forgeries.count} rows hold control tokens of the model in their text, first: {forgeries.first}"
+        say(Warned(message=told))
+    whole, held = encoded
     return whole, held
 
 
@@ -207,7 +216,7 @@ def _say_ratings(examples: Sequence[Example], say: Sink) -> None:
 
 def lengths_of(train: Encoded) -> list[list[int]]:
     """Count the examples by their number of tokens."""
-    return [[bucket.low, bucket.high, bucket.count] for bucket in histogram([len(side.ids) for side in train.sides])]
+    return [[bucket.low, bucket.high, bucket.count] for bucket in histogram(train.lengths)]
 
 
 # More tokens lost than this is a fault of the settings, unless it is wanted.
@@ -224,7 +233,7 @@ def check_supervision(config: TrainConfig, whole: Encoded, train: Encoded, *, mo
         DataError: If more than 5 % of the tokens or examples are lost to the length, and this was not allowed.
         ModelError: If the template ends answers without a token that stops them.
     """
-    per_example = sorted(side.num_trained for side in train.sides)
+    per_example = sorted(train.trained)
     lost = train.dropped / len(whole.examples)
     parts = "sides of preferences" if config.objective in ("dpo", "orpo") else "examples"
     trained = Proved(
@@ -260,14 +269,14 @@ def check_supervision(config: TrainConfig, whole: Encoded, train: Encoded, *, mo
 
 
 def _prove_ends(config: TrainConfig, whole: Encoded, train: Encoded, say: Sink) -> None:
-    answers = sum(side.answers for side in whole.sides)
+    answers = whole.answers
     if not answers:
         return
     ends = Proved(
         name="the end of each answer is trained",
         ok=not whole.unended,
         found=f"{answers - whole.unended} of {answers} answers end with a trained token that stops them; "
-        f"{_num_ended(whole) - _num_ended(train)} of these ends are cut",
+        f"{whole.ended - train.ended} of these ends are cut",
     )
     say(ends)
     if not ends.ok and not config.skip_proofs:
@@ -277,11 +286,7 @@ def _prove_ends(config: TrainConfig, whole: Encoded, train: Encoded, say: Sink) 
         )
 
 
-def _num_ended(encoded: Encoded) -> int:
-    return sum(side.ended for side in encoded.sides)
-
-
-def _cut_held_out(held: Encoded, max_length: int, say: Sink, *, what: str) -> tuple[Example, ...]:
+def _cut_held_out(held: Encoded, max_length: int, say: Sink, *, what: str) -> Sequence[Example]:
     """Cut the held-out examples, and say what that takes from them.
 
     Raises:
@@ -290,7 +295,7 @@ def _cut_held_out(held: Encoded, max_length: int, say: Sink, *, what: str) -> tu
     if not held.examples:
         return ()
     try:
-        short = cut(held, max_length)
+        short = cut(held, max_length, keep=spill.examples())
     except DataError as error:
         raise DataError(f"{what}: {error.message}", hint=error.hint) from error
     if short.tokens_cut or short.dropped:
@@ -303,7 +308,7 @@ def _cut_held_out(held: Encoded, max_length: int, say: Sink, *, what: str) -> tu
     return short.examples
 
 
-def first_question(conversations: Sequence[Conversation]) -> str:
+def first_question(conversations: Iterable[Conversation]) -> str:
     """Give the first user turn; empty if there is none."""
     turns = (turn for conversation in conversations for turn in conversation.messages)
     return next((turn["content"] for turn in turns if turn["role"] == "user"), "")
@@ -314,7 +319,7 @@ def probes_of(conversations: Sequence[Conversation], tokenizer: "HfTokenizer") -
     return [list(one.messages) for one in adapt(choose(conversations), tokenizer).conversations]
 
 
-def fingerprint_of(conversations: Sequence[Conversation]) -> str:
+def fingerprint_of(conversations: Iterable[Conversation]) -> str:
     """Hash what is trained on and held out, whatever files it came from."""
     digest = hashlib.sha256()
     for conversation in conversations:

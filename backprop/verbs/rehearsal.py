@@ -4,6 +4,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from heapq import nsmallest
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
@@ -97,7 +98,7 @@ def _room() -> Generator[Path]:
 def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink) -> str:
     from backprop.engine import merge
 
-    examples = tuple(sorted(prepared.train.examples, key=lambda example: len(example.ids))[:EXAMPLES])
+    examples = tuple(nsmallest(EXAMPLES, prepared.train.examples, key=lambda example: len(example.ids)))
     small = replace(
         prepared,
         model=ModelSource(name="rehearsal", path=str(room / "model"), sha256=""),

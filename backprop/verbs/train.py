@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from backprop.config import TrainConfig
@@ -47,7 +48,7 @@ def _train(config: TrainConfig, say: Sink) -> Path:
     gate_rows = read_gates(config)
     judged, held_out = read_data(config)
     refuse_gates_without_figures(config, held_out=bool(held_out))
-    fingerprint = fingerprint_of([*judged.conversations, *held_out])
+    fingerprint = fingerprint_of(chain(judged.conversations, held_out))
     with running(config, command="train", fingerprint=fingerprint, say=say) as session:
         if session.done:
             if original is not None:

@@ -260,7 +260,7 @@ def test_going_on_weighs_against_the_model_before_all_training(
     (whole.folder / "checkpoints" / "step-000003").rename(kept)
     expected = rundir.sha256_of(whole.folder / "lora" / "adapter_model.safetensors")
     # On a GPU what is computed again differs in its last bits: the checkpoint is believed instead.
-    monkeypatch.delattr(loop, "with_references")
+    monkeypatch.delattr(loop, "references_of")
     again = train(LEARNABLE, **{**options, "resume": str(kept)})
     assert [event.step for event in again.all(events.Resumed)] == [3]
     assert again.losses == pytest.approx(whole.losses[3:], abs=0)

@@ -12,6 +12,7 @@ from conftest import Run, chat
 from backprop import events
 from backprop.core.data.render import Example
 from backprop.engine import batches, exam
+from backprop.engine.objectives import Supervised, measure
 
 pytestmark = pytest.mark.model
 
@@ -200,4 +201,6 @@ def test_the_mean_loss_is_that_of_plain_transformers_packed_or_padded(loaded: An
         ids = [torch.tensor([example.ids]) for example in examples]
         sums = [float(loaded(input_ids=one, labels=one).loss) * (one.shape[1] - 1) for one in ids]
     expected = sum(sums) / sum(one.shape[1] - 1 for one in ids)
-    assert [exam.mean_loss(loaded, examples, size) for size in sizes] == [pytest.approx(expected, rel=1e-5)] * 2
+    assert [measure(loaded, examples, size, Supervised()).loss for size in sizes] == [
+        pytest.approx(expected, rel=1e-5)
+    ] * 2

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backprop.core.data.formats import Conversation, Message
-from backprop.core.data.inspect import histogram, inspect, language_of
+from backprop.core.data.inspect import histogram, inspect
 from backprop.core.data.judge import judge
+from backprop.core.data.language import language_of
 from backprop.edges.files import read_rows
 
 VOCABULARY = [f"{start}{end}" for start in "bdfgklmnprst" for end in ("aven", "ilo", "orm", "ush", "ester", "ing")]

@@ -206,7 +206,7 @@ def test_what_is_cut_from_either_side_is_counted_and_pairs_that_no_longer_differ
     assert whole.tokens == sum(len(side.ids) for one in whole.examples for side in (one, one.rejected) if side)
     short = cut(whole, 16)
     assert (len(short.examples), short.dropped) == (1, 2)
-    assert short.tokens_cut == sum(max(0, len(side.ids) - 16) for side in whole.sides)
+    assert short.tokens_cut == sum(max(0, len(side.ids) - 16) for one in whole.examples for side in one.sides)
 
 
 def test_a_mismatched_answer_follows_its_own_prompt(letters: LetterTokenizer) -> None:

@@ -4,9 +4,7 @@ Pure, and one pass over each part. It counts rows that say the same twice, rows 
 languages; it never changes or drops a row.
 
 Near-duplicates are found by MinHash over shingles of five words: one permutation hashing with densification
-(arXiv:1703.04664), banded (Leskovec et al., Mining of Massive Datasets, sec. 3.4). Languages are guessed by counting: the
-script is the Unicode block of most letters; within Latin script, the language whose most frequent function words occur
-most. Neither needs a model.
+(arXiv:1703.04664), banded (Leskovec et al., Mining of Massive Datasets, sec. 3.4).
 """
 
 import json
@@ -15,14 +13,16 @@ import re
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from operator import eq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from backprop.core.data.formats import Conversation, Message
+from backprop.core.data.language import language_of
+from backprop.core.data.sequences import Picked
 from backprop.events import JSON
 
 # Near-duplicates are looked for among at most this many rows, which take about 120 MiB.
@@ -38,8 +38,6 @@ ALIKE = 0.72
 ANSWER_SHINGLES, ANSWERS_ALIKE = 16, 0.25
 # Rows of one bucket that are compared: a template shared by all rows must not make the work quadratic.
 BUCKET_MOST = 16
-# Characters of a row that its language is guessed from.
-LANGUAGE_CHARS = 1000
 
 Pair = tuple[str, str]
 """The places of two rows: the later one, and the one that it repeats."""
@@ -102,29 +100,54 @@ class Bucket:
     count: int
 
 
-def inspect(train: Iterable[Conversation], held_out: Iterable[Conversation], *, near_most: int = NEAR_MOST) -> Ledger:
+def inspect(train: Sequence[Conversation], held_out: Sequence[Conversation], *, near_most: int = NEAR_MOST) -> Ledger:
     """Read both parts once and give their ledger."""
+    import numpy as np
+
     trained, held = _read(train, near_most), _read(held_out, near_most)
+    digests, others = (np.array(part.digests, np.uint64) for part in (trained, held))
+    first = _first_alike(digests)
+    repeated = first != np.arange(len(digests))
+    overlap = np.isin(others, digests)
+    asked, answered = (np.array(values, np.uint64) for values in (trained.asked, trained.answered))
+    asking = np.flatnonzero(~repeated & (asked != 0))
+    first_asked = asking[_first_alike(asked[asking])]
+    differing = answered[asking] != answered[first_asked]
     sketches = list(trained.sketches.values())
-    new = [sketch for digest, sketch in held.sketches.items() if digest not in trained.places]
+    held_sketched = np.array([*held.sketches], np.uint64)
+    new = [held.sketches[int(digest)] for digest in held_sketched[~np.isin(held_sketched, digests)]]
     near, near_overlap = _alike(sketches, sketches), _alike(sketches, new)
-    overlap = [digest for digest in held.digests if digest in trained.places]
+
+    def pair(later: Any, places: Sequence[Conversation], earlier: Callable[[int], int]) -> Pair | None:
+        if not later.any():
+            return None
+        number = int(later.argmax())
+        return places[number].place, train[earlier(number)].place
+
     return Ledger(
-        rows=len(trained.digests),
-        held_out=len(held.digests),
-        duplicates=len(trained.digests) - len(trained.places),
-        duplicates_first=trained.duplicates_first,
+        rows=len(digests),
+        held_out=len(others),
+        duplicates=int(repeated.sum()),
+        duplicates_first=pair(repeated, train, lambda number: int(first[number])),
         near_duplicates=len(near),
         near_duplicates_first=_first(sketches, sketches, near),
         near_checked=len(sketches),
-        overlap=len(overlap),
-        overlap_first=(held.places[overlap[0]], trained.places[overlap[0]]) if overlap else None,
+        overlap=int(overlap.sum()),
+        overlap_first=pair(overlap, held_out, lambda number: int((digests == others[number]).argmax())),
         near_overlap=len(near_overlap),
         near_overlap_first=_first(sketches, new, near_overlap),
-        same_question=trained.same_question,
-        same_question_first=trained.same_question_first,
+        same_question=int(differing.sum()),
+        same_question_first=pair(differing, Picked(train, asking.tolist()), lambda number: int(first_asked[number])),
         languages=dict(trained.languages.most_common()),
     )
+
+
+def _first_alike(digests: Any) -> Any:
+    """Give for each digest the number of the first that is the same."""
+    import numpy as np
+
+    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
+    return first[which]
 
 
 class _Sketch(NamedTuple):
@@ -148,14 +171,12 @@ class _Parts(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class _Part:
-    """What is remembered of the rows of a part."""
+    """What is remembered of the rows of a part: 24 bytes each, besides the sketches."""
 
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
-    places: dict[int, str] = field(default_factory=dict[int, str])
-    duplicates_first: Pair | None = None
-    questions: dict[int, tuple[int, str]] = field(default_factory=dict[int, tuple[int, str]])
-    same_question: int = 0
-    same_question_first: Pair | None = None
+    asked: "array[int]" = field(default_factory=lambda: array("Q"))
+    """Of what is asked; 0 where nothing is, or where answers to it are meant to differ."""
+    answered: "array[int]" = field(default_factory=lambda: array("Q"))
     sketches: dict[int, _Sketch] = field(default_factory=dict[int, _Sketch])
     languages: Counter[str] = field(default_factory=Counter[str])
 
@@ -169,29 +190,17 @@ def _read(conversations: Iterable[Conversation], near_most: int) -> _Part:
         part.languages[language_of(f"{parts.question}\n{parts.answer}")] += 1
         digest = _digest(f"{parts.order}\0{parts.asked}\0{parts.answered}")
         part.digests.append(digest)
-        if digest in part.places:
-            part.duplicates_first = part.duplicates_first or (conversation.place, part.places[digest])
+        part.asked.append(_digest(parts.asked) if parts.asked and conversation.desirable is None else 0)
+        part.answered.append(_digest(parts.answered))
+        if digest >= below or digest in part.sketches:
             continue
-        part.places[digest] = conversation.place
-        if conversation.desirable is None:  # rated answers to one question are meant to differ
-            _note_question(part, parts, conversation.place)
-        sketch = _sketch_of(parts, conversation.place) if digest < below else None
+        sketch = _sketch_of(parts, conversation.place)
         if sketch:
             part.sketches[digest] = sketch
         while len(part.sketches) > near_most:
             below //= 2
             part.sketches = {digest: sketch for digest, sketch in part.sketches.items() if digest < below}
     return part
-
-
-def _note_question(part: _Part, parts: _Parts, place: str) -> None:
-    if not parts.asked:
-        return
-    answer = _digest(parts.answered)
-    first_answer, first_place = part.questions.setdefault(_digest(parts.asked), (answer, place))
-    if answer != first_answer:
-        part.same_question += 1
-        part.same_question_first = part.same_question_first or (place, first_place)
 
 
 def _parts_of(conversation: Conversation) -> _Parts:
@@ -309,103 +318,6 @@ def _first(known: Sequence[_Sketch], asked: Sequence[_Sketch], found: Mapping[in
         return None
     index = min(found)
     return asked[index].place, known[found[index]].place
-
-
-# Where each Unicode block of letters begins, and its script; "-" where there is none of these.
-_BLOCKS = re.findall(
-    r"(\w+) ([^,]+)",
-    "0 Latin, 370 Greek, 400 Cyrillic script, 530 -, 590 Hebrew, 600 Arabic script, 780 -, 900 Devanagari script, 980 -, "
-    "E00 Thai, E80 -, 1100 Korean, 1200 -, 1E00 Latin, 1F00 Greek, 2000 -, 3040 Kana, 3100 -, 3400 Han, A000 -, "
-    "AC00 Korean, D7B0 -",
-)
-_STARTS = [int(start, 16) for start, _ in _BLOCKS]
-
-# The most frequent words that carry grammar, not meaning.
-_FUNCTION_WORDS: dict[str, frozenset[str]] = {
-    name: frozenset(words.split())
-    for name, words in {
-        "English": "the of and to a in is that it for was on are as with be by at this have from or not you what how who "
-        "which where when do does i he she they we can your my an if there has me some about",
-        "German": "der die das und in zu den ist nicht von mit dem des ein eine auf für im sich auch es an wie ich sie er wir "
-        "was wer wo wird sind hat einen als bei oder aus nach man heißt",
-        "French": "le la les de des et un une du en est que qui dans pour pas sur au avec ce il elle je nous vous se plus "
-        "par sont aux cette ne à où quel quelle l d qu",
-        "Spanish": "el la los las de que en un una es del por con no se para al lo como su más qué cuál está son pero "
-        "yo me dónde cómo muy hay este esta",
-        "Italian": "il la lo gli le di e che un una è in per non del della con si da al dei sono come più nel alla cosa chi "
-        "dove ha questo i l delle ma anche o",
-        "Portuguese": "o a os as de e que um uma do da em não é no na por com para se dos das mais como ao foi são qual onde "
-        "você eu seu sua ou muito está",
-        "Dutch": "de het een en van in is dat op te niet met voor zijn aan er wat die ik je hij naar ook om als bij hoe wie "
-        "waar wordt of uit maar dit deze was heeft",
-        "Polish": "i w na z nie się do to jest że jak o co po od za dla czy ten przez są ale tak gdzie kto który jego był "
-        "można oraz być ma a",
-    }.items()
-}
-# Below this share of function words it is another language: in running text of these eight they are a third or more.
-_FUNCTION_WORDS_LEAST = 0.1
-
-_CODE_LINE = re.compile(
-    r"""\s*(?:
-    (?:async\ )?(?:def|class|fn|func|function|struct|interface)\ \w+\ *[({:<]
-    | import\ [\w.]+(?:\ as\ \w+|(?:,\ ?\w+)+)?;?$ | from\ [\w.]+\ import\b
-    | \#(?:include|define|ifdef|endif)\b
-    | (?:if|elif|else|for|while|with|try|except|switch)\b.*[:{]$
-    | (?:SELECT|INSERT\ INTO|UPDATE\ \w+\ SET|DELETE\ FROM|CREATE\ TABLE)\b
-    | [A-Za-z_][\w.\[\]"']+\ *[-+*/|]?=\ *\S
-    | [\w.]+\(.*\)\ *;?$
-    | [}\])]+[;,]?$
-    | </?\w+[^>]*>
-    | .*[()=\[\]<>].*;$ | .*{$
-    ) | \s+return\b""",
-    re.VERBOSE,
-)
-
-
-def language_of(text: str) -> str:
-    """Guess the language of ``text``: "code" if most of it looks like that, else by script and function words.
-
-    Scripts that serve many languages are named as such ("Cyrillic script"); "other Latin" is Latin script with too few
-    function words of English, German, French, Spanish, Italian, Portuguese, Dutch or Polish; "no words" holds no letter.
-    """
-    text = text[:LANGUAGE_CHARS]
-    if _is_code(text):
-        return "code"
-    scripts: Counter[str] = Counter()
-    for char, count in Counter(text).items():
-        if char.isalpha():
-            scripts[_BLOCKS[bisect_right(_STARTS, ord(char)) - 1][1]] += count
-    if not scripts:
-        return "no words"
-    # Japanese is written in Kana and Han; Chinese in Han alone.
-    if scripts["Kana"] * 10 > scripts["Han"]:
-        scripts["Kana"] += scripts.pop("Han", 0)
-    script = scripts.most_common(1)[0][0]
-    if script == "Latin":
-        return _latin_language(text)
-    return {"Kana": "Japanese", "Han": "Chinese", "-": "another script"}.get(script, script)
-
-
-def _latin_language(text: str) -> str:
-    words = re.findall(r"[^\W\d_]+", text.lower())
-    hits = {name: sum(map(common.__contains__, words)) for name, common in _FUNCTION_WORDS.items()}
-    first, second = sorted(hits, key=lambda name: hits[name], reverse=True)[:2]
-    if hits[first] == hits[second] or hits[first] < _FUNCTION_WORDS_LEAST * len(words):
-        return "other Latin"
-    return first
-
-
-def _is_code(text: str) -> bool:
-    code = total = 0
-    fenced = False
-    for line in text.splitlines():
-        total += len(line)
-        if line.startswith("```"):
-            fenced = not fenced
-            code += len(line)
-        elif fenced or _CODE_LINE.match(line):
-            code += len(line)
-    return 2 * code > total
 
 
 def histogram(lengths: Sequence[int], *, buckets: int = 12) -> tuple[Bucket, ...]:

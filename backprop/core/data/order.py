@@ -1,6 +1,7 @@
 """Which examples each optimizer step takes: the same for any micro-batch, packed or not, and from any step on."""
 
 import random
+from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,7 +37,7 @@ class SampleOrder:
 
 # A step touches two passes at most, unless the data is smaller than a step.
 @lru_cache(maxsize=2)
-def _shuffled(num_examples: int, seed: int, epoch: int) -> list[int]:
-    numbers = list(range(num_examples))
+def _shuffled(num_examples: int, seed: int, epoch: int) -> "array[int]":
+    numbers = array("I", range(num_examples))
     random.Random(f"{seed}/{epoch}").shuffle(numbers)
     return numbers

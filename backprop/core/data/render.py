@@ -4,12 +4,14 @@ A mask says which tokens are trained on. It is derived by rendering the conversa
 chat template and seeing what each turn adds to the text; never from marker strings, never from a template of our own.
 """
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, cast
 
 from backprop.core.data.formats import Conversation, Message
+from backprop.core.data.sequences import Growing
 from backprop.errors import DataError
 
 
@@ -185,7 +187,16 @@ def _example(text: str, spans: Sequence[Span], tokenizer: ChatTokenizer, questio
 class Encoded:
     """Examples of a data set, and what encoding them cost."""
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
+    lengths: Sequence[int] = ()
+    """Tokens of each side of each example."""
+    trained: Sequence[int] = ()
+    """Those of them that are trained on."""
+    answers: int = 0
+    ended: int = 0
+    """Answers whose end is trained."""
+    teaching: bool = True
+    """Whether there is something to learn from every example."""
     dropped: int = 0
     tokens_cut: int = 0
     trained_tokens_cut: int = 0
@@ -195,38 +206,74 @@ class Encoded:
     @property
     def tokens(self) -> int:
         """Count all tokens, of both sides of a preference."""
-        return sum(len(side.ids) for side in self.sides)
+        return sum(self.lengths)
 
     @property
     def trained_tokens(self) -> int:
         """Count the trained tokens."""
-        return sum(side.num_trained for side in self.sides)
-
-    @property
-    def sides(self) -> tuple[Example, ...]:
-        """Give the examples, and what is weighed against each."""
-        return tuple(side for example in self.examples for side in example.sides)
+        return sum(self.trained)
 
     @property
     def unended(self) -> int:
         """Count the answers whose end is not trained, so that the model would not learn to stop."""
-        return sum(side.answers - side.ended for side in self.sides)
+        return self.answers - self.ended
 
     @property
     def longest(self) -> int:
-        """Give the number of tokens of the longest example."""
-        return max((len(side.ids) for side in self.sides), default=0)
+        """Give the number of tokens of the longest side."""
+        return max(self.lengths, default=0)
+
+
+class _Collected:
+    """Examples that are kept, and counted as they come."""
+
+    def __init__(self, keep: Growing[Example] | None) -> None:
+        self._keep = keep
+        self._kept: Growing[Example] = [] if keep is None else keep
+        self._lengths, self._trained = array("I"), array("I")
+        self._answers, self._ended, self._teaching = 0, 0, True
+
+    def add(self, example: Example) -> None:
+        self._kept.append(example)
+        self._teaching = self._teaching and _teaches(example)
+        for side in example.sides:
+            self._lengths.append(len(side.ids))
+            self._trained.append(side.num_trained)
+            self._answers += side.answers
+            self._ended += side.ended
+
+    def encoded(self, **counts: int) -> Encoded:
+        return Encoded(
+            examples=tuple(self._kept) if self._keep is None else cast(Sequence[Example], self._keep),
+            lengths=self._lengths,
+            trained=self._trained,
+            answers=self._answers,
+            ended=self._ended,
+            teaching=self._teaching,
+            **counts,
+        )
 
 
 def encode_all(
-    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, loss_on: Literal["assistant", "all"]
+    conversations: Iterable[Conversation],
+    tokenizer: ChatTokenizer,
+    *,
+    loss_on: Literal["assistant", "all"],
+    keep: Growing[Example] | None = None,
 ) -> Encoded:
-    """Encode every conversation, whole."""
-    encoded = [_encode_named(conversation, tokenizer, loss_on) for conversation in conversations]
-    return Encoded(
-        examples=tuple(example for examples in encoded for example in examples),
-        rewritten=sum(len(examples) > 1 for examples in encoded),
-    )
+    """Encode every conversation, whole.
+
+    Args:
+        keep: Where the examples go; None for memory.
+    """
+    collected = _Collected(keep)
+    rewritten = 0
+    for conversation in conversations:
+        examples = _encode_named(conversation, tokenizer, loss_on)
+        rewritten += len(examples) > 1
+        for example in examples:
+            collected.add(example)
+    return collected.encoded(rewritten=rewritten)
 
 
 def _encode_named(
@@ -241,24 +288,35 @@ def _encode_named(
         raise DataError(f"{conversation.place}: {error.message}", hint=error.hint) from error
 
 
-def cut(encoded: Encoded, max_length: int) -> Encoded:
+def cut(encoded: Encoded, max_length: int, *, keep: Growing[Example] | None = None) -> Encoded:
     """Keep the first ``max_length`` tokens of each example, and drop those with nothing to train on; both counted.
+
+    Args:
+        keep: Where the examples go if any is cut or dropped; None for memory.
 
     Raises:
         DataError: If no example has a trained token left.
     """
-    short = [_sides_shortened(example, max_length) for example in encoded.examples]
-    kept = tuple(example for example in short if _teaches(example))
+    if encoded.examples and encoded.teaching and encoded.longest <= max_length:
+        return encoded
+    collected = _Collected(keep)
+    kept = tokens = trained = 0
+    for example in encoded.examples:
+        short = _sides_shortened(example, max_length)
+        tokens += short.num_tokens
+        trained += sum(side.num_trained for side in short.sides)
+        if _teaches(short):
+            collected.add(short)
+            kept += 1
     if not kept:
         raise DataError(
-            f"none of the {len(short)} examples has a token to train on within {max_length} tokens",
+            f"none of the {len(encoded.examples)} examples has a token to train on within {max_length} tokens",
             hint="raise `--max-length`, and look at three rows with `--dry-run`",
         )
-    return Encoded(
-        examples=kept,
-        dropped=len(short) - len(kept),
-        tokens_cut=encoded.tokens - sum(example.num_tokens for example in short),
-        trained_tokens_cut=encoded.trained_tokens - sum(side.num_trained for one in short for side in one.sides),
+    return collected.encoded(
+        dropped=len(encoded.examples) - kept,
+        tokens_cut=encoded.tokens - tokens,
+        trained_tokens_cut=encoded.trained_tokens - trained,
         rewritten=encoded.rewritten,
     )
 
@@ -275,17 +333,19 @@ def _sides_shortened(example: Example, max_length: int) -> Example:
     return replace(_shortened(example, max_length), rejected=rejected)
 
 
-def with_mismatched(examples: Sequence[Example], max_length: int) -> tuple[Example, ...]:
+def with_mismatched(
+    examples: Sequence[Example], max_length: int, *, keep: Growing[Example] | None = None
+) -> Sequence[Example]:
     """Give each rated answer another's beside it: the same prompt, answered as the next example is.
 
     From these KTO estimates how far the model has moved whatever it is asked (arXiv:2402.01306, section 4.1). Which
     answer it is depends on the data alone, so that a run that goes on later finds the same.
     """
-    following = [*examples[1:], *examples[:1]]
-    return tuple(
-        replace(one, mismatched=_spliced(one, other, max_length))
-        for one, other in zip(examples, following, strict=True)
-    )
+    made: Growing[Example] = [] if keep is None else keep
+    for number, one in enumerate(examples):
+        other = examples[(number + 1) % len(examples)]
+        made.append(replace(one, mismatched=_spliced(one, other, max_length)))
+    return tuple(made) if keep is None else cast(Sequence[Example], keep)
 
 
 def _spliced(one: Example, other: Example, max_length: int) -> Example:

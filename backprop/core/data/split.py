@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 
 from backprop.core.data.formats import Conversation
+from backprop.core.data.sequences import pick
 
 # Below this many rows a held-out part would cost more than it tells.
 FEWEST_ROWS = 200
@@ -15,7 +17,7 @@ MOST_HELD_OUT = 500
 
 def hold_out(
     conversations: Sequence[Conversation], *, fraction: float | None
-) -> tuple[tuple[Conversation, ...], tuple[Conversation, ...]]:
+) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
     """Split into a part to train on and a held-out part.
 
     Args:
@@ -28,11 +30,12 @@ def hold_out(
     if fraction is None:
         enough = len(conversations) >= FEWEST_ROWS
         fraction = min(DEFAULT_FRACTION, MOST_HELD_OUT / len(conversations)) if enough else 0.0
-    held = [_position(conversation) < fraction for conversation in conversations]
-    if all(held):
-        return tuple(conversations), ()
-    kept = tuple(conversation for conversation, out in zip(conversations, held, strict=True) if not out)
-    return kept, tuple(conversation for conversation, out in zip(conversations, held, strict=True) if out)
+    if not fraction:
+        return conversations, ()
+    kept, held = array("I"), array("I")
+    for number, conversation in enumerate(conversations):
+        (held if _position(conversation) < fraction else kept).append(number)
+    return (pick(conversations, kept), pick(conversations, held)) if kept else (conversations, ())
 
 
 def _position(conversation: Conversation) -> float:

@@ -80,14 +80,29 @@ def adapt(conversations: Iterable[Conversation], tokenizer: ChatTokenizer) -> Ad
         DataError: If there are tools, calls of them or their results, or plain turns, and the template would leave them
             out.
     """
-    known: dict[str, bool] = {}
-    moved: Counter[str] = Counter()
-    adapted: list[Conversation] = []
-    for conversation in conversations:
+    adapter = Adapter(tokenizer)
+    adapted = tuple(map(adapter.adapted, conversations))
+    return Adapted(conversations=adapted, notes=adapter.notes)
+
+
+class Adapter:
+    """Adapts one conversation after the other, and remembers what it did."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, bool] = {}
+        self._moved: Counter[str] = Counter()
+
+    def adapted(self, conversation: Conversation) -> Conversation:
+        """Give a conversation that the template renders whole.
+
+        Raises:
+            DataError: As `adapt`.
+        """
         for thing in _things(conversation):
-            if thing not in known:
-                known[thing] = _knows(tokenizer, thing)
-            if known[thing]:
+            if thing not in self._known:
+                self._known[thing] = _knows(self._tokenizer, thing)
+            if self._known[thing]:
                 continue
             if thing not in MOVES:
                 raise DataError(
@@ -96,28 +111,36 @@ def adapt(conversations: Iterable[Conversation], tokenizer: ChatTokenizer) -> Ad
                     if thing == "turns of text"
                     else "choose a model that knows tools, such as Qwen 3; or remove these rows",
                 )
-            moved[thing] += 1
+            self._moved[thing] += 1
             move = MOVES[thing]
             conversation = replace(
                 conversation, messages=move(conversation.messages), rejected=move(conversation.rejected)
             )
-        adapted.append(conversation)
-    notes = tuple(
-        f"this model's template has no place for {thing}: {SAID[thing].format(moved[thing])}" for thing in moved
-    )
-    return Adapted(conversations=tuple(adapted), notes=notes)
+        return conversation
 
-
-def with_control_tokens(conversations: Iterable[Conversation], tokenizer: ChatTokenizer) -> list[str]:
-    """Give the places of conversations whose own texts hold control tokens of the model, which end or forge turns."""
-    found = re.compile("|".join(map(re.escape, sorted(tokenizer.special_texts()))) or "(?!)")
-    return [
-        conversation.place
-        for conversation in conversations
-        if found.search(
-            json.dumps([conversation.messages, conversation.rejected, conversation.tools], ensure_ascii=False)
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say what was moved so far."""
+        return tuple(
+            f"this model's template has no place for {thing}: {SAID[thing].format(count)}"
+            for thing, count in self._moved.items()
         )
-    ]
+
+
+class Forgeries:
+    """Conversations whose own texts hold control tokens of the model, which end or forge turns."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._found = re.compile("|".join(map(re.escape, sorted(tokenizer.special_texts()))) or "(?!)")
+        self.count, self.first = 0, ""
+
+    def seen(self, conversation: Conversation) -> Conversation:
+        """Look at a conversation, count it if it is one, and give it."""
+        texts = [conversation.messages, conversation.rejected, conversation.tools]
+        if self._found.search(json.dumps(texts, ensure_ascii=False)):
+            self.first = self.first if self.count else conversation.place
+            self.count += 1
+        return conversation
 
 
 def _things(conversation: Conversation) -> list[str]:

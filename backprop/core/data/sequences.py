@@ -1,0 +1,49 @@
+"""Sequences that need not be in memory: what grows, and what is picked out of another."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar, overload
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Growing(Protocol[T]):
+    """A sequence that is filled item by item, wherever it keeps them."""
+
+    def append(self, item: T, /) -> None:
+        """Add an item at the end."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> T: ...
+
+    def __iter__(self) -> Iterator[T]: ...
+
+
+class Picked(Sequence[T_co]):
+    """Some items of another sequence, read when they are asked for.
+
+    Args:
+        numbers: Of the items, in their new order.
+    """
+
+    def __init__(self, whole: Sequence[T_co], numbers: Sequence[int]) -> None:
+        self._whole, self._numbers = whole, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, number: int) -> T_co: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[T_co]: ...
+    def __getitem__(self, number: int | slice) -> T_co | Sequence[T_co]:
+        if isinstance(number, slice):
+            return Picked(self._whole, self._numbers[number])
+        return self._whole[self._numbers[number]]
+
+
+def pick(whole: Sequence[T], numbers: Sequence[int]) -> Sequence[T]:
+    """Pick items out: at once if all are in memory, else when they are asked for."""
+    return tuple(whole[number] for number in numbers) if isinstance(whole, tuple) else Picked(whole, numbers)
