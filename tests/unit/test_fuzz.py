@@ -21,18 +21,19 @@ def test_damaged_files_are_read_or_refused_by_an_error_to_act_on(fuzz: dict, tmp
         name, content, damaged = fuzz["file_of"](seed)
         path = tmp_path / name
         path.write_bytes(content)
-        ended, fault = fuzz["fault_of"](path, damaged=damaged)
+        ended, fault = fuzz["fault_of"](path, damaged=damaged, objective=fuzz["objective_of"](seed))
         assert not fault, f"scripts/fuzz 1 {seed}: {fault}"
         ends[ended] += 1
     assert min(ends["read"], ends["refused"]) > NUMBER // 5, "the files are too good, or too bad, to say anything"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
-def test_one_row_of_every_shape_is_read(fuzz: dict, tmp_path: Path, kind: str) -> None:
-    for number, row in enumerate(fuzz["ROWS"]):
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+def test_one_row_of_every_shape_is_read(fuzz: dict, tmp_path: Path, kind: str, objective: str) -> None:
+    for number, row in enumerate(fuzz["VALID"][objective][0]):
         path = tmp_path / f"{number}.{kind}"
         path.write_text(fuzz["json"].dumps(row if kind == "jsonl" else [row]))
-        assert fuzz["fault_of"](path, damaged=False) == ("read", "")
+        assert fuzz["fault_of"](path, damaged=False, objective=objective) == ("read", "")
 
 
 def test_an_error_without_a_hint_or_a_file_is_a_fault(fuzz: dict, tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ def test_pairs_are_read_in_every_shape_that_data_sets_have(row: object) -> None:
     assert pair.num_given == 1
 
 
+def test_an_answer_that_looks_like_a_list_is_text() -> None:
+    (pair,) = read({"prompt": "hi", "chosen": "[1, 2]", "rejected": '["a"]'})
+    assert (said(pair.messages)[-1], said(pair.rejected)[-1]) == (("assistant", "[1, 2]"), ("assistant", '["a"]'))
+
+
 def test_columns_are_named_by_hand() -> None:
     row = {"frage": "hi", "gut": "ho", "schlecht": "no"}
     (pair,) = read(row, "user=frage", "chosen=gut", "rejected=schlecht")

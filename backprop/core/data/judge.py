@@ -130,7 +130,8 @@ def _nothing_to_train_on(seen: _Seen) -> DataError:
         )
     if seen.without_choice.count:
         return DataError(
-            f"in none of the {seen.without_choice.count} rows do the chosen and the rejected answer differ",
+            f"in none of the {seen.without_choice.count} rows do the chosen and the rejected answer differ, first: "
+            f"{seen.without_choice.first}",
             hint="look at the columns `chosen` and `rejected`",
         )
     return DataError("the data holds no rows", hint="check the path, and that the file is not empty")

@@ -69,7 +69,7 @@ def _rating(row: Row, name: str, value: object) -> bool:
 
 def _side(row: Row, kept: Mapping[str, object], answer: object, columns: Mapping[str, str]) -> Conversation:
     """Read one side: an answer to the row's prompt or conversation; or a conversation that is whole."""
-    answer = unpacked(answer)
+    answer = unpacked(answer) if are_turns(unpacked(answer)) else answer  # an answer may be a list of numbers
     if isinstance(answer, str) and TURN.match(answer):
         answer = _split(answer)
     answer = [answer] if is_turn(answer) else answer
