@@ -203,6 +203,8 @@ def _evaluated(event: Eval) -> str:
 
 
 def _tried(event: Tried) -> str:
+    if event.size_bytes is None:
+        return f"  {event.quantization:8} {'refused':>12}  {event.refused}"
     size = f"{event.size_bytes / 2**20:,.0f} MiB"
     return f"  {event.quantization:8} {size:>12}  KL {event.mean_kl:.3g}, likeliest token equal in {event.top1:.1%}"
 

@@ -62,6 +62,10 @@ class ExportError(BackpropError):
     code = 7
 
 
+class RejectedError(ExportError):
+    """A file that is not the model that was trained, or gives no answer."""
+
+
 class OllamaError(BackpropError):
     """An Ollama server that is unreachable, refuses, or holds another model than it was given."""
 

@@ -215,14 +215,17 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tried:
-    """A type that fits `--budget` was made, and held to the 16-bit file: divergences in nats."""
+    """A type that may fit `--budget` was made, and held to the 16-bit file: divergences in nats."""
 
     quantization: str
-    size_bytes: int
-    mean_kl: float
-    p99_kl: float
-    top1: float
+    size_bytes: int | None = None
+    """None if it was refused, as the three figures below then are."""
+    mean_kl: float | None = None
+    p99_kl: float | None = None
+    top1: float | None = None
     """Share of positions with the same likeliest token."""
+    refused: str = ""
+    """Why there is no file to choose: llama.cpp did not make it, or it predicts nothing; empty else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import go_templates
+
+NO_TEMPLATE = "{{ .Prompt }}"
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 NAME = re.compile(rf"(?:[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}}/)?{WORD}(?::{WORD})?")
@@ -42,7 +45,14 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "options": dict,
         "keep_alive": (int, str),
     },
-    "/api/chat": {"*model": str, "*messages": list, "stream": bool, "options": dict, "keep_alive": (int, str)},
+    "/api/chat": {
+        "*model": str,
+        "*messages": list,
+        "stream": bool,
+        "options": dict,
+        "keep_alive": (int, str),
+        "_debug_render_only": bool,
+    },
 }
 METHOD_OF = {
     "/api/version": "GET",
@@ -84,6 +94,8 @@ class Asked:
     prompt: str
     raw: bool
     options: Mapping[str, Any]
+    template: str
+    """The model's own, or what the server took for it."""
 
 
 Answerer = Callable[[Asked], str]
@@ -242,6 +254,9 @@ class OllamaDouble:
     def _forget(self) -> None:
         self.answer = self.first_answer
         self.version = "0.31.1"
+        # What it takes for the template of a model that was given none.
+        self.detected = NO_TEMPLATE
+        self.renders_only = True
         self.token = ""
         self.blobs: dict[str, bytes] = {}
         self.models: dict[str, Model] = {}
@@ -407,8 +422,8 @@ class _Handler(BaseHTTPRequestHandler):
         template = fields.get("template", "")
         if self.double.blobs[digest][:4] != b"GGUF":
             told.append({"error": "supplied file was not in GGUF format"})
-        elif template.count("{{") != template.count("}}"):
-            told.append({"error": "template error: unclosed action"})
+        elif wrong := _wrong_template(template):
+            told.append({"error": f"template error: {wrong}"})
         else:
             self.double.models[full_name(fields["model"])] = Model(
                 digest,
@@ -433,7 +448,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "modelfile": f"FROM /blobs/{model.digest.replace(':', '-')}",
                 "parameters": "\n".join(f"{'stop':<30} {_quoted(stop)}" for stop in stops),
-                "template": model.template or "{{ .Prompt }}",
+                "template": model.template or self.double.detected,
                 "system": model.system,
                 "license": model.license,
                 "details": {"format": "gguf", "family": "llama"},
@@ -470,6 +485,12 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refused(400, "invalid message")
             if message["role"] not in ("system", "user", "assistant", "tool"):
                 raise Refused(400, f"invalid role: {message['role']}")
+        if fields.get("_debug_render_only") and self.double.renders_only:
+            model = self._model(fields["model"])
+            text = rendered(model.template or self.double.detected, model, fields["messages"])
+            common = {"model": fields["model"], "created_at": "2026-01-01T00:00:00Z"}
+            self.reply_json({**common, "_debug_info": {"rendered_template": text}})
+            return
         said, stopped = self._answer(fields, messages=fields["messages"])
         none = {"role": "assistant", "content": ""}
         self._say(fields, {"message": {**none, "content": said}}, {"message": none}, stopped)
@@ -485,7 +506,9 @@ class _Handler(BaseHTTPRequestHandler):
         model = self._model(fields["model"])
         options = fields.get("options", {})
         _check_types(options, OPTIONS)
-        asked = Asked(fields["model"], model, self.double.blobs[model.digest], messages, prompt, raw, options)
+        template = model.template or self.double.detected
+        blob = self.double.blobs[model.digest]
+        asked = Asked(fields["model"], model, blob, messages, prompt, raw, options, template)
         said = self.double.answer(asked)
         stops = [said.find(stop) for stop in model.parameters.get("stop", []) if stop in said]
         return said[: min(stops)] if stops else said, bool(stops)
@@ -519,6 +542,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def hang_up(self) -> None:
         self.close_connection = True
+
+
+def rendered(template: str, model: Model, messages: Sequence[Mapping[str, str]]) -> str:
+    """Render a conversation, with the model's system prompt if it has none of its own."""
+    own = not messages or messages[0]["role"] != "system"
+    lead = [{"role": "system", "content": model.system}] if model.system and own else []
+    return go_templates.render(template, [*lead, *messages])
+
+
+def _wrong_template(template: str) -> str:
+    try:
+        fields = go_templates.fields_of(go_templates.parse(template))
+    except go_templates.TemplateError as error:
+        return str(error)
+    known = {".Messages", ".Prompt", "$.Messages"}
+    return "" if not template or fields & known else "template must have .Messages or .Prompt"
 
 
 def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -581,9 +620,8 @@ def llama_answerer(folder: Path) -> Iterator[Answerer]:
             "stop": asked.model.parameters.get("stop", []),
         }
         if asked.messages:
-            system = [{"role": "system", "content": asked.model.system}] if asked.model.system else []
-            reply = model.create_chat_completion(messages=[*system, *asked.messages], **settings)
-            return str(reply["choices"][0]["message"]["content"] or "")
+            prompt = rendered(asked.template, asked.model, asked.messages)
+            return str(model.create_completion(prompt, **settings)["choices"][0]["text"])
         return str(model.create_completion(asked.prompt, **settings)["choices"][0]["text"])
 
     try:

@@ -165,11 +165,21 @@ def quantize_tiny(folder: Path) -> int:
         ToolError: If the converter's own GGUF package is missing or broken.
         ExportError: If the quantizer does not work.
     """
-    source, target = folder / "tiny.gguf", folder / "tiny-q4_k_m.gguf"
-    env = {**os.environ, "PYTHONPATH": str(converter().parent / "gguf-py")}
-    process.run([sys.executable, "-c", TINY_MODEL, str(source)], env=env, timeout_s=60)
+    source, target = write_tiny(folder), folder / "tiny-q4_k_m.gguf"
     quantize(source, target, quantization="q4_k_m")
     return target.stat().st_size
+
+
+def write_tiny(folder: Path) -> Path:
+    """Write a model of four matrices to ``folder``.
+
+    Raises:
+        ToolError: If the converter's own GGUF package is missing or broken.
+    """
+    source = folder / "tiny.gguf"
+    env = {**os.environ, "PYTHONPATH": str(converter().parent / "gguf-py")}
+    process.run([sys.executable, "-c", TINY_MODEL, str(source)], env=env, timeout_s=60)
+    return source
 
 
 class Loaded:

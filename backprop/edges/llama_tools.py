@@ -7,9 +7,10 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from backprop.edges import process
-from backprop.edges.llama_cpp import BUILD_HINT, home
+from backprop.edges.llama_cpp import BUILD_HINT, home, write_tiny
 from backprop.errors import DataError, DiskError, ExportError, ToolError
 
 TOOLS = ("imatrix", "quantize", "gguf-split")
@@ -66,11 +67,15 @@ def weigh(source: Path, texts: Sequence[str], target: Path, *, num_tokens: int) 
 
 
 def is_importance_matrix(path: Path) -> bool:
-    """Say whether a file begins as one of llama-imatrix does: as GGUF, or with counts and a tensor's name, as it was before."""
-    with path.open("rb") as file:
-        head = file.read(64)
-    count, length = (int.from_bytes(head[start : start + 4], "little") for start in (0, 4))
-    return head.startswith(b"GGUF") or (0 < count < 2**20 and 0 < length <= 56 and head[8 : 8 + length].isascii())
+    """Say whether llama-quantize takes a file as one of llama-imatrix: it is given a model of four matrices to try."""
+    with TemporaryDirectory() as room:
+        source = write_tiny(Path(room))
+        size_as("q4_k_m", source)  # it works without the file
+        try:
+            size_as("q4_k_m", source, imatrix=path)
+        except ExportError:
+            return False
+    return True
 
 
 def quantize(source: Path, target: Path, *, quantization: str, imatrix: Path) -> None:
@@ -100,6 +105,32 @@ def size_as(quantization: str, source: Path, *, imatrix: Path | None = None) -> 
     if len(found) != 2:
         raise ExportError("llama.cpp did not tell a file's size", hint="run `backprop doctor`")
     return source.stat().st_size + int(2**20 * (found["quant"] - found["model"])) + MORE_METADATA_BYTES
+
+
+# https://github.com/ggml-org/llama.cpp/blob/master/tools/gguf-split/gguf-split.cpp: powers of ten.
+SPLIT_UNITS = {"M": 10**6, "G": 10**9}
+LEAST_BITS = {
+    "f32": 32.0,
+    **dict.fromkeys(("f16", "bf16"), 16.0),
+    "q8_0": 8.5,
+    "q6_k": 6.5625,
+    "q5_1": 6.0,
+    **dict.fromkeys(("q5_k_m", "q5_k_s", "q5_0"), 5.5),
+    "q4_1": 5.0,
+    **dict.fromkeys(("q4_k_m", "q4_k_s", "q4_0", "iq4_nl"), 4.5),
+    "iq4_xs": 4.25,
+    **dict.fromkeys(("q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s"), 3.4375),
+    **dict.fromkeys(("iq3_xs", "iq3_xxs"), 3.0625),
+    **dict.fromkeys(("q2_k", "q2_k_s"), 2.625),
+}
+"""Of a weight in a matrix of words, by the type of the file (blocks of ggml-common.h); some get more."""
+FEWEST_BITS = 2.0
+"""The same in files of all other types, which never have words in less than iq2_xxs."""
+
+
+def bytes_of_split(size: str) -> int:
+    """Give the bytes of a size like 2G or 500M, as llama-gguf-split reads it."""
+    return int(size[:-1]) * SPLIT_UNITS[size[-1]]
 
 
 def split(gguf: Path, target: Path, *, name: str, size: str) -> Path:

@@ -10,13 +10,15 @@ import secrets
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from backprop.console import without_escapes
 from backprop.core.fidelity import SAME_START, Reply
+from backprop.edges import ollama_template
 from backprop.edges.ollama_http import CHUNK_BYTES, Server, fetch, fetch_lines, finds, is_broken, one_line, said, send
+from backprop.edges.ollama_template import Rendering
 from backprop.edges.rundir import sha256_of
 from backprop.errors import DiskError, OllamaError, UsageError
 from backprop.events import Phase, Registered, Sink, Warned
@@ -133,8 +135,9 @@ def register(
     parts: ModelParts,
     question: str,
     expected: str = "",
+    wanted: Rendering | None = None,
     say: Sink,
-) -> Registered:
+) -> tuple[Registered, ModelParts]:
     """Give a quantized GGUF to a server under ``name``, once it has shown there that it answers.
 
     A file that the server has already is not sent. One whose connection breaks is sent again from its first byte: the
@@ -144,6 +147,10 @@ def register(
     Args:
         question: What the model is asked.
         expected: What llama.cpp answers with the same file; the beginning of the answer there must be the same.
+        wanted: How prompts were rendered in training: if the server would render them otherwise, it is given a template.
+
+    Returns:
+        What was registered, and of which parts.
 
     Raises:
         UsageError: If ``name`` cannot be.
@@ -156,15 +163,12 @@ def register(
         say(Warned(message=f"OLLAMA_API_KEY is not sent to `{server.url}`: anyone on the way could read it"))
     say(Phase(name=f"handing {gguf.name} to Ollama at {server.url}"))
     family = f"{name.partition(':')[0]}:unproven-"
-    there = names(server)
-    for left in there:
-        if left.startswith(family.lower()):  # by a process that was killed
-            delete(server, left)
+    there = _tidied(server, family)
     digest = _digest(gguf)
     upload(server, gguf, digest, say=say)
     unproven = f"{family}{secrets.token_hex(4)}"
     with _removed_afterwards(server, unproven, say):
-        create(server, unproven, digest, parts)
+        parts = _create_as_wanted(server, unproven, digest, parts, wanted, say)
         verify(server, unproven, parts)
         say(Phase(name=f"asking {name} in Ollama"))
         answer = ask(server, unproven, question)
@@ -180,7 +184,31 @@ def register(
         answer=without_escapes(answer.text[:ANSWER_MOST]),
     )
     say(registered)
-    return registered
+    return registered, parts
+
+
+def _tidied(server: Server, family: str) -> set[str]:
+    """Remove what a process that was killed left there, and give the names of all models that were there."""
+    there = names(server)
+    for left in there:
+        if left.startswith(family.lower()):
+            delete(server, left)
+    return there
+
+
+def _create_as_wanted(
+    server: Server, name: str, digest: str, parts: ModelParts, wanted: Rendering | None, say: Sink
+) -> ModelParts:
+    """Make a model, and again with a template if it would render prompts otherwise than is wanted; give its parts."""
+    create(server, name, digest, parts)
+    if wanted is None or parts.template or not ollama_template.needed(server, name, wanted, say):
+        return parts
+    parts = replace(parts, template=wanted.template)
+    create(server, name, digest, parts)
+    differs = ollama_template.other(server, name, wanted)
+    if differs:  # some families are rendered by the server's own code, whatever the template says
+        say(Warned(message=f"Ollama renders prompts otherwise than in training, also with a TEMPLATE: {differs}"))
+    return parts
 
 
 def _refuse_other_answer(answer: str, expected: str, question: str) -> None:

@@ -1,6 +1,8 @@
 """A base model as a training in 4 bits has it: each weight of its linear layers rounded to NF4, and back."""
 
+import importlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +42,28 @@ class Rounding:
                 module.weight.data = self.apply(module.weight.data)
 
 
-def available() -> bool:
-    """Say whether bitsandbytes, which holds weights in 4 bits, is installed."""
-    return importlib.util.find_spec("bitsandbytes") is not None
+def why_not() -> str:
+    """Say why bitsandbytes, which holds weights in 4 bits, cannot be used; empty if it can.
+
+    One that cannot be imported is hidden from PEFT, which else imports whatever is there, and fails.
+    """
+    if "bitsandbytes" in sys.modules and sys.modules["bitsandbytes"] is None:  # pyright: ignore[reportUnnecessaryComparison]
+        return "cannot be imported"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "is not installed"
+    try:
+        importlib.import_module("bitsandbytes.functional")
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # of a library that does not load, or another torch
+        sys.modules["bitsandbytes"] = None  # pyright: ignore[reportArgumentType]
+        return f"cannot be imported: {' '.join(str(error).split())[:200]}"
+    from transformers.utils.import_utils import is_bitsandbytes_available
+
+    return "" if is_bitsandbytes_available() else "is too old for transformers"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +85,16 @@ def ask_as_trained(
     trust_remote_code: bool = False,
 ) -> AsTrained:
     """Load the base model in 4 bits with the adapter beside its weights, and ask it as in training."""
+    from peft import prepare_model_for_kbit_training
+
     from backprop.engine.batches import computing
     from backprop.engine.merge import adapted_tokenizer, wrap
     from backprop.engine.reference import logits, rendered_ids, to_compare
 
     whole: Any = load_base(base, dtype=dtype, device=device, four_bit=True, trust_remote_code=trust_remote_code)
     held = [f"{name}.weight" for name, module in whole.named_modules() if type(module).__name__ == "Linear4bit"]
+    # As `load.add_adapter` prepares it: norms and the weights of words are in float32 while it is trained.
+    whole = prepare_model_for_kbit_training(whole, use_gradient_checkpointing=False)
     tokenizer = adapted_tokenizer(adapter, trust_remote_code=trust_remote_code)
     vocabulary = int(whole.config.get_text_config().vocab_size)
     sequences = to_compare(rendered_ids(tokenizer, conversations), vocabulary=vocabulary)

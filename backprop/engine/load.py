@@ -365,6 +365,10 @@ def set_adapter_state(model: Any, state: Mapping[str, "torch.Tensor"]) -> None:
     assert not result.unexpected_keys, f"tensors without a place: {result.unexpected_keys[:3]}"
 
 
+QUANTIZED = "The following `bitsandbytes` quantization config was used during training:"
+"""As PEFT has it (`PeftModel.create_or_update_model_card`)."""
+
+
 def save_adapter(model: Any, tokenizer: HfTokenizer, folder: Path) -> None:
     """Write the adapter, the tokenizer and its chat template; plain PEFT loads the folder."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -372,5 +376,9 @@ def save_adapter(model: Any, tokenizer: HfTokenizer, folder: Path) -> None:
         _write_difference(model, folder)
     # safetensors writes files that only their owner can read; the rest of the folder follows the user's umask.
     (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode)
+    quantized: Mapping[str, object] = model.get_base_model().config.to_dict().get("quantization_config") or {}
+    if quantized:  # PEFT means to write this itself, and does not
+        with (folder / "README.md").open("a", encoding="utf-8") as card:
+            card.write(f"\n\n{QUANTIZED}\n" + "".join(f"- {name}: {value}\n" for name, value in quantized.items()))
     whole: Any = tokenizer.inner
     whole.save_pretrained(str(folder))

@@ -1,6 +1,6 @@
 """What the trained model does with the probes: to hold every copy against."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class Reference:
     trained: list[Any]
     base: list[Any]
     rounded: list[Any]
-    """What `trained` become if every layer is given inputs of 16 bits: what no copy can be held to."""
+    """What `trained` become by what llama.cpp rounds to 16 bits: what no copy can be held to."""
     questions: list[list[Message]]
     replies: list[Reply]
 
@@ -74,8 +74,8 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
     ends = _ends(model, tokenizer, whole_chats)
     with model.disable_adapter():
         base = [logits(model, one) for one in sequences]
-    with rounding_inputs(model):
-        rounded = [logits(model, one) for one in sequences]
+    with rounding_to_16_bits(model):
+        rounded = logits_together(model, sequences)
     return Reference(
         texts=texts,
         ids=ids,
@@ -129,21 +129,95 @@ def logits(model: Any, ids: Sequence[int]) -> Any:
     return found.float().cpu().numpy()
 
 
-@contextmanager
-def rounding_inputs(model: Any) -> Generator[None]:
-    """Round the inputs of every linear layer to float16, as llama.cpp does before it multiplies with weights of 16 bits."""
+def logits_together(model: Any, texts: Sequence[Sequence[int]]) -> list[Any]:
+    """Give the logits of each text, of shape (T, V), float32, by few passes: what follows a text changes nothing in it."""
     import torch
 
-    def narrow(_: object, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(one.half().to(one.dtype) for one in inputs)
+    device = next(model.parameters()).device
+    most = MOST_BYTES // (4 * int(model.config.get_text_config().vocab_size))
+    rows: list[list[Sequence[int]]] = []
+    for text in texts:
+        if not rows or (len(rows[-1]) + 1) * max(len(text), *map(len, rows[-1])) > most:
+            rows.append([])
+        rows[-1].append(text)
+    found: list[Any] = []
+    for row in rows:
+        longest = max(map(len, row))
+        filled = [[*text, *[0] * (longest - len(text))] for text in row]
+        with torch.no_grad():
+            logits_BTV = model(input_ids=torch.tensor(filled, device=device), use_cache=False).logits
+        found += [one[: len(text)].float().cpu().numpy() for one, text in zip(logits_BTV, row, strict=True)]
+    return found
 
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    hooks = [layer.register_forward_pre_hook(narrow) for layer in layers]
+
+# Names of the layers that make queries, keys and values.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
+
+
+@contextmanager
+def rounding_to_16_bits(model: Any) -> Generator[None]:
+    """Round to float16 what llama.cpp rounds with a file of f16.
+
+    These are the merged weights, the inputs of every linear layer, and queries, keys and values.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    hooks: list[Any] = []
+    adapted: set[int] = set()
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            hooks += _merge_rounded(layer)
+            adapted.add(id(layer.get_base_layer()))
+        if name.rsplit(".", 1)[-1] in PROJECTIONS:
+            hooks.append(modules[name].register_forward_hook(_narrow_output))
+    for name, module in modules.items():
+        if isinstance(module, torch.nn.Linear):
+            hooks.append(module.register_forward_pre_hook(lambda _, given: tuple(map(_narrowed, given))))
+        # Weights of 16 bits are what they are in the file.
+        plain = isinstance(module, torch.nn.Linear | torch.nn.Embedding) and ".lora_" not in name
+        if plain and id(module) not in adapted and module.weight.dtype == torch.float32:
+            hooks += _replace_weight(module, module, lambda module: _narrowed(module.weight.data))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _narrowed(tensor: Any) -> Any:
+    return tensor.half().to(tensor.dtype)
+
+
+def _narrow_output(_: object, __: object, found: Any) -> Any:
+    return _narrowed(found)
+
+
+def _merge_rounded(layer: Any) -> list[Any]:
+    """Let a layer with an adapter beside its weight have, while it computes, a weight whose sum with the adapter is of 16 bits."""
+
+    def rounded(base: Any) -> Any:
+        learnt = layer.get_delta_weight(layer.active_adapters[0]).float()
+        return _narrowed(base.weight.data.float() + learnt) - learnt
+
+    return _replace_weight(layer, layer.get_base_layer(), rounded)
+
+
+def _replace_weight(outer: Any, inner: Any, weight_of: Callable[[Any], Any]) -> list[Any]:
+    """Let ``inner`` have another weight while ``outer``, which may be the same, computes; give the hooks."""
+    held: list[Any] = []
+
+    def replace(*_: object) -> None:
+        held.append(inner.weight.data)
+        inner.weight.data = weight_of(inner)
+
+    def bring_back(*_: object) -> None:
+        if held:
+            inner.weight.data = held.pop()
+
+    return [outer.register_forward_pre_hook(replace), outer.register_forward_hook(bring_back, always_call=True)]
 
 
 def reply(

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backprop.engine import four_bit
 from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer
 from backprop.engine.merge import wrap
@@ -22,6 +23,10 @@ from backprop.errors import ExportError
 
 if TYPE_CHECKING:
     import torch
+
+
+WORDS = ("embed_tokens.weight", "lm_head.weight")
+"""The largest weights of a model with many tokens."""
 
 
 class Merger:
@@ -158,6 +163,18 @@ def size_of(folder: Path) -> tuple[int, str]:
     return count, {"BF16": "bfloat16", "F16": "float16"}.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
+def words_in(folder: Path) -> int:
+    """Count the weights of the largest matrix of words; 0 if they are stored under other names."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found = [name for name in file.keys() if name.endswith(WORDS)]  # noqa: SIM118 - not a dict
+            count = max([count, *(prod(file.get_slice(name).get_shape()) for name in found)])
+    return count
+
+
 def lay_out(base: Path, tokenizer: HfTokenizer, folder: Path) -> None:
     """Write to ``folder`` all of a checkpoint but its weights: the configuration, and the tokenizer."""
     folder.mkdir(exist_ok=True)
@@ -205,10 +222,6 @@ def _merged_as_read(name: str, read: Callable[[], Any], merger: Merger) -> Calla
         return LazyTorchTensor(meta=meta, args=(lazy,), func=partial(merger.merge, name))
 
     return merged
-
-
-WORDS = ("embed_tokens.weight", "lm_head.weight")
-"""The largest weights of a model with many tokens."""
 
 
 def _narrow_as_read(name: str, read: Callable[[], Any]) -> Callable[[], Any]:
@@ -307,6 +320,7 @@ def main() -> None:
     import gguf
     from conversion.base import ModelBase  # pyright: ignore[reportMissingImports]
 
+    four_bit.why_not()  # hides one from PEFT that cannot be imported
     _narrow_with_torch(gguf)
     _compute_ahead(gguf)
     merger = read_options(Path(options))

@@ -19,7 +19,7 @@ def measurable(config: ExportConfig) -> bool:
     """Say whether it can be measured which base is nearer."""
     from backprop.engine import four_bit
 
-    return config.verify and four_bit.available()
+    return config.verify and not four_bit.why_not()
 
 
 def name_of(rounding: "Rounding | None", adapter: Adapter, config: ExportConfig) -> str | None:
@@ -37,14 +37,18 @@ def nearest_base(adapter: Adapter, config: ExportConfig, say: Sink) -> "Rounding
     """
     from backprop.engine import four_bit, loop
 
+    unusable = four_bit.why_not()
+    if adapter.four_bit_by_card:
+        told = "the adapter was trained on weights of 4 bits, in a run that is not known, and is merged into the 16-bit original"
+        say(Warned(message=f"{told}: which base is nearer is not measured; to have that, give the run it came from"))
     if adapter.four_bit_dtype is None:
         return None
     into = "the adapter was trained on weights of 4 bits, and is merged into the 16-bit original"
     if not config.verify:
         say(Warned(message=f"{into}: which base is nearer is not measured with `--no-verify`"))
         return None
-    if not four_bit.available():
-        say(Warned(message=f"{into}: bitsandbytes, which could say which base is nearer, is not installed"))
+    if unusable:
+        say(Warned(message=f"{into}: bitsandbytes, which could say which base is nearer, {unusable}"))
         return None
     say(Phase(name="asking the model as it was trained, in 4 bits, which base is nearer"))
     trust = config.trust_remote_code
@@ -73,8 +77,8 @@ def nearest_base(adapter: Adapter, config: ExportConfig, say: Sink) -> "Rounding
     return trained.rounding if rounded <= original else None
 
 
-# Half a byte for each weight, its scales, and 16 bits for those of words and norms.
-FOUR_BIT_BYTES = 0.8
+# Half a byte for each weight, its scales, and 32 bits for those of words and norms, which are a fifth of a model of 1B.
+FOUR_BIT_BYTES = 1.3
 
 
 def _place_in_four_bits(base: Path) -> str:

@@ -1,13 +1,14 @@
 """`--budget`: of the types whose file is not too large, the one that predicts most like the 16-bit file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import get_args
 
 from backprop.config import NEEDS_IMATRIX, ExportConfig, Quantization
 from backprop.edges import llama_cpp, llama_tools
 from backprop.engine import streamed
-from backprop.errors import UsageError
+from backprop.errors import ExportError, UsageError
 from backprop.events import Phase, Sink, Tried
 from backprop.verbs import importance
 from backprop.verbs.source import Adapter
@@ -39,7 +40,7 @@ def refuse_early(adapter: Adapter, config: ExportConfig) -> None:
     llama_tools.tool("quantize")
     least = int(streamed.size_of(Path(adapter.base))[0] * FEWEST_BITS / 8)
     if bytes_of(config.budget) < least:
-        raise _too_small(config, "any file of this model", least)
+        raise _too_small(config, {"any file of this model": least})
 
 
 def to_make(config: ExportConfig, source: Path) -> Sequence[str]:
@@ -50,8 +51,12 @@ def to_make(config: ExportConfig, source: Path) -> Sequence[str]:
     return [kind for kind in kinds if config.imatrix is not None or kind not in NEEDS_IMATRIX]
 
 
-def choose(config: ExportConfig, source: Path, verifier: Verifier, imatrix: Path | None, say: Sink) -> tuple[str, Path]:
-    """Make and measure the types that fit, beside ``source``, and give the nearest one and its file.
+def rank(
+    config: ExportConfig, source: Path, verifier: Verifier, imatrix: Path | None, say: Sink
+) -> tuple[Sequence[str], Path]:
+    """Make and measure the types that fit, beside ``source``; name them, the nearest first, and give the file of that one.
+
+    Types that llama.cpp refuses to make are told and left out; the files of the others are removed.
 
     Args:
         source: The 16-bit file.
@@ -59,25 +64,55 @@ def choose(config: ExportConfig, source: Path, verifier: Verifier, imatrix: Path
 
     Raises:
         UsageError: If no file fits.
+        ExportError: If llama.cpp makes none.
     """
     budget = bytes_of(config.budget or "")
     if source.stat().st_size <= budget:
-        return "f16", source
-    kinds = _fitting(source, budget, config, imatrix)
-    say(Phase(name=f"trying what fits {config.budget}: {', '.join(kinds)}"))
-    best, least = kinds[0], float("inf")
-    for kind in kinds:
-        made = _tried(kind, source)
-        quantize(kind, source, made, imatrix=imatrix if importance.matters(kind, config) else None)
-        found = verifier.measure(made)
-        size = made.stat().st_size
-        say(Tried(quantization=kind, size_bytes=size, mean_kl=found.mean_kl, p99_kl=found.p99_kl, top1=found.top1))
-        worse = kind
-        if found.mean_kl < least and size <= budget:
-            best, least, worse = kind, found.mean_kl, best
-        if worse != best:
-            _tried(worse, source).unlink()
-    return best, _tried(best, source)
+        return ["f16"], source
+    sizes = _sizes(source, config, imatrix, say)
+    fitting = sorted((kind for kind, size in sizes.items() if size <= budget), key=lambda kind: -sizes[kind])
+    if not fitting:
+        raise _too_small(config, sizes)
+    say(Phase(name=f"trying what fits {config.budget}"))
+    ranked, largest = list[tuple[float, str]](), 0
+    for kind in fitting:
+        if sizes[kind] < WORTH_TRYING * largest:
+            break
+        found = _try(kind, source, verifier, imatrix if importance.matters(kind, config) else None, say)
+        if found is None:
+            del sizes[kind]
+            continue
+        size, mean_kl = found
+        sizes[kind] = size
+        losers = {kind}
+        if size <= budget:
+            largest = max(largest, size)
+            losers |= {other for _, other in ranked}
+            ranked = sorted([*ranked, (mean_kl, kind)])
+            losers -= {ranked[0][1]}
+        for loser in losers:
+            _tried(loser, source).unlink(missing_ok=True)
+    if not ranked:
+        raise _too_small(config, sizes)
+    return [kind for _, kind in ranked], _tried(ranked[0][1], source)
+
+
+def _try(kind: str, source: Path, verifier: Verifier, imatrix: Path | None, say: Sink) -> tuple[int, float] | None:
+    """Make a type, tell what it costs, and give its size in bytes and its mean divergence; None if llama.cpp refuses it, or it is broken."""
+    made = _tried(kind, source)
+    try:
+        quantize(kind, source, made, imatrix=imatrix)
+    except ExportError as error:
+        made.unlink(missing_ok=True)
+        say(Tried(quantization=kind, refused=error.message))
+        return None
+    found, size = verifier.measure(made), made.stat().st_size
+    if not isfinite(found.mean_kl):
+        made.unlink()
+        say(Tried(quantization=kind, refused="what it predicts is no number"))
+        return None
+    say(Tried(quantization=kind, size_bytes=size, mean_kl=found.mean_kl, p99_kl=found.p99_kl, top1=found.top1))
+    return size, found.mean_kl
 
 
 def _tried(kind: str, source: Path) -> Path:
@@ -92,22 +127,28 @@ def quantize(kind: str, source: Path, target: Path, *, imatrix: Path | None) -> 
         llama_tools.quantize(source, target, quantization=kind, imatrix=imatrix)
 
 
-def _fitting(source: Path, budget: int, config: ExportConfig, imatrix: Path | None) -> Sequence[str]:
-    """Name the types whose file fits and that are worth trying, the largest first."""
-    kinds = to_make(config, source)
-    by = {kind: imatrix if importance.matters(kind, config) else None for kind in kinds}
-    sizes = {kind: llama_tools.size_as(kind, source, imatrix=by[kind]) for kind in kinds}
-    fitting = {kind: size for kind, size in sizes.items() if size <= budget}
-    if not fitting:
-        smallest = min(sizes, key=lambda kind: sizes[kind])
-        raise _too_small(config, smallest, sizes[smallest])
-    enough = WORTH_TRYING * max(fitting.values())
-    return sorted((kind for kind, size in fitting.items() if size >= enough), key=lambda kind: -fitting[kind])
+def _sizes(source: Path, config: ExportConfig, imatrix: Path | None, say: Sink) -> dict[str, int]:
+    """Give the bytes of the file of each type that may have to be made, and tell which llama.cpp refuses."""
+    sizes: dict[str, int] = {}
+    for kind in to_make(config, source):
+        try:
+            sizes[kind] = llama_tools.size_as(
+                kind, source, imatrix=imatrix if importance.matters(kind, config) else None
+            )
+        except ExportError as error:
+            say(Tried(quantization=kind, refused=error.message))
+    return sizes
 
 
-def _too_small(config: ExportConfig, what: str, size: int) -> UsageError:
+def _too_small(config: ExportConfig, sizes: Mapping[str, int]) -> UsageError | ExportError:
+    """Say that nothing fits, and what the smallest file takes; ``sizes`` are of the types that can be made."""
+    if not sizes:
+        return ExportError(
+            "llama.cpp makes none of the types that fit a `--budget`", hint="choose one with `--quantization`"
+        )
+    smallest = min(sizes, key=lambda kind: sizes[kind])
     smaller = "" if config.imatrix else "add `--imatrix auto` for smaller types, "
     return UsageError(
-        f"nothing fits a `--budget` of {config.budget}: {what} takes {size / 2**20:,.0f} MiB",
+        f"nothing fits a `--budget` of {config.budget}: {smallest} takes {sizes[smallest] / 2**20:,.2f} MiB",
         hint=f"give more, {smaller}or train a smaller model",
     )

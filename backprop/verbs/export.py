@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import backprop
 from backprop.config import ExportConfig
-from backprop.edges import device, llama_cpp, llama_tools, rundir, stopping
+from backprop.edges import device, llama_cpp, rundir, stopping
 from backprop.errors import BackpropError, DiskError
-from backprop.events import Event, Failed, Phase, RunFinished, RunStarted, Sink, tee
-from backprop.verbs import bases, budget, importance
+from backprop.events import Event, Exported, Failed, Phase, Registered, RunFinished, RunStarted, Sink, tee
+from backprop.verbs import bases, budget, gguf, importance
 from backprop.verbs.gguf import export_gguf, target_of
 from backprop.verbs.lora_gguf import export_lora_gguf
 from backprop.verbs.records import answered, known_choice, record, refuse_others
@@ -55,8 +55,7 @@ def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
         llama_cpp.bindings()
     importance.refuse_early(adapter, config)
     budget.refuse_early(adapter, config)
-    if config.split_size is not None:
-        llama_tools.tool("gguf-split")
+    gguf.refuse_early(adapter, targets, config)
     where = destination(config, default_name=adapter.name)
     # Two files that `--budget` tries stand beside each other.
     _make_room(adapter, targets or ("tried", "tried"), split=config.split_size is not None)
@@ -66,7 +65,7 @@ def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
         rundir.sweep(adapter.output)
         # What `--budget` may choose is not known yet: no file of any type may be another's.
         may_be = targets or {kind: target_of(kind, adapter, config) for kind in budget.MAY_CHOOSE}
-        done = {} if config.overwrite else refuse_others(adapter, may_be, config)
+        done = {} if config.overwrite else refuse_others(adapter, may_be, config, all_written=bool(targets))
         done = {kind: exported for kind, exported in done.items() if kind in targets}
         if adapter.run is not None and os.access(adapter.run, os.W_OK):
             log = stack.enter_context(rundir.event_log(adapter.run))
@@ -109,7 +108,9 @@ def _unless_time_is_over(say: Sink) -> Sink:
 
     def checked(event: Event) -> None:
         say(event)
-        stopping.check()
+        # What is whole and told may have been the last: the work that follows says so itself, and is stopped then.
+        if not isinstance(event, Exported | Registered):
+            stopping.check()
 
     return checked
 

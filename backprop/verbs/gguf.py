@@ -1,16 +1,19 @@
 """GGUF files of an adapter: merged, converted, quantized, and each held to the model that was trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
 
 from backprop.config import ExportConfig, Quantization
 from backprop.edges import llama_cpp, llama_tools, rundir
+from backprop.engine import streamed
 from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer
-from backprop.events import Phase, Sink
+from backprop.errors import RejectedError, UsageError
+from backprop.events import Phase, Sink, Warned
 from backprop.verbs import bases, budget, importance
 from backprop.verbs.card import write_card
 from backprop.verbs.records import answered, record, refuse_others, remember_choice
@@ -23,7 +26,8 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
 
     Raises:
         UsageError: If the file that `--budget` chooses is another's, or none fits.
-        ExportError: If a step fails, or a file is not the model that was trained.
+        RejectedError: If a file is not the model that was trained; with `--budget`, if none is.
+        ExportError: If a step fails.
     """
     from backprop.engine import loop
 
@@ -45,21 +49,44 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
         by_imatrix = any(importance.matters(kind, config) for kind in targets or budget.to_make(config, source))
         imatrix = importance.find(adapter, config, inputs.tokenizer, source, say) if by_imatrix else None
         made = {"f16": source}
-        if config.budget and verifier and not targets:
-            kind, file = budget.choose(config, source, verifier, imatrix, say)
-            targets, made[kind] = {kind: target_of(kind, adapter, config)}, file
-            done = {} if config.overwrite else refuse_others(adapter, targets, config)
-            for exported in done.values():
-                say(exported)
-            if done:
-                return targets
         base = bases.name_of(rounding, adapter, config)
         maker = Maker(adapter, config, inputs, made, imatrix, verifier, base, Path(scratch), say)
+        if config.budget and verifier and not targets:
+            ranked, nearest = budget.rank(config, source, verifier, imatrix, say)
+            made[ranked[0]] = nearest
+            return _write_nearest(ranked, maker)
         for kind, target in targets.items():
             maker.write(kind, target)
             if config.budget:
                 remember_choice(adapter, config, kind)
     return targets
+
+
+def _write_nearest(ranked: Sequence[str], maker: "Maker") -> Mapping[str, Path]:
+    """Write the file of the first type that is proved, of those that `budget.rank` named, and remember the choice.
+
+    Raises:
+        UsageError: If a file of that name was made otherwise.
+        RejectedError: If none is proved.
+    """
+    adapter, config = maker.adapter, maker.config
+    for kind, following in zip_longest(ranked, ranked[1:]):
+        target = target_of(kind, adapter, config)
+        done = {} if config.overwrite else refuse_others(adapter, {kind: target}, config)
+        for exported in done.values():
+            maker.say(exported)
+        try:
+            if not done:
+                maker.write(kind, target)
+        except RejectedError as error:
+            if following is None:
+                tried = f"of the types tried for `--budget` none is left ({', '.join(ranked)}); of the last: "
+                raise RejectedError(f"{tried if len(ranked) > 1 else ''}{error.message}", hint=error.hint) from error
+            maker.say(Warned(message=f"{kind} is not taken: {error.message}; the next nearest is {following}"))
+            continue
+        remember_choice(adapter, config, kind)
+        return {kind: target}
+    raise AssertionError("no type was ranked")
 
 
 @dataclass(frozen=True)
@@ -104,6 +131,30 @@ class Maker:
             budget.quantize(kind, self.made["f16"], gguf, imatrix=by)
 
 
+def refuse_early(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig) -> None:
+    """See that files can be split at `--split-size`, before any work.
+
+    Args:
+        targets: By their types; none where `--budget` is to choose yet.
+
+    Raises:
+        UsageError: If one matrix alone takes more.
+        ToolError: If llama.cpp's program is missing.
+    """
+    if config.split_size is None:
+        return
+    llama_tools.tool("gguf-split")
+    known = {kind: llama_tools.LEAST_BITS.get(kind, llama_tools.FEWEST_BITS) for kind in targets}
+    kind, bits = max(known.items(), key=lambda one: one[1], default=("any", llama_tools.FEWEST_BITS))
+    least = int(streamed.words_in(Path(adapter.base)) * bits / 8)
+    if llama_tools.bytes_of_split(config.split_size) < least:
+        raise UsageError(
+            f"`--split-size {config.split_size}` is too small: one matrix of {kind} takes {least / 10**6:,.1f}M or more, "
+            "and is never split",
+            hint=f"choose `--split-size {-(-least // 10**6)}M` or more",
+        )
+
+
 def target_of(kind: str, adapter: Adapter, config: ExportConfig) -> Path:
     """Name the file of a type, or the folder if it is to be split."""
     return adapter.output / f"{adapter.name}-{kind}{'' if config.split_size else '.gguf'}"
@@ -134,7 +185,7 @@ def lay_out(
         merged: Whether the adapter is to be in them; else they are those of the base.
         rounding: Of the base's weights, before the adapter is added.
     """
-    from backprop.engine import merge, pieces, streamed
+    from backprop.engine import merge, pieces
 
     base, trust = Path(adapter.base), config.trust_remote_code
     tokenizer = merge.adapted_tokenizer(adapter.folder, trust_remote_code=trust)

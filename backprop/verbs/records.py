@@ -8,7 +8,7 @@ from typing import Any
 
 from backprop.config import ExportConfig
 from backprop.edges import rundir
-from backprop.errors import ExportError, UsageError
+from backprop.errors import RejectedError, UsageError
 from backprop.events import Exported
 from backprop.verbs import bases, importance
 from backprop.verbs.source import Adapter
@@ -25,10 +25,15 @@ def _records(adapter: Adapter) -> dict[str, Any]:
         return {}
 
 
-def refuse_others(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig) -> dict[str, Exported]:
+def refuse_others(
+    adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, *, all_written: bool = True
+) -> dict[str, Exported]:
     """Refuse to write over files, and give those that an earlier call made of this very adapter, whole.
 
     One that was never verified is made again if it is to be.
+
+    Args:
+        all_written: Whether all of ``targets`` will be; else those that were made of this adapter by other options may stay.
 
     Raises:
         UsageError: If a file is there that is not one of them.
@@ -39,9 +44,11 @@ def refuse_others(adapter: Adapter, targets: Mapping[str, Path], config: ExportC
         if not target.exists():
             continue
         known = records.get(target.name) or {}
-        ours = known.get("adapter") == adapter.sha256 and known.get("question") == adapter.question
-        ours = ours and known.get("options", {}) == _options(config, kind)
-        if not ours or known.get("sha256") != _hash_of(target):
+        same = known.get("question") == adapter.question and known.get("options", {}) == _options(config, kind)
+        ours = known.get("adapter") == adapter.sha256 and known.get("sha256") == _hash_of(target)
+        if ours and not same and not all_written:
+            continue
+        if not (ours and same):
             raise UsageError(f"`{target}` is there already", hint="add `--overwrite`, or choose another `--output`")
         if (known.get("verified") or not config.verify) and not _nearer_base_unknown(adapter, config, known):
             done[kind] = Exported(**known["told"])
@@ -117,10 +124,10 @@ def answered(adapter: Adapter, answer: str, target: Path, written: Path, *, form
         written: The file, or the folder, as it is before it gets its name.
 
     Raises:
-        ExportError: If the answer is empty.
+        RejectedError: If the answer is empty.
     """
     if not answer:
-        raise ExportError(
+        raise RejectedError(
             f"the {quantization} file gave no answer to {adapter.question!r}",
             hint="ask another `--question`, or train longer",
         )

@@ -1,16 +1,19 @@
 """An exported file in Ollama: refused before any work where it cannot be, asked there, and compared."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from backprop.config import ExportConfig
 from backprop.core.data.formats import Message
+from backprop.core.go_template import turns_of
 from backprop.edges import llama_cpp, ollama, rundir
 from backprop.edges.ollama import ModelParts
 from backprop.edges.ollama_http import Server, find_server
+from backprop.edges.ollama_template import Rendering
 from backprop.engine.load import HfTokenizer, load_tokenizer
-from backprop.errors import OllamaError
+from backprop.errors import OllamaError, UsageError
 from backprop.events import Sink
 from backprop.verbs.card import licence_of
 from backprop.verbs.source import Adapter
@@ -43,31 +46,83 @@ def destination(config: ExportConfig, *, default_name: str) -> Destination | Non
 def register(where: Destination, gguf: Path, adapter: Adapter, *, config: ExportConfig, say: Sink) -> None:
     """Hand a file over, with the stop text and system prompt that it was trained with, its base's licence, and keep the Modelfile.
 
+    Where the server would render prompts otherwise than in training, it is given a template too.
+
     Raises:
         OllamaError: If the server refuses, or its answer is not that of llama.cpp; what was made there is removed.
     """
     tokenizer = load_tokenizer(str(adapter.folder), trust_remote_code=config.trust_remote_code)
-    system = config.system if config.system is not None else default_system(tokenizer)
+    added = default_system(tokenizer)
+    system = config.system if config.system is not None else added
     licence = licence_of(Path(adapter.base)) or ""
     parts = ModelParts(system=system, stop=(str(tokenizer.inner.eos_token),), license=licence)
-    rundir.write_text(gguf.with_name("Modelfile"), ollama.modelfile(gguf.name, parts))
+    modelfile = gguf.with_name("Modelfile")
+    rundir.write_text(modelfile, ollama.modelfile(gguf.name, parts))
     turns: list[Message] = [{"role": "user", "content": adapter.question}]
     if system:
         turns.insert(0, {"role": "system", "content": system})
     (expected,) = llama_cpp.ask(gguf, [turns])
     try:
-        ollama.register(
+        _, made = ollama.register(
             gguf,
             where.name,
             server=where.server,
             parts=parts,
             question=adapter.question,
             expected=expected.text,
+            wanted=wanted(tokenizer, adapter, gguf.name, parts, default=added),
             say=say,
         )
     except OllamaError as error:
         error.hint = f"{error.hint}; `{gguf}` is kept: the same command then only registers it"
         raise
+    rundir.write_text(modelfile, ollama.modelfile(gguf.name, made))
+
+
+def wanted(tokenizer: HfTokenizer, adapter: Adapter, gguf: str, parts: ModelParts, *, default: str) -> Rendering:
+    """Say how prompts are rendered in training, and find the Go template that renders so.
+
+    Args:
+        gguf: Name of the file.
+        parts: Of the model, with its system prompt.
+        default: The system turn that the chat template adds by itself.
+    """
+    from backprop.engine.reference import REFUSED, render
+
+    def rendered(messages: Sequence[Message], asks: bool) -> str:
+        text = render(tokenizer, messages, asks=asks)
+        if text == REFUSED:
+            raise ValueError("it refuses plain turns")
+        return text
+
+    added, template, why_not = _added(tokenizer), "", ""
+    known = [one for one in adapter.probes if {turn["role"] for turn in one} <= {"user", "assistant"}]
+    try:
+        template = turns_of(rendered, known, added=added, system=default).to_go()
+        ollama.modelfile(gguf, replace(parts, template=template))
+    except (ValueError, UsageError) as error:
+        template, why_not = "", f"of the chat template, {error}"
+    lead: list[Message] = [{"role": "system", "content": parts.system}] if parts.system else []
+    asked: list[Message] = [
+        {"role": "user", "content": adapter.question},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Why?"},
+    ]
+    prompts = [(one, render(tokenizer, [*lead, *one], asks=True)) for one in (asked[:1], asked)]
+    return Rendering(
+        prompts=[(one, text) for one, text in prompts if text != REFUSED],
+        template=template,
+        why_not=why_not,
+        left_out="tools" if "tools" in str(tokenizer.inner.chat_template) else "",
+        added=added,
+    )
+
+
+def _added(tokenizer: HfTokenizer) -> str:
+    """Give the text of the token that the tokenizer adds to the beginning of any text; empty if it adds none."""
+    whole: Any = tokenizer.inner
+    begin = whole.bos_token_id
+    return str(whole.bos_token) if begin is not None and list(whole("a")["input_ids"])[:1] == [begin] else ""
 
 
 MARK = "a system turn stands here"

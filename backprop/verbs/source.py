@@ -37,6 +37,8 @@ class Adapter:
     """Of its weights."""
     four_bit_dtype: str | None = None
     """The type that a training on weights of 4 bits computed in; None for any other training."""
+    four_bit_by_card: bool = False
+    """Whether its card says that it was trained on weights of 4 bits, while its run is not known."""
 
 
 def find_adapter(source: Path, config: ExportConfig) -> Adapter:
@@ -84,6 +86,7 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         run=run if manifest else None,
         sha256=_adapter_hash(folder),
         four_bit_dtype=_four_bit_dtype(manifest),
+        four_bit_by_card=not manifest and _is_of_four_bits(folder / "README.md"),
     )
 
 
@@ -91,6 +94,15 @@ def _four_bit_dtype(manifest: Mapping[str, Any]) -> str | None:
     if (manifest.get("config") or {}).get("method") != "qlora":
         return None
     return str(((manifest.get("plan") or {}).get("dtype") or {}).get("value", "bfloat16"))
+
+
+def _is_of_four_bits(card: Path) -> bool:
+    """Say whether an adapter's card, as `engine.load.save_adapter` and PEFT write it, tells of a training on weights of 4 bits."""
+    try:
+        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return "- load_in_4bit: True" in lines
 
 
 def _adapter_hash(folder: Path) -> str:

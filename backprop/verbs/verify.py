@@ -13,7 +13,7 @@ from backprop.core.data.formats import Message
 from backprop.core.placement import Placement, needed_bytes, place
 from backprop.edges import device, llama_cpp, rundir
 from backprop.engine.proofs import timed
-from backprop.errors import ExportError
+from backprop.errors import ExportError, RejectedError
 from backprop.events import Phase, Proved, Sink
 from backprop.verbs.source import Adapter
 
@@ -48,7 +48,7 @@ class Verifier:
         """Hold the 16-bit file, from which all others are made, to the trained model.
 
         Raises:
-            ExportError: If it is another; the file is then at ``rejected``.
+            RejectedError: If it is another; the file is then at ``rejected``.
         """
         self._say(Phase(name="verifying the 16-bit file"))
         with llama_cpp.loaded(gguf, context=CONTEXT, all_logits=True) as model:
@@ -60,7 +60,7 @@ class Verifier:
         """Hold a checkpoint, loaded as ``model``, to the trained one.
 
         Raises:
-            ExportError: If it is another; the folder is then at ``rejected``.
+            RejectedError: If it is another; the folder is then at ``rejected``.
         """
         self._say(Phase(name="verifying the checkpoint"))
         proofs, _ = self._prove_copy("bf16", model)
@@ -116,7 +116,7 @@ class Verifier:
         """Hold a file to the 16-bit one.
 
         Raises:
-            ExportError: If it is another; the file is then at ``rejected``.
+            RejectedError: If it is another; the file is then at ``rejected``.
         """
         if kind == "f16":
             return
@@ -140,7 +140,7 @@ class Verifier:
         """Hold an adapter alone, applied to the 16-bit file of its base model, to the trained model.
 
         Raises:
-            ExportError: If it is another; the adapter is then at ``rejected``.
+            RejectedError: If it is another; the adapter is then at ``rejected``.
         """
         self._say(Phase(name=f"verifying {kind}"))
         known, proofs = self._reference, list[Proved]()
@@ -175,7 +175,7 @@ class Verifier:
         failed = next((proof for proof in proofs if not proof.ok), None)
         if failed is not None:
             os.replace(copy, rejected)
-            raise ExportError(
+            raise RejectedError(
                 f"not proved: {failed.name}: {failed.found}",
                 hint=f"it is kept as `{rejected}`; if you mean it, add `--no-verify`",
             )

@@ -9,8 +9,9 @@ import pytest
 from conftest import Done, backprop
 
 from backprop.config import ExportConfig
+from backprop.core import fidelity
 from backprop.edges import llama_cpp, llama_tools
-from backprop.errors import UsageError
+from backprop.errors import ExportError, UsageError
 from backprop.verbs import budget
 
 pytestmark = pytest.mark.model
@@ -135,3 +136,120 @@ def test_the_size_of_a_file_is_known_before_it_is_made(tmp_path: Path, kind: str
     llama_cpp.quantize(tmp_path / "tiny.gguf", tmp_path / "made.gguf", quantization=kind)
     size = (tmp_path / "made.gguf").stat().st_size
     assert size <= llama_tools.size_as(kind, tmp_path / "tiny.gguf") <= size + 2**17
+
+
+def ranked(done: Done) -> list[str]:
+    tried = [event for event in told(done, "tried") if not event["refused"]]
+    return [event["quantization"] for event in sorted(tried, key=lambda event: event["mean_kl"])]
+
+
+def named(output: Path, pattern: str) -> list[str]:
+    return sorted(path.name.removeprefix("run-") for path in output.glob(pattern))
+
+
+@pytest.fixture(scope="module")
+def most(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A budget that several types fit."""
+    done = exported(run, tmp_path_factory.mktemp("plain") / "files", "-q", "q5_k_m", "--no-verify")
+    return f"{(told(done, 'exported')[0]['size_bytes'] + 2**17) / 2**20:.3f}MiB"
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be few types, which take less time."""
+    monkeypatch.setattr(budget, "MAY_CHOOSE", ("f16", "q6_k", "q5_k_m", "q4_k_m", "q3_k_s"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few")
+def test_a_type_that_is_not_proved_gives_way_to_the_next_nearest(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: str
+) -> None:
+    first, second, *_ = ranked(exported(run, tmp_path / "good", "--budget", most))
+    monkeypatch.setitem(fidelity.MOST_KL, first, -1.0)
+    done = exported(run, tmp_path / "files", "--budget", most)
+    assert done.returncode == 0, done.stderr
+    (warned,) = [event["message"] for event in told(done, "warning")]
+    assert warned.startswith(f"{first} is not taken: not proved: the {first} file predicts as the 16-bit file")
+    assert warned.endswith(f"the next nearest is {second}")
+    assert [event["quantization"] for event in told(done, "exported")] == [second]
+    assert named(tmp_path / "files", "*.gguf*") == sorted([f"{first}.gguf.rejected", f"{second}.gguf"])
+    again = exported(run, tmp_path / "files", "--budget", most)
+    assert (again.returncode, told(again, "tried")) == (0, []), "the choice is not remembered"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few")
+def test_where_no_type_is_proved_the_export_fails(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: str
+) -> None:
+    for kind in budget.MAY_CHOOSE:
+        monkeypatch.setitem(fidelity.MOST_KL, kind, fidelity.MOST_KL["f16"] if kind == "f16" else -1.0)
+    done = exported(run, tmp_path / "files", "--budget", most)
+    assert done.returncode == 7
+    (error,) = told(done, "error")
+    assert error["message"].startswith(f"of the types tried for `--budget` none is left ({', '.join(ranked(done))})")
+    assert named(tmp_path / "files", "*.gguf*") == sorted(f"{kind}.gguf.rejected" for kind in ranked(done))
+    assert not told(done, "exported")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few")
+def test_a_type_that_llama_cpp_refuses_is_told_and_left_out(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: str
+) -> None:
+    quantize, size_as = llama_cpp.quantize, llama_tools.size_as
+
+    def refusing(source: Path, target: Path, *, quantization: str) -> None:
+        if quantization == "q5_k_m":
+            target.write_text("half of it")
+            raise ExportError("no q5_k_m of this one")
+        quantize(source, target, quantization=quantization)
+
+    def refusing_to_tell(kind: str, source: Path, *, imatrix: Path | None = None) -> int:
+        if kind == "q4_k_m":
+            raise ExportError("no q4_k_m of this one")
+        return size_as(kind, source, imatrix=imatrix)
+
+    monkeypatch.setattr(llama_cpp, "quantize", refusing)
+    monkeypatch.setattr(llama_tools, "size_as", refusing_to_tell)
+    done = exported(run, tmp_path / "files", "--budget", most)
+    assert done.returncode == 0, done.stderr
+    refused = {event["quantization"]: event["refused"] for event in told(done, "tried") if event["refused"]}
+    assert refused == {"q5_k_m": "no q5_k_m of this one", "q4_k_m": "no q4_k_m of this one"}
+    assert [event["quantization"] for event in told(done, "exported")] == ranked(done)[:1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few")
+def test_a_file_that_comes_out_beyond_the_budget_is_never_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: str
+) -> None:
+    monkeypatch.setattr(llama_tools, "size_as", lambda kind, source, *, imatrix=None: 2**20)
+    done = exported(run, tmp_path / "files", "--budget", most)
+    assert done.returncode == 0, done.stderr
+    sizes = {event["quantization"]: event["size_bytes"] for event in told(done, "tried")}
+    assert max(sizes.values()) > budget.bytes_of(most), "none is beyond it: nothing is tested"
+    assert told(done, "exported")[0]["size_bytes"] <= budget.bytes_of(most)
+    done = exported(run, tmp_path / "others", "--budget", "4MiB")
+    assert done.returncode == 2
+    smallest = min(event["size_bytes"] for event in told(done, "tried"))
+    assert f"takes {smallest / 2**20:,.2f} MiB" in told(done, "error")[0]["message"]
+    assert not list((tmp_path / "others").glob("*.gguf*"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few")
+def test_files_of_the_run_by_other_options_are_no_obstacle_unless_they_are_chosen(
+    run: Path, tmp_path: Path, most: str
+) -> None:
+    old = exported(run, tmp_path, "-q", "q3_k_s", "--question", "What is 9?", "--no-verify")
+    assert old.returncode == 0, old.stderr
+    before = (tmp_path / "run-q3_k_s.gguf").read_bytes()
+    done = exported(run, tmp_path, "--budget", most)
+    assert done.returncode == 0, done.stderr
+    chosen = told(done, "exported")[0]["quantization"]
+    assert (tmp_path / "run-q3_k_s.gguf").read_bytes() == before
+    other = exported(run, tmp_path, "--budget", most, "--question", "What is 9?")
+    assert other.returncode == 2
+    assert f"run-{chosen}.gguf` is there already" in told(other, "error")[0]["message"]

@@ -155,6 +155,22 @@ def test_the_time_limit_is_heard_in_a_thread(run: Path, tmp_path: Path) -> None:
     assert ended == [75]
 
 
+def test_a_time_limit_that_is_over_when_all_is_written_ends_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last file was whole and told, and the export ended as if it were not."""
+    from backprop.config import ExportConfig
+    from backprop.events import Event, Exported
+    from backprop.verbs.export import export
+
+    def say(event: Event) -> None:
+        if isinstance(event, Exported):
+            monkeypatch.setattr(stopping.time, "monotonic", lambda: float("inf"))
+
+    config = ExportConfig(quantization=("f16",), output=tmp_path, max_minutes=10, verify=False)
+    assert export(run, config, say=say) == [tmp_path / "run-f16.gguf"]
+
+
 def test_a_time_limit_that_is_over_at_once_leaves_nothing(run: Path, tmp_path: Path) -> None:
     with stopping.armed(end_process=False):
         stopped = backprop("export", run, "--output", tmp_path / "files", "--max-minutes", "0.0001", cwd=tmp_path)

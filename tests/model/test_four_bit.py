@@ -19,11 +19,11 @@ from tiny_models import tiny
 
 from backprop.core.fidelity import likeness
 from backprop.edges import hub, llama_cpp
-from backprop.engine import four_bit, merge, reference
+from backprop.engine import four_bit, load, merge, reference
 
 APART = ROOT / ".venv" / "apart"
 needs_bitsandbytes = pytest.mark.skipif(
-    not (four_bit.available() or APART.is_dir()), reason="no bitsandbytes: `scripts/setup`"
+    four_bit.why_not() and not APART.is_dir(), reason="no bitsandbytes: `scripts/setup`"
 )
 pytestmark = pytest.mark.model
 
@@ -46,8 +46,8 @@ Rounding.apply = lambda self, weight: torch.zeros_like(weight)
 """
 
 
-def with_bitsandbytes(program: str, *arguments: str | Path, cwd: Path) -> Done:
-    path = os.pathsep.join([*([str(APART)] if APART.is_dir() else []), str(ROOT)])
+def with_bitsandbytes(program: str, *arguments: str | Path, cwd: Path, apart: Path = APART) -> Done:
+    path = os.pathsep.join([*([str(apart)] if apart.is_dir() else []), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         cwd=cwd,
@@ -107,7 +107,7 @@ def test_the_file_is_the_model_as_it_was_trained(run: Path, original: Path, tmp_
 @pytest.mark.slow
 def test_a_file_whose_base_was_not_measured_is_made_again_once_it_can_be(run: Path, tmp_path: Path) -> None:
     options = ("export", run, "-q", "f16", "--output", tmp_path, "--json")
-    without = "from backprop.engine import four_bit; four_bit.available = lambda: False\n"
+    without = "from backprop.engine import four_bit; four_bit.why_not = lambda: 'is missing'\n"
     files: list[bytes] = []
     for program in (without + EXPORT, without + EXPORT, EXPORT, EXPORT):
         done = with_bitsandbytes(program, *options, cwd=tmp_path)
@@ -139,7 +139,7 @@ def test_the_original_is_taken_where_it_is_nearer(run: Path, tmp_path: Path) -> 
 def test_where_it_cannot_be_measured_the_original_is_taken_aloud(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
-    monkeypatch.setattr(four_bit, "available", lambda: False)
+    monkeypatch.setattr(four_bit, "why_not", lambda: "is not installed")
     options = ("--no-verify",) if why == "--no-verify" else ()
     done = backprop("export", run, "-q", "f16", "--output", tmp_path, *options, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -156,3 +156,63 @@ def test_a_rounded_weight_that_is_stored_in_another_way_is_not_merged_one_by_one
     odd = four_bit.Rounding(weights=frozenset({"model.layers.0.mlp.experts.3.weight"}), dtype="float32")
     assert streamed.why_not(original, run / "lora") == ""
     assert "is stored under another name" in streamed.why_not(original, run / "lora", odd)
+
+
+AS_IN_TRAINING = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace as Given
+from backprop.engine import batches, four_bit, load, reference
+base, adapter = sys.argv[1], Path(sys.argv[2])
+chats = [[{"role": "user", "content": "What is 3?"}, {"role": "assistant", "content": "It is here."}]]
+asked = four_bit.ask_as_trained(base, adapter, chats, dtype="bfloat16", device="cpu")
+settings = json.loads((adapter / "adapter_config.json").read_text())
+config = Given(method="qlora", target_modules=(), seed=0, lora_r=settings["r"], lora_dropout=0.0, rslora=False)
+plan = Given(checkpointing=Given(value=False), lora_alpha=Given(value=settings["lora_alpha"]))
+model = load.add_adapter(load.load_base(base, dtype="bfloat16", device="cpu", four_bit=True), config, plan)
+load.set_adapter_state(model, load.read_adapter(adapter))
+with batches.computing(model.eval(), "bfloat16"):
+    trained = [reference.logits(model, one) for one in asked.sequences]
+print(sum(float(abs(one - other).max()) for one, other in zip(asked.logits, trained, strict=True)), len(trained))
+"""
+
+
+@needs_bitsandbytes
+def test_the_model_as_it_was_trained_computes_as_training_does(run: Path, original: Path, tmp_path: Path) -> None:
+    """Norms and the weights of words were asked in bfloat16, and are trained beside in float32."""
+    done = with_bitsandbytes(AS_IN_TRAINING, original, run / "lora", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0.0", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["ImportError('no libcudart')", "OSError('no libcudart')"])
+def test_a_bitsandbytes_that_cannot_be_imported_is_a_warning(run: Path, tmp_path: Path, error: str) -> None:
+    (tmp_path / "apart" / "bitsandbytes").mkdir(parents=True)
+    (tmp_path / "apart" / "bitsandbytes" / "__init__.py").write_text(f"raise {error}")
+    options = ("export", run, "-q", "f16", "--output", tmp_path / "out", "--json")
+    done = with_bitsandbytes(EXPORT, *options, cwd=tmp_path, apart=tmp_path / "apart")
+    assert done.returncode == 0, done.stderr
+    (warned,) = [one["message"] for one in told(done) if one["event"] == "warning"]
+    assert warned.startswith("the adapter was trained on weights of 4 bits, and is merged into the 16-bit original")
+    assert "cannot be imported: no libcudart" in warned
+
+
+@pytest.mark.slow
+def test_a_copied_adapter_whose_card_tells_of_4_bits_is_merged_into_the_original_aloud(
+    run: Path, original: Path, tmp_path: Path
+) -> None:
+    from transformers import BitsAndBytesConfig
+
+    model, tokenizer = merge.load_adapted(str(original), run / "lora")
+    load.save_adapter(model, tokenizer, tmp_path / "plain")
+    assert "load_in_4bit" not in (tmp_path / "plain" / "README.md").read_text()
+    model.get_base_model().config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    load.save_adapter(model, tokenizer, tmp_path / "mine")
+    for name, warnings in (("plain", 0), ("mine", 1)):
+        options = ("-q", "f16", "--no-verify", "--question", "What is 3?", "--json")
+        done = backprop("export", tmp_path / name, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        warned = [one["message"] for one in told(done) if one["event"] == "warning"]
+        assert len(warned) == warnings
+        assert all("in a run that is not known, and is merged into the 16-bit original" in one for one in warned)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -284,28 +285,34 @@ def test_an_importance_matrix_may_be_given(run: Path, tmp_path: Path) -> None:
     exported(run, tmp_path / "out", "-q", "iq3_xxs", "--imatrix", matrix, "--no-verify")
     found = metadata(tmp_path / "out" / "run-iq3_xxs.gguf")
     assert found["quantize.imatrix.file"] == "-mine.gguf"
-    matrix.write_bytes(b"GGUF, says it")
-    done = backprop(
-        "export", run, "-q", "iq3_xxs", "--imatrix", matrix, "--no-verify", "--output", tmp_path / "other", cwd=tmp_path
-    )
-    assert done.returncode == 7
-    assert "did not quantize to iq3_xxs" in done.stderr
 
 
-def test_a_file_that_is_no_importance_matrix_is_refused_before_any_work(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no matrix")
+def of_llama_cpp(folder: Path) -> bytes:
+    """A model: a GGUF, and no matrix."""
+    return llama_cpp.write_tiny(folder).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content", [b"no matrix", b"GGUF, says it", bytes(64), of_llama_cpp], ids=["text", "GGUF", "zeros", "a model"]
+)
+def test_a_file_that_is_no_importance_matrix_is_refused_before_any_work(
+    run: Path, tmp_path: Path, content: bytes | Callable[[Path], bytes]
+) -> None:
+    (tmp_path / "notes.txt").write_bytes(content if isinstance(content, bytes) else content(tmp_path))
     done = backprop("export", run, "-q", "iq3_xxs", "--imatrix", "notes.txt", "--output", "other", cwd=tmp_path)
     assert done.returncode == 2
     assert "`notes.txt` is no importance matrix" in done.stderr
     assert not (tmp_path / "other").exists()
 
 
-def test_importance_matrices_of_both_forms_are_known(tmp_path: Path) -> None:
-    old = tmp_path / "old.dat"
-    old.write_bytes((210).to_bytes(4, "little") + (19).to_bytes(4, "little") + b"blk.0.attn_q.weight" + bytes(40))
-    assert llama_tools.is_importance_matrix(old)
-    old.write_bytes(bytes(64))
-    assert not llama_tools.is_importance_matrix(old)
+def test_importance_matrices_of_the_older_form_are_known(tmp_path: Path) -> None:
+    name, numbers = b"blk.0.attn_q.weight", [1.0] * 256
+    entry = struct.pack(f"<i{len(name)}sii{len(numbers)}f", len(name), name, 1, len(numbers), *numbers)
+    whole = struct.pack("<i", 1) + entry + struct.pack("<ii8s", 1, 8, b"rows.txt")
+    (tmp_path / "old.dat").write_bytes(whole)
+    assert llama_tools.is_importance_matrix(tmp_path / "old.dat")
+    (tmp_path / "old.dat").write_bytes(whole[:200])
+    assert not llama_tools.is_importance_matrix(tmp_path / "old.dat")
 
 
 def test_too_few_rows_make_no_importance_matrix(tmp_path: Path) -> None:
@@ -382,14 +389,33 @@ def test_a_split_file_loads_and_is_the_same_model(wide: Path, tmp_path: Path) ->
     assert [path.name for path in (output / "run-f16").iterdir()] == ["run-f16-00001-of-00001.gguf"]
 
 
-@pytest.mark.slow
-def test_a_size_below_that_of_a_tensor_is_named(run: Path, tmp_path: Path) -> None:
-    done = backprop(
-        "export", run, "-q", "f16", "--split-size", "1M", "--no-verify", "--output", tmp_path / "o", cwd=tmp_path
-    )
-    assert done.returncode == 7
-    assert "choose a larger `--split-size`" in done.stderr
-    assert list((tmp_path / "o").iterdir()) == []
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("-q", "q4_0", "-q", "f16"), "one matrix of f16 takes 6.3M or more"),
+        (("--split-size", "1M"), "one matrix of q4_k_m takes 1.8M or more"),
+        (("-q", "q8_0", "--split-size", "3M"), "one matrix of q8_0 takes 3.3M or more"),
+    ],
+)
+def test_a_size_below_that_of_a_matrix_is_refused_before_any_work(
+    run: Path, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    given = ("--split-size", "6M") if "--split-size" not in options else ()
+    done = backprop("export", run, *given, *options, "--no-verify", "--output", tmp_path / "o", cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_no_word_of_a_file_has_fewer_bits_than_are_counted_on(tmp_path: Path) -> None:
+    source = llama_cpp.write_tiny(tmp_path)
+    for kind in [kind for kind in PLAIN if kind not in llama_cpp.CONVERTED]:
+        made = tmp_path / f"{kind}.gguf"
+        llama_cpp.quantize(source, made, quantization=kind)
+        reader = pytest.importorskip("gguf").GGUFReader(made)
+        words = [one for one in reader.tensors if one.name in ("token_embd.weight", "output.weight")]
+        least = min(8 * int(one.n_bytes) / int(one.n_elements) for one in words)
+        assert least >= llama_tools.LEAST_BITS[kind], kind
 
 
 @pytest.mark.slow
@@ -403,6 +429,6 @@ def test_a_file_that_is_rejected_is_not_split(run: Path, tmp_path: Path, monkeyp
         target.write_bytes(content)
 
     monkeypatch.setattr(llama_cpp, "quantize", faulty)
-    done = backprop("export", run, "--output", tmp_path / "out", "-q", "q6_k", "--split-size", "1M", cwd=tmp_path)
+    done = backprop("export", run, "--output", tmp_path / "out", "-q", "q6_k", "--split-size", "3M", cwd=tmp_path)
     assert done.returncode == 7, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"verification.json", "run-q6_k.gguf.rejected"}

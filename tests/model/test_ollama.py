@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import ollama_double as double_of
 import pytest
 from ollama_double import Asked, Model, OllamaDouble
 
+from backprop.core.data.formats import Message
 from backprop.edges import demo_model, ollama, ollama_http
 from backprop.edges.ollama import ModelParts, check_name, modelfile, register
 from backprop.edges.ollama_http import find_server
+from backprop.edges.ollama_template import Rendering
 from backprop.errors import DiskError, OllamaError, UsageError
 from backprop.events import Event, Phase, Registered, Warned
 
@@ -83,7 +86,7 @@ def digest_of(gguf: Path) -> str:
 def register_at(double: OllamaDouble, gguf: Path, **options: Any) -> tuple[Registered, list[Event]]:
     said: list[Event] = []
     defaults: dict[str, Any] = {"name": "me/pottle:v1", "server": find_server(double.url), "parts": PARTS}
-    done = register(gguf, question="who?", say=said.append, **{**defaults, **options})
+    done, _ = register(gguf, question="who?", say=said.append, **{**defaults, **options})
     return done, said
 
 
@@ -946,6 +949,77 @@ def test_the_double_streams_answers_as_lines(double: OllamaDouble) -> None:
     assert spoken_json(double, "POST", "/api/generate", wrong)[0] == 400
 
 
+# --- templates
+
+OTHER = "{{ range .Messages }}<{{ .Role }}>{{ .Content }}{{ end }}"
+RIGHT = "{{ range .Messages }}<{{ .Role }}>{{ .Content }}</>{{ end }}"
+HI: list[Message] = [{"role": "user", "content": "Hi"}]
+
+
+def rendering(**others: Any) -> Rendering:
+    given = {"prompts": [(HI, "<s><user>Hi</>")], "template": RIGHT, "added": "<s>"}
+    return Rendering(**{**given, **others})
+
+
+def with_rendering(double: OllamaDouble, gguf: Path, **others: Any) -> tuple[Model, str]:
+    """Register a model that has no template of its own; give it, and what was warned."""
+    parts = replace(PARTS, template="", system="")
+    _, said = register_at(double, gguf, parts=parts, wanted=rendering(**others))
+    return double.models["me/pottle:v1"], "\n".join(one.message for one in said if isinstance(one, Warned))
+
+
+@pytest.mark.parametrize("detected", [RIGHT, "<s>" + RIGHT])
+def test_a_template_that_renders_as_in_training_is_left_to_the_server(
+    double: OllamaDouble, gguf: Path, detected: str
+) -> None:
+    double.detected = detected
+    model, warned = with_rendering(double, gguf)
+    assert (model.template, warned) == ("", "")
+    assert not any("template" in one.fields for one in double.seen)
+
+
+@pytest.mark.parametrize("detected", [OTHER, double_of.NO_TEMPLATE])
+def test_a_server_that_would_render_otherwise_is_given_the_template(
+    double: OllamaDouble, gguf: Path, detected: str
+) -> None:
+    double.detected = detected
+    asked: list[Asked] = []
+    double.answer = lambda one: asked.append(one) or "fine"
+    model, warned = with_rendering(double, gguf)
+    assert (model.template, warned) == (RIGHT, "")
+    assert [one.template for one in asked] == [RIGHT], "it was asked once, with the template"
+
+
+@pytest.mark.parametrize(("detected", "given"), [(double_of.NO_TEMPLATE, RIGHT), ("", RIGHT), (OTHER, "")])
+def test_a_server_that_does_not_tell_is_given_a_template_if_it_has_none(
+    double: OllamaDouble, gguf: Path, detected: str, given: str
+) -> None:
+    double.renders_only, double.detected = False, detected
+    assert with_rendering(double, gguf) == (Model(digest_of(gguf), given, "", PARTS.license, ANY), "")
+
+
+def test_where_no_template_renders_so_that_is_told_with_the_reason(double: OllamaDouble, gguf: Path) -> None:
+    double.detected = OTHER
+    model, warned = with_rendering(double, gguf, template="", why_not="it rewrites reasoning")
+    assert model.template == ""
+    assert '"<user>Hi" instead of "<user>Hi</>"; no TEMPLATE can mend that: it rewrites reasoning' in warned
+
+
+def test_what_the_template_leaves_out_is_told(double: OllamaDouble, gguf: Path) -> None:
+    assert "tools are left out" in with_rendering(double, gguf, left_out="tools")[1]
+
+
+def test_a_server_that_ignores_templates_is_told(double: OllamaDouble, gguf: Path) -> None:
+    reply = {"_debug_info": {"rendered_template": "always this"}}
+    double.next(CHAT, double_of.lines(reply), double_of.lines(reply))
+    assert "also with a TEMPLATE" in with_rendering(double, gguf)[1]
+
+
+def test_the_double_refuses_what_go_refuses(double: OllamaDouble, gguf: Path) -> None:
+    for wrong in ("{{ if .Prompt }}", "{{ end }}", "{{ }}", "no words", "{{ .Prompt"):
+        assert "template" in refused(double, gguf, parts=ModelParts(template=wrong)).message
+
+
 # --- a real server
 
 
@@ -961,7 +1035,7 @@ def test_a_real_server_takes_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> 
     assert gguf is not None
     parts = ModelParts(system="You are helpful.", stop=("<|im_end|>",), license="Apache-2.0")
     try:
-        done = register(gguf, name, server=server, parts=parts, question="Hello!", say=print)
+        done, _ = register(gguf, name, server=server, parts=parts, question="Hello!", say=print)
         assert done.answer
         assert f"{name}:latest" in ollama.names(server)
     finally:

@@ -4,14 +4,18 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import go_templates
 import ollama_double as double_of
 import pytest
-from conftest import backprop, chat, trained_run
+from conftest import HERE, backprop, chat, trained_run
 from ollama_double import OllamaDouble
+from tiny_models import TOKENIZERS
 
+from backprop.edges.ollama import ModelParts
 from backprop.engine.load import load_tokenizer
-from backprop.verbs.register import default_system
+from backprop.verbs.register import default_system, wanted
 
 pytestmark = pytest.mark.model
 
@@ -33,10 +37,19 @@ def server(tmp_path: Path) -> Iterator[OllamaDouble]:
         yield one
 
 
+# What Ollama takes SmolLM2's template for.
+CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+WITHOUT_END = CHATML.replace("<|im_end|>", "")
+
+
 @pytest.mark.slow
 def test_an_export_is_registered_and_answers_there_as_in_llama_cpp(
     run: Path, tmp_path: Path, server: OllamaDouble
 ) -> None:
+    server.detected = CHATML
     command = ("export", run, "-q", "q8_0", "--output", tmp_path / "out", "--json", "--no-verify")
     done = backprop(*command, "--ollama", "--ollama-name", "my-model", cwd=tmp_path, OLLAMA_HOST=server.url)
     assert done.returncode == 0, done.stderr
@@ -51,6 +64,53 @@ def test_an_export_is_registered_and_answers_there_as_in_llama_cpp(
     written = (tmp_path / "out" / "Modelfile").read_text()
     assert written.endswith('LICENSE """apache-2.0"""\n')
     assert written.startswith('FROM "./run-q8_0.gguf"\nPARAMETER stop "<|im_end|>"\nSYSTEM ')
+    for detected, renders_only in ((double_of.NO_TEMPLATE, False), (WITHOUT_END, True)):
+        server.detected, server.renders_only = detected, renders_only
+        again = backprop(*command, "--ollama", "--ollama-name", "my-model", cwd=tmp_path, OLLAMA_HOST=server.url)
+        assert again.returncode == 0, again.stderr
+        written = (tmp_path / "out" / "Modelfile").read_text()
+        assert f'TEMPLATE """{server.models["my-model:latest"].template}"""' in written
+        assert "it is given a TEMPLATE" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_chat_template_that_no_go_template_says_is_told(run: Path, tmp_path: Path, server: OllamaDouble) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    template = tmp_path / "run" / "lora" / "chat_template.jinja"
+    old = "message['content']"
+    assert old in template.read_text()
+    template.write_text(template.read_text().replace(old, f"{old}.split('</think>')[-1]"))
+    command = ("export", tmp_path / "run", "-q", "q8_0", "--no-verify", "--ollama-name", "mine", "--json")
+    done = backprop(*command, cwd=tmp_path, OLLAMA_HOST=server.url)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    (warned,) = [event["message"] for event in told if event["event"] == "warning"]
+    assert "Ollama would render prompts otherwise than in training" in warned
+    assert "no TEMPLATE can mend that: of the chat template, it rewrites reasoning" in warned
+
+
+@pytest.mark.parametrize(
+    ("architecture", "system", "holds"),
+    [
+        ("llama-tied", "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "<|im_end|>"),
+        ("llama-untied", "", " [/INST]{{ else if"),
+        ("gemma3", "", "<start_of_turn>model\n{{ end }}{{ end }}"),
+        ("phi3", "", '{{ else if eq .Role "system" }}<|system|>\n{{ .Content }}<|end|>'),
+    ],
+)
+def test_the_template_of_a_family_is_found(architecture: str, system: str, holds: str, tmp_path: Path) -> None:
+    TOKENIZERS[architecture](tmp_path / "model")
+    tokenizer = load_tokenizer(str(tmp_path / "model"), trust_remote_code=False)
+    adapter: Any = type("Adapter", (), {"question": "Who?", "probes": [HERE[0]["messages"]]})
+    found = wanted(tokenizer, adapter, "a.gguf", ModelParts(system=system), default=default_system(tokenizer))
+    assert default_system(tokenizer) == system
+    assert (found.why_not, found.left_out) == ("", "")
+    assert holds in found.template
+    assert "bos" not in found.template
+    assert "<s>" not in found.template
+    for messages, text in found.prompts:
+        lead = [{"role": "system", "content": system}] if system else []
+        rendered = go_templates.render(found.template, [*lead, *map(dict, messages)])
+        assert rendered == text.removeprefix(found.added)
 
 
 @pytest.mark.slow

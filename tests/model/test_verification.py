@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import backprop, chat, trained_run
 
+from backprop.core.fidelity import likeness
 from backprop.edges import device, llama_cpp
 from backprop.engine import merge, reference, streamed
 
@@ -305,6 +306,31 @@ def test_the_reference_is_greedy_whatever_the_base_says_of_repetition(run: Path)
     assert reference.refer(model, tokenizer, asked).replies == first.replies
     long = [[{"role": "user", "content": "word " * 600}]]
     assert reference.refer(model, tokenizer, long).questions == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_rounding_does_is_measured_and_leaves_the_model_as_it_was(
+    run: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = json.loads((run / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model, _ = merge.load_adapted(base, run / "lora", dtype=dtype)
+    texts = [list(range(20, 60)), list(range(100, 110))]
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    trained = [reference.logits(model, text) for text in texts]
+    for most in (2**28, 4 * 49152 * 60):  # together, and one by one
+        monkeypatch.setattr(reference, "MOST_BYTES", most)
+        assert likeness(trained, reference.logits_together(model, texts)).mean_kl < 1e-9
+    with reference.rounding_to_16_bits(model):
+        rounded = reference.logits_together(model, texts)
+        learnt = {name: one for name, one in model.named_parameters() if "q_proj.base_layer" in name}
+        assert all((one == before[name]).all() for name, one in learnt.items()), (
+            "weights change only while a layer computes"
+        )
+    assert 1e-9 < likeness(trained, rounded).mean_kl < 1e-4
+    assert all(
+        (one == before[name]).all() and one.dtype == before[name].dtype for name, one in model.named_parameters()
+    )
+    assert (reference.logits(model, texts[0]) == trained[0]).all()
 
 
 def test_of_a_large_vocabulary_fewer_tokens_are_compared(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

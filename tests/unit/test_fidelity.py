@@ -47,6 +47,9 @@ def test_a_model_that_rounding_moves_far_may_be_moved_further() -> None:
         for noise in (None, likeness(trained, [near]), likeness(trained, [found]))
     ]
     assert allowed == [False, True, True, False, False, False]
+    proof = prove_likeness("f16", "it", trained, [near], noise=likeness(trained, trained))
+    assert not proof.ok, "1e-4 is asked for where rounding does nothing"
+    assert proof.found.endswith("at most 0.0001 and at least 99% allowed (rounding alone: 0, 100.0%)")
 
 
 def test_what_16_bits_make_of_ties_is_allowed() -> None:
