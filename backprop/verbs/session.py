@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +285,7 @@ def running(
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     identity = {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
     identity |= {"command": command, "data_sha256": fingerprint}
+    identity = _as_known_before(config.output, identity)
     found = "nothing" if config.dry_run else rundir.check(config.output, identity, overwrite=config.overwrite)
     manifest: dict[str, Any] = {
         "version": backprop.__version__,
@@ -314,6 +315,15 @@ def running(
         except BaseException as error:
             session.crash(error)
             raise
+
+
+def _as_known_before(directory: Path, identity: dict[str, object]) -> dict[str, object]:
+    """Leave out options that the version which began a run did not have, while they are at their defaults."""
+    before = (rundir.read_manifest(directory) or {}).get("identity") or {}
+    if not before:
+        return identity
+    defaults = {one.name: one.default for one in (*fields(TrainConfig), *fields(MultiRunConfig))}
+    return {name: value for name, value in identity.items() if name in before or value != defaults.get(name, ...)}
 
 
 def other_versions(before: Mapping[str, str]) -> list[str]:

@@ -54,28 +54,19 @@ def train(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> Calla
     return train
 
 
+OF_FINISHED = (
+    *("--data", "data.jsonl", "--steps", "12", "--batch-size", "4", "--lora-r", "4", "--lr", "0.02"),
+    *("--eval-data", "held.jsonl", "--eval-steps", "5"),
+)
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """One run through the command line, as a user or CI job starts it."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "held.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    options = [
-        "--steps",
-        "12",
-        "--batch-size",
-        "4",
-        "--lora-r",
-        "4",
-        "--lr",
-        "0.02",
-        "--eval-data",
-        "held.jsonl",
-        "--eval-steps",
-        "5",
-        "--json",
-    ]
-    done = backprop_process("train", "--data", "data.jsonl", "--model", tiny_model, *options, cwd=folder)
+    done = backprop_process("train", *OF_FINISHED, "--model", tiny_model, "--json", cwd=folder)
     return folder / "output", done
 
 
@@ -160,6 +151,26 @@ def test_a_second_run_in_the_same_directory_is_refused(finished: tuple[Path, Don
 
 
 @pytest.mark.slow
+def test_a_run_of_a_version_with_fewer_options_is_still_the_same_run(
+    finished: tuple[Path, Done], tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    older = tmp_path / "older"
+    shutil.copytree(finished[0], older)
+    told = json.loads((older / "run.json").read_text())
+    for name in ("objective", "beta", "pissa"):
+        del told["identity"][name]
+    (older / "run.json").write_text(json.dumps(told))
+    command = ["train", *OF_FINISHED, "--model", tiny_model, "--output", older]
+    again = backprop(*command, cwd=finished[0].parent)
+    assert again.returncode == 0, again.stderr
+    assert "finished already" in again.stderr
+    other = backprop(*command, "--beta", "0.3", cwd=finished[0].parent)
+    assert other.returncode == 2
+    assert "beta" in other.stderr
+
+
 def test_the_same_run_twice_gives_the_same_bits(train: Callable[..., Path]) -> None:
     one, two = adapter(train("one")), adapter(train("two"))
     assert all(one[name].equal(two[name]) for name in one)
