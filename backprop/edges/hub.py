@@ -28,6 +28,14 @@ class ModelSource:
     sha256: str
     """Of its configuration and of parts of its weights: tells one model from another, and costs milliseconds."""
 
+    @property
+    def public_name(self) -> str:
+        """The id of a model from the hub, which means the same on any machine; else its folder."""
+        if Path(self.path).parent.name != "snapshots":
+            return self.path
+        preset = PRESETS.get(self.name)
+        return preset.hub_id if preset else self.name
+
 
 def find_model(name: str, *, offline: bool) -> ModelSource:
     """Resolve a preset, hub id or folder, and look at it as far as that needs no network.

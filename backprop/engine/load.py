@@ -369,6 +369,11 @@ QUANTIZED = "The following `bitsandbytes` quantization config was used during tr
 """As PEFT has it (`PeftModel.create_or_update_model_card`)."""
 
 
+def name_base(model: Any, name: str) -> None:
+    """Let the adapter's configuration name its base model so that others find it too."""
+    model.peft_config["default"].base_model_name_or_path = name
+
+
 def save_adapter(model: Any, tokenizer: HfTokenizer, folder: Path) -> None:
     """Write the adapter, the tokenizer and its chat template; plain PEFT loads the folder."""
     model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -51,6 +51,8 @@ class Fit:
     eval_loss: float | None
     eval_accuracy: float | None
     """Share of held-out preferences that are on their right side."""
+    delivered_step: int
+    """The step after which the adapter was as it is delivered."""
     size: PassSize
     """How much went through the model at once."""
     failed: tuple[Proved, ...]
@@ -97,7 +99,7 @@ def fit(
         progress, validation = stand.progress, stand.validation
         save()
         after = validation.finish(progress.step)
-        if validation.restored:
+        if validation.delivered_step is not None:
             save()
         planned = schedule_of(len(examples), config, plan).order.times_seen(progress.step)
         seen = prove(lambda: proofs.prove_order(progress.seen.tolist(), planned))
@@ -110,6 +112,7 @@ def fit(
         eval_loss_before=before.loss if (before := stand.exam.before) else None,
         eval_loss=after.loss if after else None,
         eval_accuracy=after.accuracy if after else None,
+        delivered_step=progress.step if validation.delivered_step is None else validation.delivered_step,
         size=stand.size,
         failed=failed if seen.ok else (seen, *failed),
     )

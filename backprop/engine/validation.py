@@ -28,8 +28,8 @@ class Validation:
         """The adapter with the lowest loss so far; empty if none is kept."""
         self.last: tuple[int, Measured] | None = None
         """Step and figures of the last evaluation."""
-        self.restored = False
-        """Whether `finish` put an earlier adapter back."""
+        self.delivered_step: int | None = None
+        """The step whose adapter `finish` put back; None if it is the last."""
 
     def evaluate(self, step: int) -> bool:
         """Measure and tell the loss after ``step``, and say whether training should stop."""
@@ -71,7 +71,7 @@ class Validation:
         if self._best is not None and self._best[1] != step:
             found, best_step = self._best
             set_adapter_state(self._model, self.best)
-            self.restored = True
+            self.delivered_step = best_step
             self._say(
                 Phase(
                     name=f"delivering the adapter after step {best_step}: its held-out loss {found.loss:.3f} is the best"

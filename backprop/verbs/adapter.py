@@ -36,6 +36,7 @@ def train_one(
         trust_remote_code=config.trust_remote_code,
     )
     model = load.add_adapter(base, config, plan)
+    load.name_base(model, prepared.model.public_name)
     if start is not None:
         load.set_adapter_state(model, start)
     say(Phase(name="training"))
@@ -73,6 +74,7 @@ def measures(fit: "Fit", output: Path) -> dict[str, JSON]:
     return {
         "adapter_sha256": rundir.sha256_of(output / "lora" / "adapter_model.safetensors"),
         "steps": len(fit.losses),
+        "delivered_step": fit.delivered_step,
         "final_loss": fit.losses[-1],
         "eval_loss_before": fit.eval_loss_before,
         "eval_loss": fit.eval_loss,

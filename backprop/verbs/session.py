@@ -317,11 +317,11 @@ def running(
             raise
 
 
-def _as_known_before(directory: Path, identity: dict[str, object]) -> dict[str, object]:
+def _as_known_before(directory: Path, identity: Mapping[str, object]) -> dict[str, object]:
     """Leave out options that the version which began a run did not have, while they are at their defaults."""
     before = (rundir.read_manifest(directory) or {}).get("identity") or {}
     if not before:
-        return identity
+        return dict(identity)
     defaults = {one.name: one.default for one in (*fields(TrainConfig), *fields(MultiRunConfig))}
     return {name: value for name, value in identity.items() if name in before or value != defaults.get(name, ...)}
 

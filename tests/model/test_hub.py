@@ -1,8 +1,12 @@
 """Names of models and data sets, where nothing can be reached."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import backprop_process, chat
 
 from backprop.cli import run
 from backprop.edges import hub
@@ -45,3 +49,24 @@ def test_a_data_set_that_cannot_be_reached_is_exit_3(
     assert run(["train", "--data", "owner/never-fetched", "--offline"]) == DataError.code
     assert "hint: " in capsys.readouterr().err
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_names_its_base_as_others_know_it_and_finds_it_again(
+    tiny_model: Path, tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    """A hub's cache as `hf download` leaves it, from which no network is needed."""
+    home = tmp_path / "home"
+    cached = home / "hub" / "models--owner--tiny"
+    shutil.copytree(tiny_model, cached / "snapshots" / "0123abcd")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abcd")
+    data = write([chat(f"What is {n}?", "It is here.") for n in range(6)])
+    options = ("--steps", "20", "--batch-size", "4", "--lr", "0.01", "--offline")
+    done = backprop_process("train", "--data", data, "--model", "owner/tiny", *options, cwd=tmp_path, HF_HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    copied = tmp_path / "copied"
+    shutil.copytree(tmp_path / "output" / "lora", copied)
+    assert json.loads((copied / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/tiny"
+    done = backprop_process("export", copied, "-q", "f16", "--no-verify", "--offline", cwd=tmp_path, HF_HOME=str(home))
+    assert done.returncode == 0, done.stderr

@@ -339,6 +339,7 @@ def test_training_stops_early_and_the_best_adapter_is_delivered(
     best = min((step for step in measured if step), key=lambda step: measured[step])
     assert max(measured) == best + 4 < 200
     assert manifest(run)["result"]["eval_loss"] == measured[best]
+    assert manifest(run)["result"]["delivered_step"] == best
     stopped_there = train("short", rows=rows, steps=best, **options)
     delivered, wanted = adapter(run), adapter(stopped_there)
     assert all(delivered[name].equal(wanted[name]) for name in wanted)
