@@ -222,8 +222,12 @@ def measure(model: Any, examples: Sequence[Example], size: PassSize, objective: 
             margins += [] if part.margins is None else part.margins.tolist()
     if not margins:
         return Measured(loss=total)
-    right = sum(margin > 0 for margin in margins) / len(margins)
-    return Measured(loss=total, accuracy=right, margin=math.fsum(margins) / len(margins))
+    return Measured(loss=total, accuracy=accuracy_of(margins), margin=math.fsum(margins) / len(margins))
+
+
+def accuracy_of(margins: Sequence[float]) -> float:
+    """Give the share that is on its right side; what is on neither, as all are before training, counts half."""
+    return sum((margin > 0) + (margin == 0) / 2 for margin in margins) / len(margins)
 
 
 def with_references(model: Any, examples: Sequence[Example], size: PassSize) -> tuple[Example, ...]:

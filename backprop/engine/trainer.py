@@ -26,7 +26,7 @@ from backprop.edges import stopping
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
 from backprop.engine.load import HfTokenizer
-from backprop.engine.objectives import Objective, Part
+from backprop.engine.objectives import Objective, Part, accuracy_of
 from backprop.engine.proofs import Movement
 from backprop.engine.snapshot import Saver, Stand, restore_optimizer
 from backprop.engine.trackers import Trackers
@@ -278,12 +278,12 @@ class StepTrainer(SFTTrainer):
         self._watch.tokens = sum(num_tokens(one) for one in todo)
         parts = self._steps.objective.parts(model, todo, self.args.device)
         losses: list[Any] = []
-        margins: list[Any] = []
+        margins: list[float] = []
         while (part := self._next(parts)) is not None:
             self.accelerator.backward(part.loss)
             losses.append(part.loss.detach())
-            margins += [] if part.margins is None else [part.margins]
-        self._watch.accuracy = float((torch.cat(margins) > 0).float().mean()) if margins else None
+            margins += [] if part.margins is None else part.margins.tolist()
+        self._watch.accuracy = accuracy_of(margins) if margins else None
         return torch.stack(losses).sum()
 
     def _next(self, parts: Iterator[Part]) -> Part | None:

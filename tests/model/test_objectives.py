@@ -190,7 +190,7 @@ def test_kto_is_trls(
         **{f"KL_{name}": value for name, value in mismatched.items()},
         "label": torch.tensor([example.desirable for example in given]),
     }
-    theirs = float(trainer.compute_loss(trainer.model, batch))
+    theirs = trainer.compute_loss(trainer.model, batch).item()
     (distance,) = next(kept for kept in trainer._metrics.values() if kept)["kl"]
     assert (distance > 0.1) != backwards
     assert measure(pair[1], given, PADDED, KTO(0.1, 3.0, 1.0)).loss == pytest.approx(theirs, rel=1e-5)
@@ -248,6 +248,7 @@ def test_what_is_wanted_is_learnt_and_told(train: Callable[..., Run], objective:
     if start is not None:  # nothing has moved from the reference before the first step
         assert run.losses[0] == pytest.approx(start, rel=1e-5)
         assert first.loss == pytest.approx(start, rel=1e-5)
+        assert first.accuracy == 0.5
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
