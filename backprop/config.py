@@ -184,7 +184,8 @@ class TrainConfig:
             raise UsageError("both `--steps` and `--epochs` are given", hint="give one of them")
         if self.lora_plus is not None and self.method == "dora":
             raise UsageError("`--lora-plus` would also quicken DoRA's magnitudes", hint="leave out one of them")
-        if self.method == "full" and (self.lora_plus is not None or self.rslora or self.pissa or self.target_modules):
+        refined = (self.lora_plus, self.lora_alpha, self.lora_dropout, self.rslora, self.pissa, self.target_modules)
+        if self.method == "full" and any(refined):
             raise UsageError("`--method full` has no adapter to refine", hint="leave out the options of LoRA")
         if self.pissa and self.method in ("qlora", "dora"):
             raise UsageError(f"`--pissa` cannot begin `--method {self.method}`", hint="leave out one of them")

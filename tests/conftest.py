@@ -279,6 +279,14 @@ class Run:
         return failed
 
 
+def plant_in_training(patch: pytest.MonkeyPatch, planted: Callable[[Any, Any], Any]) -> None:
+    """Let ``planted`` take the place of a pass's loss while the model trains; evaluations are left as they are."""
+    from backprop.engine import objectives
+
+    real = objectives.sum_of_losses
+    patch.setattr(objectives, "sum_of_losses", lambda model, one: (planted if model.training else real)(model, one))
+
+
 @pytest.fixture
 def train(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> Callable[..., Run]:
     """Train in this process, quietly; what goes wrong is the last that the run said."""

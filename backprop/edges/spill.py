@@ -4,6 +4,7 @@ import json
 import struct
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
@@ -12,8 +13,8 @@ from typing import IO, Any, Generic, TypeVar, cast, overload
 from backprop.core.data.formats import Conversation
 from backprop.core.data.render import Example
 from backprop.core.data.sequences import Picked
-from backprop.edges import rundir
 from backprop.edges.hub import cache_dir
+from backprop.errors import DiskError
 
 T = TypeVar("T")
 # Up to here nothing is written to a disk.
@@ -58,20 +59,18 @@ class Spill(Sequence[T], Generic[T]):
             self._file.seek(position)
             return act(self._file)
         except OSError as error:
-            told = rundir.disk_error(self._folder, error)
-            assert told is not None
-            raise told from error
+            raise DiskError(
+                f"the data is larger than {IN_MEMORY_BYTES // 2**20} MiB, and `{self._folder}` cannot hold it: "
+                f"{error.strerror}",
+                hint="make room, or name another folder in XDG_CACHE_HOME",
+            ) from error
 
 
 def _folder() -> Path:
     """Give the folder for what can be made again: where the system keeps temporary files, that may be memory."""
     folder = cache_dir()
-    try:
+    with suppress(OSError):  # small data needs none
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        told = rundir.disk_error(folder, error)
-        assert told is not None
-        raise told from error
     return folder
 
 
@@ -87,11 +86,13 @@ def examples() -> Spill[Example]:
 
 def _pack_conversation(one: Conversation) -> bytes:
     turns = [one.messages, one.rejected, one.tools]
-    return json.dumps([*turns, one.text, one.shape, one.place, one.desirable], ensure_ascii=False).encode()
+    return json.dumps([*turns, one.text, one.shape, one.place, one.desirable], ensure_ascii=False).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def _unpack_conversation(packed: bytes) -> Conversation:
-    messages, rejected, tools, text, shape, place, desirable = json.loads(packed)
+    messages, rejected, tools, text, shape, place, desirable = json.loads(packed.decode("utf-8", "surrogatepass"))
     return Conversation(
         messages=tuple(messages),
         rejected=tuple(rejected),
@@ -109,7 +110,7 @@ DESIRABLE, REJECTED, MISMATCHED = 1, 2, 4
 
 
 def _pack_example(one: Example) -> bytes:
-    question = one.question.encode()
+    question = one.question.encode("utf-8", "surrogatepass")
     beside = [side for side in (one.rejected, one.mismatched) if side]
     flags = DESIRABLE * one.desirable + REJECTED * bool(one.rejected) + MISMATCHED * bool(one.mismatched)
     head = HEAD.pack(len(one.ids), one.answers, one.ended, len(question), flags)
@@ -122,7 +123,7 @@ def _unpack_example(packed: bytes, at: int) -> tuple[Example, int]:
     ids = array("i", packed[at : at + 4 * length])
     at += 4 * length
     mask = tuple(map(bool, packed[at : at + length]))
-    question = packed[at + length : at + length + asked].decode()
+    question = packed[at + length : at + length + asked].decode("utf-8", "surrogatepass")
     made = Example(tuple(ids), mask, answers, ended, question, desirable=bool(flags & DESIRABLE))
     at += length + asked
     if flags & REJECTED:

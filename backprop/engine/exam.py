@@ -96,7 +96,9 @@ class Exam:
             after = self._measure_seen() if self._seen else measured_after
             assert before is not None
             assert after is not None
-            proof = proofs.prove_learnt(before.loss, after.loss, held_out=bool(self._held_out))
+            preferences = after.accuracy is not None
+            held_out = bool(self._held_out)
+            proof = proofs.prove_learnt(before.loss, after.loss, held_out=held_out, preferences=preferences)
             return replace(proof, seconds=self._seconds_before["loss"])
 
         if before is not None:

@@ -77,7 +77,7 @@ def fit(
 
     Args:
         folder: Where `checkpoints/` and a tracker's files go.
-        data_sha256: Hash of ``examples``; a checkpoint of others is refused.
+        data_sha256: Hash of ``examples`` and ``held_out``; a checkpoint of others is refused.
         save: Writes the adapter as it is; called as soon as it is trained, before anything else can go wrong.
         run: The number of this run in a multi-run.
 

@@ -198,7 +198,7 @@ class KTO:
             wanted_D = one["desirable"].to(device)
             margins_D = self.beta * (_moved(model, one, device) - distance) * torch.where(wanted_D, 1.0, -1.0)
             weights_D = torch.where(wanted_D, self.weight_wanted, self.weight_unwanted)
-            yield Part((weights_D * (1 - torch.sigmoid(margins_D))).sum() / answers, margins_D.detach())
+            yield Part((weights_D * torch.sigmoid(-margins_D)).sum() / answers, margins_D.detach())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

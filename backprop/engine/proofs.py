@@ -3,6 +3,7 @@
 Each proof measures and says what it found; the caller decides what a failed one means.
 """
 
+import heapq
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -182,6 +183,8 @@ def _checksum(weight: Any) -> int:
 
 # A loss may rise by this share without the run having made the model worse: held-out sets are small.
 ROOM_FOR_NOISE = 0.05
+# That of preferences is the same number for all before training; what rounding alone changes is less than this.
+ROOM_OF_PREFERENCES = 0.005
 # Below this, tokens are nine parts in ten certain: a second run on known rows has nothing left to get better at.
 KNOWN = 0.1
 
@@ -196,12 +199,14 @@ def prove_order(seen: Sequence[int], planned: Sequence[int]) -> Proved:
     return Proved(name="every example is seen as often as planned", ok=not wrong, found=found)
 
 
-def prove_learnt(before: float, after: float, *, held_out: bool) -> Proved:
-    """Compare the loss before and after."""
+def prove_learnt(before: float, after: float, *, held_out: bool, preferences: bool = False) -> Proved:
+    """Compare the loss before and after; of preferences it begins where nothing is known, and must not rise."""
     rows = "held-out rows" if held_out else "rows of the training data"
+    room = after <= before * (1 + ROOM_FOR_NOISE)
     return Proved(
         name="the model got better",
-        ok=math.isfinite(after) and (after <= before * (1 + ROOM_FOR_NOISE) or after < KNOWN),
+        ok=math.isfinite(after)
+        and (after <= before * (1 + ROOM_OF_PREFERENCES) if preferences else room or after < KNOWN),
         found=f"loss {before:.3f} before and {after:.3f} after, on {rows}",
     )
 
@@ -224,8 +229,8 @@ MOST_NEW_TOKENS = 256
 
 def askable(examples: Sequence[Example]) -> list[Example]:
     """Choose the examples with a prompt whose answers are shortest; none if all is text to be continued."""
-    asked = [one for one in examples if one.answers and one.answers == one.ended and one.desirable]
-    return sorted(asked, key=lambda example: example.num_trained)[:MOST_ASKED]
+    asked = (one for one in examples if one.answers and one.answers == one.ended and one.desirable)
+    return heapq.nsmallest(MOST_ASKED, asked, key=lambda example: example.num_trained)
 
 
 def ask(model: Any, tokenizer: HfTokenizer, examples: Sequence[Example]) -> Asked:

@@ -20,7 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.plan import Plan
+from backprop.core.plan import Plan, sides_of
 from backprop.core.schedule import schedule_of
 from backprop.edges import stopping
 from backprop.engine.batches import PassSize, num_tokens
@@ -54,6 +54,7 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         self.objective, self.size, self.first = objective, size, first
         self.schedule = schedule_of(len(examples), config, plan)
         self._examples = examples
+        self._longest = plan.max_length.value * sides_of(config)
 
     def __len__(self) -> int:
         return self.schedule.num_steps - self.first
@@ -69,8 +70,7 @@ class StepPasses(torch.utils.data.Dataset[Any]):
 
     def shrink(self) -> bool:
         """Halve what goes through the model at once; false if it is one example already."""
-        longest = max(example.num_tokens for example in self._examples)
-        tokens, examples = max(self.size.tokens // 2, longest), max(self.size.examples // 2, 1)
+        tokens, examples = max(self.size.tokens // 2, self._longest), max(self.size.examples // 2, 1)
         smaller = replace(self.size, tokens=tokens, examples=examples)
         could = smaller.tokens < self.size.tokens if self.size.packing else smaller.examples < self.size.examples
         self.size = smaller
@@ -96,6 +96,8 @@ class Watch(TrainerCallback):
         """Of the step under way."""
         self.accuracy: float | None = None
         """Share of its preferences that are on their right side."""
+        self.nothing_left = False
+        """Whether they are so far on one side that no gradient is left."""
         self.numbers: Sequence[int] = ()
         """Examples of the step under way."""
         self._saver = saver
@@ -119,7 +121,7 @@ class Watch(TrainerCallback):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         # Clipping has been done: where the norm overflowed, it left nothing but zeros.
-        if not math.isfinite(norm) or norm == 0:
+        if not math.isfinite(norm) or (norm == 0 and not self.nothing_left):
             raise self._diverged(
                 f"the gradient is not finite at step {self.progress.step + 1} (norm {norm} after clipping)"
             )
@@ -284,6 +286,8 @@ class StepTrainer(SFTTrainer):
             losses.append(part.loss.detach())
             margins += [] if part.margins is None else part.margins.tolist()
         self._watch.accuracy = accuracy_of(margins) if margins else None
+        # Before clipping, which makes zeros of what overflowed.
+        self._watch.nothing_left = bool(margins) and _largest_gradient(model) < NO_GRADIENT
         return torch.stack(losses).sum()
 
     def _next(self, parts: Iterator[Part]) -> Part | None:
@@ -346,6 +350,14 @@ def _arguments(config: TrainConfig, plan: Plan, folder: Path, *, num_steps: int)
         disable_tqdm=True,
         seed=config.seed,
     )
+
+
+# The square of less is nothing in float32.
+NO_GRADIENT = 1e-19
+
+
+def _largest_gradient(model: Any) -> float:
+    return max(float(weight.grad.abs().max()) for weight in model.parameters() if weight.grad is not None)
 
 
 def memory_bytes() -> int:

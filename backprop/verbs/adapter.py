@@ -8,7 +8,7 @@ from backprop.config import TrainConfig
 from backprop.edges import rundir
 from backprop.errors import TrainingError
 from backprop.events import JSON, Phase, Sink
-from backprop.verbs.prepare import Prepared
+from backprop.verbs.prepare import Prepared, digest
 
 if TYPE_CHECKING:
     from backprop.engine.loop import Fit
@@ -53,7 +53,7 @@ def train_one(
             config=config,
             plan=plan,
             folder=output,
-            data_sha256=prepared.train_sha256,
+            data_sha256=f"{prepared.train_sha256} {digest(prepared.held_out)}",
             say=say,
             save=save,
             held_out=prepared.held_out,

@@ -7,8 +7,9 @@ from backprop.config import TrainConfig
 from backprop.core import gate
 from backprop.core.data.formats import Conversation, parse_columns
 from backprop.core.data.judge import judge
+from backprop.core.data.preferences import JUDGED
 from backprop.core.data.render import Example
-from backprop.errors import TrainingError, UsageError
+from backprop.errors import DataError, TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Sink
 from backprop.verbs.prepare import Prepared, rows_of
 
@@ -25,7 +26,12 @@ def read_gates(config: TrainConfig) -> Sequence[Conversation]:
     if not config.gate_data:
         return ()
     rows = (row for source in config.gate_data for row in rows_of(source, offline=config.offline))
-    return judge(rows, parse_columns(config.column)).conversations
+    columns = {role: name for role, name in parse_columns(config.column).items() if role not in JUDGED}
+    try:
+        return judge(rows, columns).conversations
+    except DataError as error:
+        hint = error.hint if config.objective == "sft" else "old tasks are compared by rows with answers: give such"
+        raise DataError(f"gate data: {error.message}", hint=hint) from error
 
 
 def refuse_gates_without_figures(config: TrainConfig, *, held_out: bool) -> None:

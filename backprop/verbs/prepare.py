@@ -126,8 +126,9 @@ def prepare(
     held_examples = _cut_held_out(held, max_length.value, say, what="evaluation data")
     if config.objective == "kto":
         _say_ratings(train.examples, say)
-        train = replace(train, examples=with_mismatched(train.examples, max_length.value, keep=spill.examples()))
-        held_examples = with_mismatched(held_examples, max_length.value)
+        rated, longest = train.examples, max_length.value
+        train = replace(train, examples=with_mismatched(rated, rated, longest, keep=spill.examples()))
+        held_examples = with_mismatched(held_examples, rated, longest, keep=spill.examples())
     old_tasks = encode_all(adapt(gate_rows, tokenizer).conversations, tokenizer, loss_on=config.loss_on)
     gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
@@ -234,20 +235,20 @@ def check_supervision(config: TrainConfig, whole: Encoded, train: Encoded, *, mo
         ModelError: If the template ends answers without a token that stops them.
     """
     per_example = sorted(train.trained)
-    lost = train.dropped / len(whole.examples)
+    lost = (train.dropped - train.alike) / len(whole.examples)
     parts = "sides of preferences" if config.objective in ("dpo", "orpo") else "examples"
     trained = Proved(
         name="every example is trained on",
         ok=lost <= MOST_CUT or config.allow_truncation,
         found=f"{per_example[0]} to {per_example[-1]} trained tokens in each of {len(per_example)} {parts}, half of "
-        f"them {per_example[len(per_example) // 2]} or more; {train.dropped} dropped, which had none",
+        f"them {per_example[len(per_example) // 2]} or more; {train.dropped - train.alike} dropped, which had none",
     )
     share = train.tokens_cut / whole.tokens
     cut_off = Proved(
         name="nothing is cut without notice",
         ok=share <= MOST_CUT or config.allow_truncation,
         found=f"{train.tokens_cut} tokens ({share:.1%}) are beyond --max-length and cut, "
-        f"{train.trained_tokens_cut} of them would be trained; {train.dropped} examples dropped",
+        f"{train.trained_tokens_cut} of them would be trained; {train.dropped - train.alike} examples dropped",
     )
     longer = f"give `--max-length {whole.longest}`" if whole.longest <= most else "split the longest rows"
     for proof in (trained, cut_off):
@@ -256,7 +257,10 @@ def check_supervision(config: TrainConfig, whole: Encoded, train: Encoded, *, mo
             raise DataError(
                 f"too much is cut: {proof.found}", hint=f"{longer}; if you mean it, add `--allow-truncation`"
             )
-    if train.tokens_cut or train.dropped:
+    if train.alike:
+        told = f"{train.alike} preferences are left out: this model's template makes their sides alike"
+        say(Warned(message=told))
+    if train.tokens_cut or train.dropped > train.alike:
         say(Warned(message=f"{cut_off.found}: {longer}"))
     if train.rewritten:
         say(

@@ -209,7 +209,7 @@ def test_ends_that_are_masked_after_all_masks_were_proved_are_found(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a collator does that takes the end token for padding: the loss looks healthy, and answers never stop."""
-    from backprop.engine import trainer
+    from backprop.engine import objectives
 
     def without_ends(*arguments: Any) -> list[dict[str, Any]]:
         return [
@@ -217,7 +217,7 @@ def test_ends_that_are_masked_after_all_masks_were_proved_are_found(
             for one in batches.passes(*arguments)
         ]
 
-    monkeypatch.setattr(trainer, "passes", without_ends)
+    monkeypatch.setattr(objectives, "passes", without_ends)
     run = train(rows=[chat(f"What is {n}?", "It is here.") for n in range(8)], steps=60)
     (failed,) = run.all(events.Failed)
     assert failed.code == 6

@@ -60,7 +60,7 @@ def examples(tiny_model: Path, before_and_after: tuple[Any, Any]) -> Callable[[s
         rows = [Row(place=f"line {number}", value=value) for number, value in enumerate(values)]
         judged = judge(rows, objective=objective)  # type: ignore[arg-type]
         made = encode_all(judged.conversations, tokenizer, loss_on="assistant").examples
-        made = with_mismatched(made, 512) if objective == "kto" else made
+        made = with_mismatched(made, made, 512) if objective == "kto" else made
         return with_references(before_and_after[0], made, PADDED)
 
     return examples
@@ -268,6 +268,36 @@ def test_going_on_weighs_against_the_model_before_all_training(
     assert rundir.sha256_of(again.folder / "lora" / "adapter_model.safetensors") == expected
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_preferences_that_are_learnt_to_the_last_bit_end_well(train: Callable[..., Run], objective: str) -> None:
+    rows = [{"prompt": f"q {n}", "chosen": "good " * 60, "rejected": "bad " * 60} for n in range(16)]
+    run = train(rows, objective=objective, steps=20, learning_rate=2e-2, beta=5.0, skip_proofs=True)
+    assert not run.all(events.Failed), run.failed
+    assert min(step.grad_norm for step in run.all(events.Step)) == 0
+
+
+def test_other_held_out_rows_cannot_go_on(
+    train: Callable[..., Run], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    held = [str(write(LEARNABLE[: 3 + n], f"held-{n}.jsonl")) for n in range(2)]
+    options = {"objective": "dpo", "steps": 4}
+    whole = train(LEARNABLE, save_steps=2, keep_checkpoints=9, eval_data=(held[0],), **options)
+    kept = tmp_path / "kept"
+    (whole.folder / "checkpoints" / "step-000002").rename(kept)
+    other = train(LEARNABLE, eval_data=(held[1],), resume=str(kept), **options)
+    assert other.failed.code == 2
+    assert "the rows of the data" in other.failed.message
+
+
+def test_preferences_that_got_worse_are_not_called_better() -> None:
+    from backprop.engine.proofs import prove_learnt
+
+    assert not prove_learnt(0.693, 0.705, held_out=True, preferences=True).ok
+    assert prove_learnt(0.693, 0.694, held_out=True, preferences=True).ok
+    assert not prove_learnt(0.01, 0.09, held_out=True, preferences=True).ok
+    assert prove_learnt(0.693, 0.705, held_out=True).ok
+
+
 def test_another_beta_cannot_go_on(train: Callable[..., Run], tmp_path: Path) -> None:
     whole = train(LEARNABLE, objective="dpo", steps=4, save_steps=2, keep_checkpoints=9)
     kept = tmp_path / "kept"
@@ -296,9 +326,13 @@ def test_rows_without_preferences_are_exit_3_and_preferences_without_an_objectiv
     assert "--objective dpo" in refused.hint
 
 
-def test_gates_know_preferences(train: Callable[..., Run]) -> None:
+def test_gates_know_preferences(train: Callable[..., Run], write: Callable[..., Path]) -> None:
     options = {"objective": "dpo", "steps": 8, "eval_fraction": 0.25}
     met = train(LEARNABLE, gate=("eval_accuracy>0.9",), **options)
     assert [gate.ok for gate in met.all(events.Gated)] == [True]
     assert train(LEARNABLE, gate=("perplexity<9",), **options).failed.code == 2
     assert train(gate=("eval_accuracy>0.9",), eval_fraction=0.25).failed.code == 2
+    old = (str(write(LEARNABLE, "old.jsonl")),)
+    refused = train(LEARNABLE, gate_data=old, **options).failed
+    assert refused.message.startswith("gate data: ")
+    assert "rows with answers" in refused.hint

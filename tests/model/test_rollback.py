@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Run
+from conftest import Run, plant_in_training
 
 from backprop import events
-from backprop.engine import batches, trainer
+from backprop.engine import batches
 
 pytestmark = pytest.mark.model
 
@@ -30,7 +30,7 @@ def diverge(monkeypatch: pytest.MonkeyPatch, *, calls: set[int]) -> None:
         count[0] += 1
         return real(model, one) * (math.inf if count[0] in calls else 1.0)
 
-    monkeypatch.setattr(trainer, "sum_of_losses", planted)
+    plant_in_training(monkeypatch, planted)
 
 
 @pytest.mark.slow

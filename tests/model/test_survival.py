@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import UNEVEN, Done, Run, backprop, chat
+from conftest import UNEVEN, Done, Run, backprop, chat, plant_in_training
 
 from backprop import events
 from backprop.core import schedule
 from backprop.core.data.order import SampleOrder
-from backprop.engine import batches, exam, loop, trainer, validation
+from backprop.engine import batches, exam, loop, objectives, validation
 from backprop.verbs import train as train_verb
 
 pytestmark = pytest.mark.model
@@ -73,11 +73,22 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
 
         monkeypatch.setattr(owner, name, planted)
 
+    def in_pass(number: int) -> None:
+        calls = [0]
+
+        def planted(model: Any, one: Any) -> Any:
+            calls[0] += 1
+            if calls[0] >= number:
+                once()
+            return batches.sum_of_losses(model, one)
+
+        plant_in_training(monkeypatch, planted)
+
     match where:
         case "the first step":
-            before(trainer, "sum_of_losses")
+            in_pass(1)
         case "the fifth step":
-            before(trainer, "sum_of_losses", skip=4)
+            in_pass(5)
         case "an evaluation":
             before(validation.Validation, "evaluate", skip=1)
         case "the examination":
@@ -252,7 +263,7 @@ def test_a_smaller_micro_batch_may_go_on(
         train(**OPTIONS)
     sizes: list[Any] = []
     real = batches.passes
-    monkeypatch.setattr(trainer, "passes", lambda examples, size: sizes.append(size) or real(examples, size))
+    monkeypatch.setattr(objectives, "passes", lambda examples, size: sizes.append(size) or real(examples, size))
     assert train(**OPTIONS, micro_batch=1).all(events.Resumed)
     assert {size.examples for size in sizes} == {1}
 
@@ -273,7 +284,7 @@ def test_a_full_memory_is_one_event_and_changes_no_loss(
             raise torch.OutOfMemoryError
         return real(model, one)
 
-    monkeypatch.setattr(trainer, "sum_of_losses", small_card)
+    plant_in_training(monkeypatch, small_card)
     run = train(**options)
     assert not run.all(events.Failed)
     assert len([1 for event in run.all(events.Warned) if "the memory was full in step" in event.message]) == 1
@@ -301,7 +312,7 @@ def test_a_memory_that_is_full_in_the_backward_pass_is_no_other(
             loss.register_hook(full)
         return loss
 
-    monkeypatch.setattr(trainer, "sum_of_losses", small_card)
+    plant_in_training(monkeypatch, small_card)
     run = train(**options)
     assert not run.all(events.Failed)
     assert len([1 for event in run.all(events.Warned) if "the memory was full in step 1" in event.message]) == 1
@@ -316,7 +327,7 @@ def test_a_memory_too_small_for_one_example_is_exit_5(
     def no_card(model: Any, one: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(trainer, "sum_of_losses", no_card)
+    plant_in_training(monkeypatch, no_card)
     failed = train(**OPTIONS).failed
     assert failed.code == 5
     assert "too small for one example" in failed.message
@@ -336,7 +347,7 @@ def test_a_gpu_that_falls_off_is_exit_5_and_the_run_goes_on_later(
         return real(model, one)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "sum_of_losses", fallen)
+        plant_in_training(patch, fallen)
         failed = train(**OPTIONS).failed
     assert (failed.code, failed.message) == (5, "the GPU failed: CUDA error: unspecified launch failure")
     assert [event.step for event in train(**OPTIONS).all(events.Resumed)] == [3]

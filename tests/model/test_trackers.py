@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+from conftest import Run, plant_in_training
 
 from backprop import events
-from backprop.engine import trainer
+from backprop.engine import batches
 
 pytestmark = pytest.mark.model
 
@@ -150,7 +150,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
 def test_a_run_that_goes_on_counts_its_steps_on_and_a_stopped_one_closes_its_trackers(
     train: Callable[..., Run], tracked: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = trainer.sum_of_losses, [0]
+    real, calls = batches.sum_of_losses, [0]
 
     def stopped_in_the_second_step(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -159,7 +159,7 @@ def test_a_run_that_goes_on_counts_its_steps_on_and_a_stopped_one_closes_its_tra
         return real(*args, **kwargs)
 
     options: dict[str, Any] = {**QUICK, "overwrite": False, "resume": "auto", "micro_batch": 8, "report_to": "wandb"}
-    monkeypatch.setattr(trainer, "sum_of_losses", stopped_in_the_second_step)
+    plant_in_training(monkeypatch, stopped_in_the_second_step)
     assert train(**options).failed.code == 130
     assert tracked("wandb")[-1] == ("finish", None)
     train(**options)

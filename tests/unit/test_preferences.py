@@ -56,6 +56,9 @@ def said(turns: object) -> list[tuple[str, str]]:
             "rejected": {"from": "gpt", "value": "no"},
         },
         {"messages": [USER], "chosen": "ho", "rejected": "no"},
+        {"messages": [USER], "prompt": None, "chosen": "ho", "rejected": "no"},
+        {"messages": [USER], "prompt": "", "chosen": "ho", "rejected": "no"},
+        {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " ho", "rejected": " no"},
     ],
 )
 def test_pairs_are_read_in_every_shape_that_data_sets_have(row: object) -> None:
@@ -73,6 +76,39 @@ def test_columns_are_named_by_hand() -> None:
     row = {"frage": "hi", "gut": "ho", "schlecht": "no"}
     (pair,) = read(row, "user=frage", "chosen=gut", "rejected=schlecht")
     assert (said(pair.messages), said(pair.rejected)) == SIDES
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": "hi", "turns_": [{"role": "user", "content": "hu"}]}, ("messages=turns_",)),
+        ({"frage": "hu", "prompt": "hi"}, ("user=frage",)),
+        ({"prompt": "hi", "messages": [{"role": "user", "content": "hu"}]}, ("messages=messages",)),
+    ],
+)
+def test_what_is_named_by_hand_comes_before_what_is_found(row: dict[str, object], options: tuple[str, ...]) -> None:
+    (pair,) = read({**row, "chosen": "ho", "rejected": "no"}, *options)
+    assert said(pair.messages) == [("user", "hu"), ("assistant", "ho")]
+
+
+def test_a_system_turn_that_is_named_by_hand_stands_before_whole_conversations() -> None:
+    (pair,) = read({"persona": "s", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "system=persona")
+    assert said(pair.messages)[0] == said(pair.rejected)[0] == ("system", "s")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("chosen=typo", "no column `typo`"),
+        ("label=typo", "no column `typo`"),
+        ("assistant=answer", "names a third"),
+        ("text=answer", "names a third"),
+    ],
+)
+@pytest.mark.parametrize("rated", [False, True])
+def test_columns_that_do_not_fit_are_refused(option: str, words: str, rated: bool) -> None:
+    with pytest.raises(DataError, match=words):
+        read({"prompt": "hi", "chosen": "ho", "rejected": "no", "answer": "x", "label": True}, option, rated=rated)
 
 
 def test_what_stands_around_a_pair_is_given_on_both_sides() -> None:
@@ -99,6 +135,8 @@ def test_earlier_answers_are_given_and_not_judged(letters: LetterTokenizer) -> N
     [
         ({"prompt": "hi", "completion": "ho"}, "is no preference"),
         ({"prompt": "hi", "chosen": "ho"}, "is no preference"),
+        ({"prompt": "hi", "chosen": "ho", "rejected": float("nan")}, "is no preference"),
+        ({"prompt": "hi", "messages": [USER], "chosen": "ho", "rejected": "no"}, "asks in `prompt` and in `messages`"),
         ({"chosen": "ho", "rejected": "no"}, "without a prompt"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "without a prompt"),
         ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "other"}, BAD]}, "differ before an answer"),
@@ -219,7 +257,7 @@ def test_a_mismatched_answer_follows_its_own_prompt(letters: LetterTokenizer) ->
     rated = judge(
         rows(*({"prompt": ask, "completion": answer, "label": True} for ask, answer in texts)), objective="kto"
     ).conversations
-    examples = with_mismatched(encode_all(rated, letters, loss_on="assistant").examples, max_length=15)
+    examples = with_mismatched(*[encode_all(rated, letters, loss_on="assistant").examples] * 2, max_length=15)
 
     def shown(example: Example | None, *, trained: bool) -> str:
         assert example
@@ -236,3 +274,46 @@ def test_a_mismatched_answer_follows_its_own_prompt(letters: LetterTokenizer) ->
 def test_every_token_of_preferences_cannot_be_trained() -> None:
     with pytest.raises(UsageError, match="loss-on"):
         TrainConfig(data=("a.jsonl",), objective="dpo", loss_on="all")
+
+
+def test_a_mismatched_answer_is_of_another_prompt_also_where_answers_to_one_stand_together(
+    letters: LetterTokenizer,
+) -> None:
+    pairs = [{"prompt": f"prompt {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
+    rated = judge(rows(*pairs), objective="kto").conversations
+    examples = encode_all(rated, letters, loss_on="assistant").examples
+
+    def answer_of(example: Example | None) -> str:
+        assert example
+        words = "".join(letters.shown(t) for t, on in zip(example.ids, example.mask, strict=True) if on)
+        return words.removesuffix("</a>")
+
+    made = with_mismatched(examples, examples, 99)
+    # As many wanted as unwanted ones, or the distance would be that of one kind.
+    assert [answer_of(one.mismatched) for one in made] == [
+        f"{kind} {(n + 1) % 4}" for n in range(4) for kind in ("good", "bad")
+    ]
+    (alone,) = with_mismatched(examples[:1], examples, 99)  # held out: others are those that are trained on
+    assert answer_of(alone.mismatched) == "good 1"
+    with pytest.raises(DataError, match="to one prompt"):
+        with_mismatched(examples[:2], examples[:2], 99)
+
+
+def test_sides_that_the_template_makes_alike_are_not_called_cut() -> None:
+    class Trimming(LetterTokenizer):
+        def render(self, messages: object, **options: object) -> str:
+            assert isinstance(messages, (list, tuple))
+            trimmed = [{**message, "content": message["content"].strip()} for message in messages]
+            return super().render(trimmed, **options)  # type: ignore[arg-type]
+
+    pairs = judge(
+        rows({"prompt": "hi", "chosen": "ho", "rejected": " ho"}, {"prompt": "hi", "chosen": "ho", "rejected": "no"}),
+        objective="dpo",
+    ).conversations
+    short = cut(encode_all(pairs, Trimming(), loss_on="assistant"), 99)
+    assert (len(short.examples), short.dropped, short.alike, short.tokens_cut) == (1, 1, 1, 0)
+
+
+def test_an_empty_answer_on_either_side_is_told() -> None:
+    judged = judge(rows({"prompt": "hi", "chosen": "ho", "rejected": " "}), objective="dpo")
+    assert judged.empty_turns == 1

@@ -119,3 +119,20 @@ def test_picking_reads_nothing_before_it_is_asked() -> None:
     assert list(later) == [11, 12]
     assert picked[-1] == 12
     assert pick((10, 11), [1]) == (11,)
+
+
+def test_a_file_name_that_is_not_utf_8_is_kept() -> None:
+    kept = spill.conversations()
+    kept.append(Conversation(messages=(), text="a", shape="text", place="caf\udce9.jsonl, line 1"))
+    assert kept[0].place == "caf\udce9.jsonl, line 1"
+
+
+def test_small_data_needs_no_folder_and_large_data_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.setattr(spill, "IN_MEMORY_BYTES", 1000)
+    kept = spill.examples()
+    kept.append(Example((1,), (True,)))
+    assert len(kept) == 1
+    with pytest.raises(DiskError) as caught:
+        kept.append(Example((1,) * 999, (True,) * 999))
+    assert "XDG_CACHE_HOME" in str(caught.value.hint)

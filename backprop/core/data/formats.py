@@ -190,7 +190,7 @@ def _cells(row: Row, value: Mapping[str, object], columns: Mapping[str, str]) ->
             names[key] = name
     for role, name in columns.items():
         if name not in value:
-            raise _no_column(row, value, role, name)
+            raise no_column(row, value, role, name)
     # What is named by hand replaces all that could stand for the same.
     if columns.keys() & {"messages", "text", "user", "assistant"}:
         unwanted = {*CONVERSATION_KEYS, *MAYBE_CONVERSATION_KEYS, "text", "instances"}
@@ -201,14 +201,16 @@ def _cells(row: Row, value: Mapping[str, object], columns: Mapping[str, str]) ->
     stands_for = {"user": "prompt", "assistant": "completion", "reasoning": REASONING_KEYS[0]}
     names |= {stands_for.get(role, role): name for role, name in columns.items()}
     # Tables have the columns of all their rows; a NaN is what pandas writes for an empty cell.
-    return _Cells(names=names, values={key: value[name] for key, name in names.items() if not _is_null(value[name])})
+    return _Cells(names=names, values={key: value[name] for key, name in names.items() if not is_null(value[name])})
 
 
-def _is_null(value: object) -> bool:
+def is_null(value: object) -> bool:
+    """Say whether a column holds nothing: null, or what pandas writes for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _no_column(row: Row, value: Mapping[str, object], role: str, name: str) -> DataError:
+def no_column(row: Row, value: Mapping[str, object], role: str, name: str) -> DataError:
+    """Make the error about a column that `--column` names and the row does not have."""
     import difflib
 
     short = [key for key in value if len(key) <= 100 and key.isprintable()][:1000]
@@ -259,7 +261,7 @@ def _is_conversation(key: str, value: object) -> bool:
 
 
 def _refuse_another_pair(row: Row, cells: _Cells, key: str, turns: Sequence[Message]) -> None:
-    asking = [one for one in ASKING_KEYS if _is_filled(cells.values.get(one))]
+    asking = [one for one in ASKING_KEYS if is_filled(cells.values.get(one))]
     answers = {one: value.strip() for one in ANSWERING_KEYS if isinstance(value := cells.values.get(one), str)}
     answers = {one: text for one, text in answers.items() if text}
     said = "\0".join(turn["content"] for turn in turns)
@@ -282,7 +284,7 @@ def _pair_columns(row: Row, cells: _Cells) -> tuple[str, str] | None:
         return None
     chosen: list[str] = []
     for role, verb, keys in (("user", "asks", asking), ("assistant", "answers", answering)):
-        filled = [key for key in keys if _is_filled(cells.values.get(key))]
+        filled = [key for key in keys if is_filled(cells.values.get(key))]
         if role == "user" and len(filled) > 1 and "input" in filled:
             filled.remove("input")  # it is context
         if len(filled) > 1:
@@ -295,7 +297,8 @@ def _pair_columns(row: Row, cells: _Cells) -> tuple[str, str] | None:
     return chosen[0], chosen[1]
 
 
-def _is_filled(value: object) -> bool:
+def is_filled(value: object) -> bool:
+    """Say whether a column holds text, or a list with something in it."""
     return bool(value.strip()) if isinstance(value, str) else isinstance(value, list) and bool(value)
 
 
@@ -377,7 +380,7 @@ def _with_surroundings(row: Row, cells: _Cells, turns: tuple[Message, ...], shap
 
 def _unknown(row: Row, cells: _Cells) -> DataError:
     """Say why no shape fits: there are prompts only, or nothing that is known."""
-    prompts = [key for key in (*ASKING_KEYS, "turns") if _is_filled(cells.values.get(key))]
+    prompts = [key for key in (*ASKING_KEYS, "turns") if is_filled(cells.values.get(key))]
     if prompts:
         return bad(
             row,

@@ -110,7 +110,7 @@ def inspect(train: Sequence[Conversation], held_out: Sequence[Conversation], *, 
     repeated = first != np.arange(len(digests))
     overlap = np.isin(others, digests)
     asked, answered = (np.array(values, np.uint64) for values in (trained.asked, trained.answered))
-    asking = np.flatnonzero(~repeated & (asked != 0))
+    asking: Any = np.flatnonzero(~repeated & (asked != 0))
     first_asked = asking[_first_alike(asked[asking])]
     differing = answered[asking] != answered[first_asked]
     sketches = list(trained.sketches.values())
@@ -137,7 +137,7 @@ def inspect(train: Sequence[Conversation], held_out: Sequence[Conversation], *, 
         near_overlap=len(near_overlap),
         near_overlap_first=_first(sketches, new, near_overlap),
         same_question=int(differing.sum()),
-        same_question_first=pair(differing, Picked(train, asking.tolist()), lambda number: int(first_asked[number])),
+        same_question_first=pair(differing, Picked(train, asking), lambda number: int(first_asked[number])),
         languages=dict(trained.languages.most_common()),
     )
 
@@ -190,9 +190,9 @@ def _read(conversations: Iterable[Conversation], near_most: int) -> _Part:
         part.languages[language_of(f"{parts.question}\n{parts.answer}")] += 1
         digest = _digest(f"{parts.order}\0{parts.asked}\0{parts.answered}")
         part.digests.append(digest)
-        part.asked.append(_digest(parts.asked) if parts.asked and conversation.desirable is None else 0)
+        part.asked.append(_digest(parts.asked) if parts.asked and not conversation.num_given else 0)
         part.answered.append(_digest(parts.answered))
-        if digest >= below or digest in part.sketches:
+        if digest >= below or digest in part.sketches or conversation.desirable is False:
             continue
         sketch = _sketch_of(parts, conversation.place)
         if sketch:

@@ -53,7 +53,7 @@ class _Seen:
         self.shapes[conversation.shape] += 1
         messages = conversation.messages
         self.opened += bool(messages) and messages[0]["role"] == "assistant"
-        for number, turn in enumerate(messages, start=1):
+        for number, turn in enumerate((*messages, *conversation.rejected[conversation.num_given :]), start=1):
             if not turn["content"].strip() and not turn.get("tool_calls"):
                 self.empty.add(f"{conversation.place}, turn {number}")
 

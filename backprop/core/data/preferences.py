@@ -14,12 +14,17 @@ from backprop.core.data.formats import (
     CONVERSATION_KEYS,
     MAYBE_CONVERSATION_KEYS,
     Conversation,
+    is_filled,
+    is_null,
+    no_column,
     to_conversations,
 )
 from backprop.core.data.shapes import Row, are_turns, bad, is_turn, name_of, unpacked
 from backprop.errors import DataError
 
 LABEL_KEYS = ("label", "kto_tag")
+JUDGED = ("chosen", "rejected", "label")
+"""What `--column` can name here, and nowhere else."""
 RATINGS: Mapping[object, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 PAIR_HINT = "each row needs a prompt, `chosen` and `rejected`; or train on answers alone: leave out `--objective`"
 RATED_HINT = "each row needs an answer and a `label` of true or false, or `chosen` and `rejected`"
@@ -40,11 +45,14 @@ def preferences_of(row: Row, columns: Mapping[str, str], *, rated: bool) -> list
     hint = RATED_HINT if rated else PAIR_HINT
     if not isinstance(row.value, Mapping):
         raise bad(row, f"is {name_of(row.value)}, not an object", hint=hint)
+    for role in JUDGED:
+        if role in columns and columns[role] not in row.value:
+            raise no_column(row, row.value, role, columns[role])
     names = {key.strip().lower(): key for key in row.value} | {
-        role: name for role, name in columns.items() if name in row.value
+        role: columns[role] for role in JUDGED if role in columns
     }
-    others = {role: name for role, name in columns.items() if role not in ("chosen", "rejected", "label")}
-    if all(key in names and row.value[names[key]] is not None for key in ("chosen", "rejected")):
+    others = {role: name for role, name in columns.items() if role not in JUDGED}
+    if all(key in names and not is_null(row.value[names[key]]) for key in ("chosen", "rejected")):
         kept = {key: value for key, value in row.value.items() if key not in (names["chosen"], names["rejected"])}
         sides = [_side(row, kept, row.value[names[key]], others) for key in ("chosen", "rejected")]
         if rated and sides[0].messages != sides[1].messages:
@@ -73,26 +81,50 @@ def _side(row: Row, kept: Mapping[str, object], answer: object, columns: Mapping
     if isinstance(answer, str) and TURN.match(answer):
         answer = _split(answer)
     answer = [answer] if is_turn(answer) else answer
-    value = dict(kept)
-    asking = [key for key in value if key.strip().lower() in ASKING_KEYS or key == columns.get("user")]
-    listed = [
-        key
-        for key in value
-        if key.strip().lower() in (*CONVERSATION_KEYS, *MAYBE_CONVERSATION_KEYS) and are_turns(unpacked(value[key]))
-    ]
-    unwanted = {key for key in value if key.strip().lower() in ANSWERING_KEYS}
+    if columns.keys() & {"assistant", "text"}:
+        raise bad(
+            row, "has its answers in two columns, and `--column` names a third", hint="leave out `assistant=NAME`"
+        )
+    asking = [key for key in kept if _asks(key, columns) and is_filled(kept[key])]
+    listed = [key for key in kept if _is_conversation(key, kept[key], columns)]
+    unwanted = {key for key in kept if key.strip().lower() in ANSWERING_KEYS}
     if are_turns(answer) and not _answers(row, answer):
-        value = {key: value[key] for key in value if key not in {*asking, *listed, *unwanted}}
-        return _alone(row, {**value, "messages": answer}, {})
+        value = {key: kept[key] for key in kept if key not in {*asking, *listed, *unwanted}}
+        around = {role: name for role, name in columns.items() if role in ("system", "tools")}
+        return _alone(row, {**value, "messages": answer}, around)
+    if asking and listed and "user" not in columns:
+        raise bad(
+            row,
+            f"asks in `{asking[0]}` and in `{listed[0]}`",
+            hint=f"name one: `--column user={asking[0]}` or `--column messages={listed[0]}`",
+        )
+    more = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    value = {key: kept[key] for key in kept if key not in {*asking, *listed, *unwanted}}
+    around = {role: name for role, name in columns.items() if role not in ("user", "messages")}
+    if asking and isinstance(prompt := kept[asking[0]], str) and TURN.match(prompt):
+        said = [{"role": "assistant", "content": answer.strip()}] if isinstance(answer, str) else more
+        return _alone(row, {**value, "messages": [*_split(prompt), *said]}, around)
     if asking:
-        value = {key: value[key] for key in value if key not in {*listed, *unwanted}}
+        value = {key: kept[key] for key in kept if key not in {*listed, *unwanted}}
         return _alone(row, {**value, "completion": answer}, columns)
     if listed:
-        turns = unpacked(value[listed[0]])
+        turns = unpacked(kept[listed[0]])
         assert isinstance(turns, list)
-        more = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-        return _alone(row, {**value, listed[0]: [*turns, *more]}, columns)
+        return _alone(row, {**value, "messages": [*turns, *more]}, around)
     raise bad(row, "is a preference without a prompt", hint="name it: `--column user=NAME`")
+
+
+def _asks(key: str, columns: Mapping[str, str]) -> bool:
+    if columns.keys() & {"user", "messages"}:
+        return key == columns.get("user")
+    return key.strip().lower() in ASKING_KEYS
+
+
+def _is_conversation(key: str, value: object, columns: Mapping[str, str]) -> bool:
+    if columns.keys() & {"user", "messages"}:
+        return key == columns.get("messages")
+    named = key.strip().lower() in (*CONVERSATION_KEYS, *MAYBE_CONVERSATION_KEYS)
+    return named and are_turns(unpacked(value))
 
 
 def _answers(row: Row, turns: object) -> bool:
@@ -104,10 +136,12 @@ def _answers(row: Row, turns: object) -> bool:
 def _split(text: str) -> list[dict[str, str]]:
     _, *parts = TURN.split(text)
     speakers = {"Human": "user", "Assistant": "assistant"}
-    return [
+    turns = [
         {"role": speakers[speaker], "content": said.strip()}
         for speaker, said in zip(parts[::2], parts[1::2], strict=True)
     ]
+    # A prompt ends by asking for the assistant's words.
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def _alone(row: Row, value: Mapping[str, object], columns: Mapping[str, str]) -> Conversation:

@@ -7,7 +7,7 @@ chat template and seeing what each turn adds to the text; never from marker stri
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal, NamedTuple, Protocol, cast
 
 from backprop.core.data.formats import Conversation, Message
@@ -198,6 +198,8 @@ class Encoded:
     teaching: bool = True
     """Whether there is something to learn from every example."""
     dropped: int = 0
+    alike: int = 0
+    """Of the dropped: preferences whose sides the template makes alike."""
     tokens_cut: int = 0
     trained_tokens_cut: int = 0
     rewritten: int = 0
@@ -300,9 +302,10 @@ def cut(encoded: Encoded, max_length: int, *, keep: Growing[Example] | None = No
     if encoded.examples and encoded.teaching and encoded.longest <= max_length:
         return encoded
     collected = _Collected(keep)
-    kept = tokens = trained = 0
+    kept = tokens = trained = alike = 0
     for example in encoded.examples:
         short = _sides_shortened(example, max_length)
+        alike += _are_alike(example)
         tokens += short.num_tokens
         trained += sum(side.num_trained for side in short.sides)
         if _teaches(short):
@@ -315,6 +318,7 @@ def cut(encoded: Encoded, max_length: int, *, keep: Growing[Example] | None = No
         )
     return collected.encoded(
         dropped=len(encoded.examples) - kept,
+        alike=alike,
         tokens_cut=encoded.tokens - tokens,
         trained_tokens_cut=encoded.trained_tokens - trained,
         rewritten=encoded.rewritten,
@@ -323,9 +327,11 @@ def cut(encoded: Encoded, max_length: int, *, keep: Growing[Example] | None = No
 
 def _teaches(example: Example) -> bool:
     """Say whether there is something to learn: trained tokens on each side, and sides that differ."""
-    rejected = example.rejected
-    differ = rejected is None or example.ids != rejected.ids
-    return differ and all(side.num_trained for side in example.sides)
+    return not _are_alike(example) and all(side.num_trained for side in example.sides)
+
+
+def _are_alike(example: Example) -> bool:
+    return example.rejected is not None and example.ids == example.rejected.ids
 
 
 def _sides_shortened(example: Example, max_length: int) -> Example:
@@ -334,18 +340,53 @@ def _sides_shortened(example: Example, max_length: int) -> Example:
 
 
 def with_mismatched(
-    examples: Sequence[Example], max_length: int, *, keep: Growing[Example] | None = None
+    examples: Sequence[Example], others: Sequence[Example], max_length: int, *, keep: Growing[Example] | None = None
 ) -> Sequence[Example]:
-    """Give each rated answer another's beside it: the same prompt, answered as the next example is.
+    """Give each rated answer another's beside it: the same prompt, answered as one of ``others`` that asks otherwise.
 
     From these KTO estimates how far the model has moved whatever it is asked (arXiv:2402.01306, section 4.1). Which
     answer it is depends on the data alone, so that a run that goes on later finds the same.
+
+    Raises:
+        DataError: If all of ``others`` ask the same.
     """
     made: Growing[Example] = [] if keep is None else keep
+    asked = array("q", (hash(_prompt_of(other)) for other in others))
+    following, runs = _next_that_differs(asked), _run_lengths(asked)
     for number, one in enumerate(examples):
-        other = examples[(number + 1) % len(examples)]
-        made.append(replace(one, mismatched=_spliced(one, other, max_length)))
+        mine, place = hash(_prompt_of(one)), number % len(others)
+        if asked[place] == mine:  # beyond the answers to this prompt, as far on as this stands among them
+            place = (place + runs[place]) % len(others)
+        if asked[place] == mine:
+            place = following[place]
+        made.append(replace(one, mismatched=_spliced(one, others[place], max_length)))
     return tuple(made) if keep is None else cast(Sequence[Example], keep)
+
+
+def _prompt_of(example: Example) -> tuple[int, ...]:
+    return example.ids[: example.mask.index(True)]
+
+
+def _run_lengths(values: Sequence[int]) -> Sequence[int]:
+    """Give for each place how many equal values stand together there."""
+    lengths = [sum(1 for _ in run) for _, run in groupby(values)]
+    return array("I", (length for length in lengths for _ in range(length)))
+
+
+def _next_that_differs(values: Sequence[int]) -> Sequence[int]:
+    """Give for each place the next one, after the last the first, that holds another value."""
+    if all(value == values[0] for value in values):
+        raise DataError(
+            "all rated answers are to one prompt, and KTO needs those of others",
+            hint="add rows, or use `--objective dpo`",
+        )
+    found = array("I", bytes(4 * len(values)))
+    following = next(place for place, value in enumerate(values) if value != values[-1])
+    for place in reversed(range(len(values))):
+        if place + 1 < len(values) and values[place + 1] != values[place]:
+            following = place + 1
+        found[place] = following
+    return found
 
 
 def _spliced(one: Example, other: Example, max_length: int) -> Example:
