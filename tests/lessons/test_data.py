@@ -62,7 +62,7 @@ REFUSED = {
     ),
     "preferences trained on as text": (
         [{"prompt": "a", "chosen": "b", "rejected": "c"}],
-        "line 1 is a preference (`chosen` and `rejected`), which answers are not trained from",
+        "line 1 is a preference (`chosen` and `rejected`), and nothing says how to learn from it",
     ),
     "backpropagate 1.8.5, a tool call that can not be read became an empty turn": (
         [{"messages": [ASKS, {"role": "assistant", "content": None, "tool_calls": [{"arguments": "{}"}]}]}],

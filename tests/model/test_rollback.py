@@ -9,7 +9,7 @@ import pytest
 from conftest import Run, plant_in_training
 
 from backprop import events
-from backprop.engine import batches
+from backprop.engine import batches, trainer
 
 pytestmark = pytest.mark.model
 

@@ -12,7 +12,7 @@ from conftest import UNEVEN, Done, Run, backprop, chat, plant_in_training
 from backprop import events
 from backprop.core import schedule
 from backprop.core.data.order import SampleOrder
-from backprop.engine import batches, exam, loop, objectives, validation
+from backprop.engine import batches, exam, loop, objectives, trainer, validation
 from backprop.verbs import train as train_verb
 
 pytestmark = pytest.mark.model
