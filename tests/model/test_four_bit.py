@@ -162,12 +162,13 @@ AS_IN_TRAINING = """
 import json, sys
 from pathlib import Path
 from types import SimpleNamespace as Given
+from backprop.config import TrainConfig
 from backprop.engine import batches, four_bit, load, reference
 base, adapter = sys.argv[1], Path(sys.argv[2])
 chats = [[{"role": "user", "content": "What is 3?"}, {"role": "assistant", "content": "It is here."}]]
 asked = four_bit.ask_as_trained(base, adapter, chats, dtype="bfloat16", device="cpu")
 settings = json.loads((adapter / "adapter_config.json").read_text())
-config = Given(method="qlora", target_modules=(), seed=0, lora_r=settings["r"], lora_dropout=0.0, rslora=False)
+config = TrainConfig(data=("none",), method="qlora", lora_r=settings["r"])
 plan = Given(checkpointing=Given(value=False), lora_alpha=Given(value=settings["lora_alpha"]))
 model = load.add_adapter(load.load_base(base, dtype="bfloat16", device="cpu", four_bit=True), config, plan)
 load.set_adapter_state(model, load.read_adapter(adapter))
