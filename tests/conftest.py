@@ -279,6 +279,22 @@ class Run:
         return failed
 
 
+def went_on(train: Callable[..., Run], rows: Sequence[Any], *, step: int, **options: Any) -> Path:
+    """Train twice, the second time from a checkpoint of the first: both must end alike, bit for bit. Give the checkpoint."""
+    from backprop.edges import rundir
+
+    whole = train(rows, **options, save_steps=step, keep_checkpoints=9)
+    assert not whole.all(events.Failed), whole.failed
+    adapter, kept = whole.folder / "lora" / "adapter_model.safetensors", whole.folder.parent / "kept"
+    expected = rundir.sha256_of(adapter)
+    (whole.folder / "checkpoints" / f"step-{step:06d}").rename(kept)
+    again = train(rows, **options, resume=str(kept))
+    assert [event.step for event in again.all(events.Resumed)] == [step]
+    assert again.losses == whole.losses[step:]
+    assert rundir.sha256_of(adapter) == expected
+    return kept
+
+
 def plant_in_training(patch: pytest.MonkeyPatch, planted: Callable[[Any, Any], Any]) -> None:
     """Let ``planted`` take the place of a pass's loss while the model trains; evaluations are left as they are."""
     from backprop.engine import objectives

@@ -3,16 +3,16 @@
 import json
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import IO, Any, Generic, TypeVar, cast, overload
+from typing import IO, Any, TypeVar, cast
 
 from backprop.core.data.formats import Conversation
 from backprop.core.data.render import Example
-from backprop.core.data.sequences import Picked
+from backprop.core.data.sequences import Lazy
 from backprop.edges.hub import cache_dir
 from backprop.errors import DiskError
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 IN_MEMORY_BYTES = 64 * 2**20
 
 
-class Spill(Sequence[T], Generic[T]):
+class Spill(Lazy[T]):
     """A list whose items lie in memory as bytes, and all of them in a file once they are more than 64 MiB.
 
     Raises:
@@ -43,14 +43,7 @@ class Spill(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, number: int) -> T: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[T]: ...
-    def __getitem__(self, number: int | slice) -> T | Sequence[T]:
-        if isinstance(number, slice):
-            return Picked(self, range(len(self))[number])
-        number = range(len(self))[number]
+    def _item(self, number: int) -> T:
         start, end = self._ends[number], self._ends[number + 1]
         return self._unpack(self._at(start, lambda file: file.read(end - start)))
 

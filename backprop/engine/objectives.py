@@ -9,11 +9,11 @@ import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.data.sequences import Picked
+from backprop.core.data.sequences import Lazy
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import (
     PassSize,
@@ -257,7 +257,7 @@ def references_of(model: Any, examples: Sequence[Example], numbers: Sequence[int
     return found
 
 
-class Weighed(Sequence[Example]):
+class Weighed(Lazy[Example]):
     """Examples with what `references_of` found of them."""
 
     def __init__(self, examples: Sequence[Example], references: Any) -> None:
@@ -266,13 +266,7 @@ class Weighed(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    @overload
-    def __getitem__(self, number: int) -> Example: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Example]: ...
-    def __getitem__(self, number: int | slice) -> Example | Sequence[Example]:
-        if isinstance(number, slice):
-            return Picked(self, range(len(self))[number])
+    def _item(self, number: int) -> Example:
         return replace(self._examples[number], references=tuple(self._references[number].tolist()))
 
 

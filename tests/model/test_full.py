@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HERE, Run, backprop
+from conftest import HERE, UNEVEN, Run, backprop, went_on
 from tiny_models import tiny
 
 from backprop import Trainer, events
-from backprop.edges import rundir
 
 pytestmark = pytest.mark.model
 SHAPES = ("llama-tied", "llama-untied")
@@ -94,20 +93,13 @@ def test_what_is_no_adapter_is_refused_where_one_is_needed(
     assert refined.returncode == 2
 
 
-def test_it_goes_on_bit_for_bit_and_gates_know_the_base(
-    train: Callable[..., Run], tmp_path: Path, write: Callable[..., Path]
-) -> None:
+def test_it_goes_on_bit_for_bit_and_gates_know_the_base(train: Callable[..., Run], write: Callable[..., Path]) -> None:
     options = {"method": "full", "steps": 4, "learning_rate": 1e-4}
     old = str(write([{"prompt": f"old {n}", "completion": f"answer {n}"} for n in range(9)], "old.jsonl"))
-    whole = train(save_steps=2, keep_checkpoints=9, gate_data=(old,), **options)
-    assert not whole.all(events.Failed), whole.failed
-    assert [gate.gate for gate in whole.all(events.Gated)] == ["old tasks are not worse"]
-    kept = tmp_path / "kept"
-    (whole.folder / "checkpoints" / "step-000002").rename(kept)
-    expected = rundir.sha256_of(whole.folder / "lora" / "adapter_model.safetensors")
-    again = train(**options, resume=str(kept))
-    assert again.losses == whole.losses[2:]
-    assert rundir.sha256_of(again.folder / "lora" / "adapter_model.safetensors") == expected
+    went_on(train, UNEVEN, step=2, **options)
+    gated = train(gate_data=(old,), **options)
+    assert not gated.all(events.Failed), gated.failed
+    assert [gate.gate for gate in gated.all(events.Gated)] == ["old tasks are not worse"]
 
 
 def test_preferences_train_every_weight(train: Callable[..., Run]) -> None:

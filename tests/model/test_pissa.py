@@ -7,14 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import UNEVEN, Run
+from conftest import UNEVEN, Run, went_on
 
 from backprop import events
 from backprop.config import TrainConfig
 from backprop.core.data.judge import judge
 from backprop.core.data.render import encode_all
 from backprop.core.data.shapes import Row
-from backprop.edges import rundir
 from backprop.engine import load
 from backprop.engine.batches import PassSize
 from backprop.engine.objectives import Supervised, measure
@@ -74,16 +73,10 @@ def test_the_start_takes_the_largest_directions_out_of_the_base_and_gives_them_b
 
 
 def test_it_goes_on_bit_for_bit_and_from_no_other_start(
-    train: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"pissa": True, "steps": 4, "learning_rate": 1e-3}
-    whole = train(save_steps=2, keep_checkpoints=9, **options)
-    kept = tmp_path / "kept"
-    (whole.folder / "checkpoints" / "step-000002").rename(kept)
-    expected = rundir.sha256_of(whole.folder / "lora" / "adapter_model.safetensors")
-    again = train(**options, resume=str(kept))
-    assert again.losses == whole.losses[2:]
-    assert rundir.sha256_of(again.folder / "lora" / "adapter_model.safetensors") == expected
+    kept = went_on(train, UNEVEN, step=2, **options)
     monkeypatch.setattr(load, "PISSA", "pissa_niter_1")
     other = train(**options, resume=str(kept))
     assert other.failed.code == 2

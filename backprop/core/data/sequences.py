@@ -1,5 +1,6 @@
 """Sequences that need not be in memory: what grows, and what is picked out of another."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar, overload
 
@@ -21,8 +22,25 @@ class Growing(Protocol[T]):
     def __iter__(self) -> Iterator[T]: ...
 
 
-class Picked(Sequence[T_co]):
-    """Some items of another sequence, read when they are asked for.
+class Lazy(Sequence[T_co]):
+    """A sequence that makes each item when it is asked for; its slices too."""
+
+    @abstractmethod
+    def _item(self, number: int) -> T_co:
+        """Give the item at a place from 0 on."""
+
+    @overload
+    def __getitem__(self, number: int) -> T_co: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[T_co]: ...
+    def __getitem__(self, number: int | slice) -> T_co | Sequence[T_co]:
+        if isinstance(number, slice):
+            return Picked(self, range(len(self))[number])
+        return self._item(range(len(self))[number])
+
+
+class Picked(Lazy[T_co]):
+    """Some items of another sequence.
 
     Args:
         numbers: Of the items, in their new order.
@@ -34,13 +52,7 @@ class Picked(Sequence[T_co]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, number: int) -> T_co: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[T_co]: ...
-    def __getitem__(self, number: int | slice) -> T_co | Sequence[T_co]:
-        if isinstance(number, slice):
-            return Picked(self._whole, self._numbers[number])
+    def _item(self, number: int) -> T_co:
         return self._whole[self._numbers[number]]
 
 
