@@ -38,6 +38,31 @@ def estimate_seconds(plan: Plan, shape: ModelShape, data: DataShape, hardware: H
     return tokens * num_weights(shape) * per_weight / rate_of(hardware)
 
 
+# A process for another GPU is ready after some 20 seconds: imports, the model's weights, the first exchange.
+SHARED_ABOVE_S = 60
+
+
+def choose_gpus(plan: Plan, hardware: Hardware, seconds: float) -> Choice[int]:
+    """Let all GPUs that are alike share the passes of each step, where that saves more than it costs.
+
+    Args:
+        seconds: An estimate of the run on one.
+    """
+    found = len(hardware.gpus)
+    if found < 2:
+        return Choice(1, "no other like it is visible and free" if found else "the CPU trains in one process")
+    if not hardware.platform.startswith("Linux"):
+        return Choice(1, f"{found} are there, and only on Linux do they share a step")
+    if seconds <= SHARED_ABOVE_S:
+        return Choice(
+            1, f"{found} are there, and one is estimated to need {seconds:,.0f} s: starting others takes as long"
+        )
+    most = plan.batch_size.value
+    if most < found:
+        return Choice(most, f"{found} are there, and a step has {most} examples")
+    return Choice(found, "all that are visible, alike and free")
+
+
 def choose_rehearsal(config: TrainConfig, seconds: Sequence[float], hardware: Hardware) -> Choice[bool]:
     """Rehearse what would take long.
 

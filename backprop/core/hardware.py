@@ -20,6 +20,7 @@ class Hardware:
     """What there is to train with. No GPU: the CPU trains."""
 
     gpus: tuple[Gpu, ...]
+    """In a plan's: the one that trains, then those like it that can share its work."""
     driver: str
     """Version of the NVIDIA driver; empty if there is none."""
     num_cpus: int

@@ -47,6 +47,8 @@ class Plan:
 
     model: Choice[str]
     device: Choice[str]
+    gpus: Choice[int] = Choice(1, "all is done in one process")
+    """How many share the passes of a step; 1 on a CPU."""
     dtype: Choice[str]
     max_length: Choice[int]
     batch_size: Choice[int]

@@ -60,17 +60,28 @@ def _visible_handles() -> list[object]:
     ]
 
 
+# A GPU with less of its memory free than this share of another's is at work for somebody else.
+ALIKE = 0.9
+_beside: dict[str, tuple[Gpu, ...]] = {}
+"""By the id of the GPU that this process was left with: those that other processes may use."""
+
+
 def use_one_gpu(hardware: Hardware) -> Hardware:
     """Let this process see only the GPU with the most free memory; call it before torch is imported.
 
     Returns:
-        The hardware with that GPU alone, so that the plan is made for the card that trains.
+        The hardware with that GPU, for which the plan is made, and then those like it, which processes of their own may use.
     """
-    if len(hardware.gpus) < 2:
+    if not hardware.gpus:
         return hardware
     best = max(hardware.gpus, key=lambda gpu: gpu.memory_free_bytes)
-    os.environ["CUDA_VISIBLE_DEVICES"] = best.uuid
-    return dataclasses.replace(hardware, gpus=(best,))
+    if len(hardware.gpus) > 1:
+        least = ALIKE * best.memory_free_bytes
+        _beside[best.uuid] = tuple(
+            gpu for gpu in hardware.gpus if gpu is not best and gpu.name == best.name and gpu.memory_free_bytes >= least
+        )
+        os.environ["CUDA_VISIBLE_DEVICES"] = best.uuid
+    return dataclasses.replace(hardware, gpus=(best, *_beside.get(best.uuid, ())))
 
 
 def _gpu(handle: object) -> Gpu:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,17 +47,22 @@ def running(
     env: Mapping[str, str] | None = None,
     timeout_s: float = 3600,
     errors_too: bool = False,
+    inherited: Sequence[int] = (),
 ) -> Generator[Callable[[], str]]:
     """Run ``argv`` beside the block, which may wait for its end with what it is given; it does not outlive the block.
+
+    Args:
+        inherited: Open files that it is given; then it is a part of this program, and Ctrl-C is not for it.
 
     Raises:
         ToolError: As `run`, when waited for; at once if the program is missing.
     """
     name, me = Path(argv[0]).name, os.getpid()
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    apart: dict[str, Any] = {"pass_fds": inherited, "start_new_session": bool(inherited)}
     try:
         child = subprocess.Popen(
-            argv, cwd=cwd, env=env, text=True, errors="replace", preexec_fn=lambda: _end_with(me), **pipes
+            argv, cwd=cwd, env=env, text=True, errors="replace", preexec_fn=lambda: _end_with(me), **pipes, **apart
         )
     except FileNotFoundError as error:
         raise ToolError(f"`{name}` is not installed", hint="run `backprop doctor`") from error

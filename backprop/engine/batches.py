@@ -1,16 +1,17 @@
 """Examples to the tensors of forward passes: packed in rows without padding, or padded."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from backprop.core.data.pack import best_fit
+from backprop.core.data.pack import best_fit, even_rows
 from backprop.core.data.render import Example
 
 IGNORED = -100
 """The label that torch's cross-entropy skips."""
-BESIDE = ("labels", "references", "desirable")
+BESIDE = ("labels", "references", "desirable", "mismatched")
 """What a pass holds beside the arguments of the model."""
 
 
@@ -25,6 +26,8 @@ class PassSize:
     packing: bool
     dtype: str = "float32"
     """What the model computes in: training, evaluation and proofs alike."""
+    ranks: int = 1
+    """How many processes share the passes out: each is given as many, of about the same length, where there is enough."""
 
 
 def labels_of(example: Example) -> list[int]:
@@ -48,10 +51,12 @@ def passes(examples: Sequence[Example], size: PassSize) -> list[dict[str, Any]]:
 def rows_of(groups: Sequence[Sequence[Example]], size: PassSize) -> list[list[int]]:
     """Share groups of examples out to forward passes, each group whole; give the numbers of the groups of each."""
     if size.packing:
-        return best_fit([sum(len(example.ids) for example in group) for group in groups], size.tokens)
+        lengths = [sum(len(example.ids) for example in group) for group in groups]
+        return best_fit(lengths, size.tokens) if size.ranks == 1 else even_rows(lengths, size.tokens, size.ranks)
     lengths = [max(len(example.ids) for example in group) for group in groups]
     ordered = sorted(range(len(groups)), key=lambda number: lengths[number])
-    return [ordered[start : start + size.examples] for start in range(0, len(ordered), size.examples)]
+    most = min(size.examples, math.ceil(len(ordered) / size.ranks))
+    return [ordered[start : start + most] for start in range(0, len(ordered), most)]
 
 
 def as_pass(examples: Sequence[Example], size: PassSize) -> dict[str, Any]:

@@ -217,6 +217,22 @@ def _nf4(dtype: "torch.dtype") -> object:
     )
 
 
+def load_model(path: str, config: TrainConfig, plan: Plan) -> Any:
+    """Load the base model with a fresh adapter.
+
+    Raises:
+        ModelError: If the weights cannot be loaded, or `--target-modules` names no layer of this model.
+    """
+    base = load_base(
+        path,
+        dtype=plan.dtype.value,
+        device=plan.device.value,
+        four_bit=config.method == "qlora",
+        trust_remote_code=config.trust_remote_code,
+    )
+    return add_adapter(base, config, plan)
+
+
 def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any:
     """Wrap the base model with a fresh adapter, or with a copy of all its weights, in float32: small steps are not lost.
 

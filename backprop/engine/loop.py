@@ -20,6 +20,7 @@ from backprop.engine.batches import PassSize
 from backprop.engine.exam import MOST_EXAMINED, Exam, Prove
 from backprop.engine.load import HfTokenizer, adapter_state, set_adapter_state
 from backprop.engine.objectives import Objective, Weighed, objective_of, references_of
+from backprop.engine.ranks import Ranks
 from backprop.engine.snapshot import (
     Progress,
     Saver,
@@ -29,6 +30,7 @@ from backprop.engine.snapshot import (
     refuse_other_future,
     refuse_other_start,
     restore,
+    warn_of_other_ranks,
 )
 from backprop.engine.trackers import Trackers
 from backprop.engine.validation import Validation, told
@@ -66,6 +68,7 @@ def fit(
     *,
     config: TrainConfig,
     plan: Plan,
+    ranks: Ranks,
     folder: Path,
     data_sha256: str,
     say: Sink,
@@ -76,6 +79,7 @@ def fit(
     """Train ``model``'s adapter on ``examples`` in place, from the newest checkpoint on if there is one.
 
     Args:
+        ranks: The processes that share the passes of each step; all else is done in this one.
         folder: Where `checkpoints/` and a tracker's files go.
         data_sha256: Hash of ``examples`` and ``held_out``; a checkpoint of others is refused.
         save: Writes the adapter as it is; called as soon as it is trained, before anything else can go wrong.
@@ -93,7 +97,8 @@ def fit(
         size = _pass_size(model, config, plan, prove, say)
         objective = objective_of(config, examples)
         trained = _Training(
-            model, tokenizer, examples, held_out, objective, config, plan, size, folder, data_sha256, prove, say, run
+            *(model, tokenizer, examples, held_out, objective, config, plan, size, ranks, folder, data_sha256),
+            *(prove, say, run),
         )
         stand = trained.to_the_last_step()
         progress, validation = stand.progress, stand.validation
@@ -134,6 +139,7 @@ class _Training:
     config: TrainConfig
     plan: Plan
     size: PassSize
+    ranks: Ranks
     folder: Path
     data_sha256: str
     prove: Prove
@@ -208,13 +214,18 @@ class _Training:
             self.config, self.plan, saver=saver, prove=self.prove, say=self.say, describe=describe, run=self.run
         )
         trainer = StepTrainer(
-            self.model, self.tokenizer, steps, self.config, self.plan, watch=watch, start=stand, folder=self.folder
+            *(self.model, self.tokenizer, steps, self.config, self.plan),
+            ranks=self.ranks,
+            watch=watch,
+            start=stand,
+            folder=self.folder,
         )
         # After the trainer, which makes the state that accelerate's trackers ask for.
         trackers = Trackers(self.config, self.folder, first=steps.first, say=self.say)
         trainer.add_callback(Curves(trackers))
         with closing(trackers), _saved_when_stopped(saver):
             if not (stand.progress.ended or watch.evaluate_if_due()):
+                self.ranks.meet(self.model)
                 with within_documents(self.model) if stand.size.packing else nullcontext():
                     trainer.train()
         return replace(stand, size=steps.size)
@@ -274,6 +285,7 @@ class _Training:
                 )
             if known is None:
                 self.say(Resumed(step=checkpoint.step, path=str(checkpoint.folder), run=self.run))
+                warn_of_other_ranks(checkpoint, self.plan, self.say)
             validation.restore(before["validation"], best_of(checkpoint))
         return Stand(size=size, progress=progress, exam=exam, validation=validation, checkpoint=checkpoint)
 

@@ -29,6 +29,7 @@ from backprop.engine.batches import (
 )
 
 Pass = Mapping[str, Any]
+Totals = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,34 @@ class Objective(Protocol):
         """Cut the examples of a step into forward passes."""
         ...
 
-    def parts(self, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
-        """Give, pass by pass, what adds up to the loss of the step."""
+    def totals(self, step: Sequence[Pass], moved: Sequence[Any]) -> Totals:
+        """Give what each pass must know of the whole step.
+
+        Args:
+            moved: What `moved_of` finds of each pass that `is_mismatched`, in their order.
+        """
         ...
+
+    def part(self, model: Any, one: Pass, totals: Totals, device: Any) -> Part:
+        """Give what a pass adds to the loss of the step; not of one that `is_mismatched`."""
+        ...
+
+
+def is_mismatched(one: Pass) -> bool:
+    """Say whether a pass only tells, without a gradient, how far the model has moved from where it was."""
+    return "mismatched" in one
+
+
+def parts_of(objective: Objective, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
+    """Give, pass by pass, what adds up to the loss of the step."""
+    import torch
+
+    with torch.no_grad():
+        moved = [moved_of(model, one, device) for one in step if is_mismatched(one)]
+    totals = objective.totals(step, moved)
+    for one in step:
+        if not is_mismatched(one):
+            yield objective.part(model, one, totals, device)
 
 
 def objective_of(config: TrainConfig, examples: Sequence[Example]) -> Objective:
@@ -86,11 +112,13 @@ class Supervised:
         """Let every example stand alone."""
         return passes(examples, size)
 
-    def parts(self, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
-        """Divide each pass's sum by the tokens of the step."""
-        count = sum(map(num_trained, step))
-        for one in step:
-            yield Part(sum_of_losses(model, to_device(one, device)) / count)
+    def totals(self, step: Sequence[Pass], moved: Sequence[Any]) -> Totals:
+        """Count the trained tokens."""
+        return {"tokens": sum(map(num_trained, step))}
+
+    def part(self, model: Any, one: Pass, totals: Totals, device: Any) -> Part:
+        """Divide the pass's sum by the tokens of the step."""
+        return Part(sum_of_losses(model, to_device(one, device)) / totals["tokens"])
 
 
 class _Paired:
@@ -110,7 +138,7 @@ def _with_references(examples: Sequence[Example], size: PassSize) -> dict[str, A
     return {**one, "references": torch.tensor(references)} if references else one
 
 
-def _moved(model: Any, one: Pass, device: Any) -> Any:
+def moved_of(model: Any, one: Pass, device: Any) -> Any:
     """Give how much likelier each document of a pass has become since before training, in nats; of shape (D,)."""
     one = to_device(one, device)
     return log_likelihoods(model, one) - one["references"]
@@ -123,15 +151,17 @@ class DPO(_Paired):
     beta: float
     needs_reference = True
 
-    def parts(self, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
+    def totals(self, step: Sequence[Pass], moved: Sequence[Any]) -> Totals:
+        """Count the pairs."""
+        return {"pairs": sum(len(one["references"]) // 2 for one in step)}
+
+    def part(self, model: Any, one: Pass, totals: Totals, device: Any) -> Part:
         """Weigh how much likelier each side has become against the other."""
         import torch
 
-        pairs = sum(len(one["references"]) // 2 for one in step)
-        for one in step:
-            moved_D = _moved(model, one, device)
-            margins_P = self.beta * (moved_D[0::2] - moved_D[1::2])
-            yield Part(-torch.nn.functional.logsigmoid(margins_P).sum() / pairs, margins_P.detach())
+        moved_D = moved_of(model, one, device)
+        margins_P = self.beta * (moved_D[0::2] - moved_D[1::2])
+        return Part(-torch.nn.functional.logsigmoid(margins_P).sum() / totals["pairs"], margins_P.detach())
 
 
 @dataclass(frozen=True)
@@ -144,21 +174,23 @@ class ORPO(_Paired):
     beta: float
     needs_reference = False
 
-    def parts(self, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
+    def totals(self, step: Sequence[Pass], moved: Sequence[Any]) -> Totals:
+        """Count the trained tokens of the chosen answers, and the pairs."""
+        counts = [trained_by_document(one) for one in step]
+        tokens, pairs = sum(int(count[0::2].sum()) for count in counts), sum(len(count) // 2 for count in counts)
+        return {"tokens": tokens, "pairs": pairs}
+
+    def part(self, model: Any, one: Pass, totals: Totals, device: Any) -> Part:
         """Add to the loss of the chosen answers how their odds stand against those of the rejected."""
         import torch
 
-        counts = [trained_by_document(one) for one in step]
-        tokens = sum(int(count[0::2].sum()) for count in counts)
-        pairs = sum(len(count) // 2 for count in counts)
-        for one, count in zip(step, counts, strict=True):
-            likelihoods_D = log_likelihoods(model, to_device(one, device))
-            mean_D = likelihoods_D / count.to(device)
-            # Of a token that is certain the odds are infinite.
-            log_odds_D = mean_D - torch.log(-torch.expm1(mean_D.clamp(max=-1e-6)))
-            margins_P = log_odds_D[0::2] - log_odds_D[1::2]
-            odds = -torch.nn.functional.logsigmoid(margins_P).sum() / pairs
-            yield Part(-likelihoods_D[0::2].sum() / tokens + self.beta * odds, margins_P.detach())
+        likelihoods_D = log_likelihoods(model, to_device(one, device))
+        mean_D = likelihoods_D / trained_by_document(one).to(device)
+        # Of a token that is certain the odds are infinite.
+        log_odds_D = mean_D - torch.log(-torch.expm1(mean_D.clamp(max=-1e-6)))
+        margins_P = log_odds_D[0::2] - log_odds_D[1::2]
+        odds = -torch.nn.functional.logsigmoid(margins_P).sum() / totals["pairs"]
+        return Part(-likelihoods_D[0::2].sum() / totals["tokens"] + self.beta * odds, margins_P.detach())
 
 
 @dataclass(frozen=True)
@@ -182,23 +214,26 @@ class KTO:
             for row in rows_of([(side,) for side in group], size):
                 references = torch.tensor([examples[one].references[number] for one in row])
                 one = {**as_pass([group[one] for one in row], size), "references": references}
-                made.append(one if number else {**one, "desirable": torch.tensor([examples[n].desirable for n in row])})
+                kind = "mismatched" if number else "desirable"
+                made.append({**one, kind: torch.tensor([examples[n].desirable for n in row])})
         return made
 
-    def parts(self, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
+    def totals(self, step: Sequence[Pass], moved: Sequence[Any]) -> Totals:
+        """Count the rated answers, and estimate how far the model has moved from those that belong to other prompts."""
+        import torch
+
+        distance = float(torch.cat(list(moved)).mean().clamp(min=0))
+        return {"answers": sum(len(one["desirable"]) for one in step if "desirable" in one), "distance": distance}
+
+    def part(self, model: Any, one: Pass, totals: Totals, device: Any) -> Part:
         """Weigh each answer against how far the model has moved."""
         import torch
 
-        rated = [one for one in step if "desirable" in one]
-        with torch.no_grad():
-            moved = [_moved(model, one, device) for one in step if "desirable" not in one]
-        distance = torch.cat(moved).mean().clamp(min=0)
-        answers = sum(len(one["desirable"]) for one in rated)
-        for one in rated:
-            wanted_D = one["desirable"].to(device)
-            margins_D = self.beta * (_moved(model, one, device) - distance) * torch.where(wanted_D, 1.0, -1.0)
-            weights_D = torch.where(wanted_D, self.weight_wanted, self.weight_unwanted)
-            yield Part((weights_D * torch.sigmoid(-margins_D)).sum() / answers, margins_D.detach())
+        wanted_D = one["desirable"].to(device)
+        moved_D = moved_of(model, one, device) - totals["distance"]
+        margins_D = self.beta * moved_D * torch.where(wanted_D, 1.0, -1.0)
+        weights_D = torch.where(wanted_D, self.weight_wanted, self.weight_unwanted)
+        return Part((weights_D * torch.sigmoid(-margins_D)).sum() / totals["answers"], margins_D.detach())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,7 +252,7 @@ def measure(model: Any, examples: Sequence[Example], size: PassSize, objective: 
     total = 0.0
     margins: list[float] = []
     with _looking(model, size) as device:
-        for part in objective.parts(model, objective.passes(examples, size), device):
+        for part in parts_of(objective, model, objective.passes(examples, size), device):
             total += float(part.loss)
             margins += [] if part.margins is None else part.margins.tolist()
     if not margins:

@@ -21,7 +21,7 @@ from backprop.engine.exam import Exam
 from backprop.engine.load import set_adapter_state, start_of
 from backprop.engine.validation import Validation
 from backprop.errors import UsageError
-from backprop.events import JSON, Checkpointed, Sink
+from backprop.events import JSON, Checkpointed, Sink, Warned
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ GIVEN = (
     *("seed", "scheduler", "warmup", "weight_decay", "loss_on", "method", "early_stopping"),
     *("lora_r", "rslora", "pissa", "lora_plus", "lora_dropout", "target_modules", "objective", "beta"),
 )
-FORMAT = 3
+FORMAT = 4
 # Saving costs at most this share of the time.
 MOST_SAVING = 0.02
 SAVE_EVERY_S = 300.0
@@ -155,6 +155,7 @@ class Saver:
             "next": self._steps.schedule.of_step(done.step),
             "scaler": None,  # nothing is computed in float16
             "size": size,
+            "gpus": self._plan.gpus.value,
             **figures,
             **measured,
         }
@@ -213,6 +214,18 @@ def refuse_other_start(checkpoint: Checkpoint, model: Any) -> None:
         raise UsageError(
             f"`{checkpoint.folder}` began with other singular vectors than this machine computes",
             hint="go on with the machine and the versions that began it, or begin anew with `--resume never`",
+        )
+
+
+def warn_of_other_ranks(checkpoint: Checkpoint, plan: Plan, say: Sink) -> None:
+    """Say that a run which goes on with more or fewer GPUs is the same, but for its last bits."""
+    before, now = checkpoint.state["gpus"], plan.gpus.value
+    if before != now:
+        say(
+            Warned(
+                message=f"this run goes on with {now} GPU{'s' * (now > 1)}, and had {before} before: its steps stay the "
+                "same, but gradients are added up in another order, which changes the last bits of the adapter"
+            )
         )
 
 

@@ -6,7 +6,7 @@ The one module that imports torch and trl at its top, since it has classes of th
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,8 +26,9 @@ from backprop.edges import stopping
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
 from backprop.engine.load import HfTokenizer
-from backprop.engine.objectives import Objective, Part, accuracy_of
+from backprop.engine.objectives import Objective, accuracy_of
 from backprop.engine.proofs import Movement
+from backprop.engine.ranks import Ranks
 from backprop.engine.snapshot import Saver, Stand, restore_optimizer
 from backprop.engine.trackers import Trackers
 from backprop.errors import Diverged, HardwareError, TrainingError
@@ -55,6 +56,7 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         self.schedule = schedule_of(len(examples), config, plan)
         self._examples = examples
         self._longest = plan.max_length.value * sides_of(config)
+        self._num_ranks = plan.gpus.value
 
     def __len__(self) -> int:
         return self.schedule.num_steps - self.first
@@ -66,7 +68,8 @@ class StepPasses(torch.utils.data.Dataset[Any]):
 
     def passes_of(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Give the forward passes of these examples, of the size that holds now."""
-        return self.objective.passes([self._examples[number] for number in numbers], self.size)
+        size = replace(self.size, ranks=self._num_ranks)
+        return self.objective.passes([self._examples[number] for number in numbers], size)
 
     def shrink(self) -> bool:
         """Halve what goes through the model at once; false if it is one example already."""
@@ -231,6 +234,7 @@ class StepTrainer(SFTTrainer):
         config: TrainConfig,
         plan: Plan,
         *,
+        ranks: Ranks,
         watch: Watch,
         start: Stand,
         folder: Path,
@@ -244,7 +248,7 @@ class StepTrainer(SFTTrainer):
             callbacks=[watch],
         )
         self._steps, self._watch, self._config, self._plan = steps, watch, config, plan
-        self._checkpoint = start.checkpoint
+        self._ranks, self._checkpoint = ranks, start.checkpoint
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> Any:
@@ -256,44 +260,23 @@ class StepTrainer(SFTTrainer):
         model.train()
         self._watch.numbers = inputs["numbers"]
         todo, before = inputs["passes"], self._steps.size
-        while True:
-            try:
-                loss = self._all_passes(model, inputs["step"], todo)
-                break
-            except torch.OutOfMemoryError as error:
-                if not self._steps.shrink():
-                    longest = self._plan.max_length.value
-                    raise HardwareError(
-                        f"the GPU's memory is too small for one example of up to {longest} tokens",
-                        hint=f"add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
-                    ) from error
-            # Outside the handler, whose traceback keeps the activations.
-            model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
+        seed = self._steps.schedule.random_seed(inputs["step"])
+        while (parts := self._ranks.step(model, self._steps.objective, todo, seed=seed)) is None:
+            if not self._steps.shrink():
+                longest = self._plan.max_length.value
+                raise HardwareError(
+                    f"the GPU's memory is too small for one example of up to {longest} tokens",
+                    hint=f"add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
+                )
             todo = self._steps.passes_of(self._watch.numbers)
         if self._steps.size != before:
             self._watch.shrunk(self._steps.size)
-        return loss
-
-    def _all_passes(self, model: Any, step: int, todo: Sequence[Mapping[str, Any]]) -> Any:
-        torch.manual_seed(self._steps.schedule.random_seed(step))
+        margins = [margin for part in parts if part.margins is not None for margin in part.margins.tolist()]
         self._watch.tokens = sum(num_tokens(one) for one in todo)
-        parts = self._steps.objective.parts(model, todo, self.args.device)
-        losses: list[Any] = []
-        margins: list[float] = []
-        while (part := self._next(parts)) is not None:
-            self.accelerator.backward(part.loss)
-            losses.append(part.loss.detach())
-            margins += [] if part.margins is None else part.margins.tolist()
         self._watch.accuracy = accuracy_of(margins) if margins else None
         # Before clipping, which makes zeros of what overflowed.
         self._watch.nothing_left = bool(margins) and _largest_gradient(model) < NO_GRADIENT
-        return torch.stack(losses).sum()
-
-    def _next(self, parts: Iterator[Part]) -> Part | None:
-        """Go forward once more, and leave the gradients outside of autocast."""
-        with self.compute_loss_context_manager():
-            return next(parts, None)
+        return torch.stack([part.loss for part in parts]).sum()
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Count nothing: transformers would look for one batch of tokens."""

@@ -25,40 +25,35 @@ def train_one(
 ) -> tuple[Any, "Fit"]:
     """Load the model, train a fresh adapter (or one that starts from ``start``), and write `lora/` in ``output``."""
     say(Phase(name="loading the model"))
-    from backprop.engine import load, loop
+    from backprop.engine import load, loop, ranks
 
     plan = prepared.plan
-    base = load.load_base(
-        prepared.model.path,
-        dtype=plan.dtype.value,
-        device=plan.device.value,
-        four_bit=config.method == "qlora",
-        trust_remote_code=config.trust_remote_code,
-    )
-    model = load.add_adapter(base, config, plan)
-    load.name_base(model, prepared.model.public_name)
-    if start is not None:
-        load.set_adapter_state(model, start)
-    say(Phase(name="training"))
+    with ranks.started(prepared.model.path, config, plan, prepared.hardware) as all_ranks:
+        model = load.load_model(prepared.model.path, config, plan)
+        load.name_base(model, prepared.model.public_name)
+        if start is not None:
+            load.set_adapter_state(model, start)
+        say(Phase(name="training"))
 
-    def save() -> None:
-        with rundir.whole(output / "lora") as folder:
-            load.save_adapter(model, prepared.tokenizer, folder)
+        def save() -> None:
+            with rundir.whole(output / "lora") as folder:
+                load.save_adapter(model, prepared.tokenizer, folder)
 
-    with loop.same_bits(config.deterministic):
-        result = loop.fit(
-            model,
-            prepared.tokenizer,
-            prepared.train.examples,
-            config=config,
-            plan=plan,
-            folder=output,
-            data_sha256=f"{prepared.train_sha256} {digest(prepared.held_out)}",
-            say=say,
-            save=save,
-            held_out=prepared.held_out,
-            run=run,
-        )
+        with loop.same_bits(config.deterministic):
+            result = loop.fit(
+                model,
+                prepared.tokenizer,
+                prepared.train.examples,
+                config=config,
+                plan=plan,
+                ranks=all_ranks,
+                folder=output,
+                data_sha256=f"{prepared.train_sha256} {digest(prepared.held_out)}",
+                say=say,
+                save=save,
+                held_out=prepared.held_out,
+                run=run,
+            )
     if result.failed:
         proof = result.failed[0]
         raise TrainingError(

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from backprop.config import TrainConfig
 from backprop.console import colour_spans
+from backprop.core import duration
 from backprop.core.data.formats import Conversation, Message, Row, parse_columns
 from backprop.core.data.inspect import Ledger, histogram, inspect
 from backprop.core.data.judge import Judged, judge
 from backprop.core.data.render import Encoded, Example, cut, encode_all, with_mismatched
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import Adapter, Forgeries, adapt
-from backprop.core.duration import estimate_seconds
 from backprop.core.hardware import Hardware
 from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, disk_bytes, make_plan
 from backprop.core.probes import choose
@@ -109,7 +109,7 @@ def prepare(
     for warning in ledger.warnings():
         say(Warned(message=warning))
     hardware = device.use_one_gpu(device.probe())
-    chosen = choose_model(config.model, hardware)
+    chosen = choose_model(config.model, replace(hardware, gpus=hardware.gpus[:1]))
     say(Phase(name=f"finding the model {chosen.value}"))
     source = hub.find_model(chosen.value, offline=config.offline)
     say(Phase(name="rendering the data"))
@@ -133,14 +133,10 @@ def prepare(
     gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
     plan = make_plan(config, hardware, shape, sizes, model=chosen, max_length=max_length)
+    seconds = duration.estimate_seconds(plan, shape, sizes, hardware)
+    plan = replace(plan, gpus=duration.choose_gpus(plan, hardware, seconds))
     say(_data_read(judged, held_out, train, ledger))
-    choices = plan.choices()
-    say(
-        PlanMade(
-            choices={name: choice.value for name, choice in choices.items()},
-            reasons={name: choice.reason for name, choice in choices.items()},
-        )
-    )
+    say(_plan_made(plan))
     return Prepared(
         model=source,
         tokenizer=tokenizer,
@@ -151,7 +147,7 @@ def prepare(
         train_sha256=digest(train.examples),
         hardware=hardware,
         disk_bytes=disk_bytes(config, shape),
-        seconds=estimate_seconds(plan, shape, sizes, hardware),
+        seconds=seconds / plan.gpus.value,
     )
 
 
@@ -176,6 +172,14 @@ def _encode(
         say(Warned(message=told))
     whole, held = encoded
     return whole, held
+
+
+def _plan_made(plan: Plan) -> PlanMade:
+    choices = plan.choices()
+    return PlanMade(
+        choices={name: choice.value for name, choice in choices.items()},
+        reasons={name: choice.reason for name, choice in choices.items()},
+    )
 
 
 def _data_read(judged: Judged, held_out: Sequence[Conversation], train: Encoded, ledger: Ledger) -> DataRead:

@@ -104,7 +104,12 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
         model=ModelSource(name="rehearsal", path=str(room / "model"), sha256=""),
         train=replace(prepared.train, examples=examples),
         held_out=(),
-        plan=replace(prepared.plan, steps=Choice(STEPS, "rehearsal"), batch_size=Choice(2, "rehearsal")),
+        plan=replace(
+            prepared.plan,
+            steps=Choice(STEPS, "rehearsal"),
+            batch_size=Choice(2, "rehearsal"),
+            gpus=Choice(min(2, prepared.plan.gpus.value), "rehearsal"),
+        ),
     )
     # The copy has learnt nothing: what it knows proves nothing.
     quick = replace(

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,3 +244,80 @@ def test_too_little_memory_for_one_example_is_exit_5_with_what_to_change(
     assert done.returncode == 5, done.stderr
     assert "the GPU's memory is" in done.stderr
     assert "--max-length" in done.stderr
+
+
+TOGETHER = """
+import sys
+from backprop.core import duration
+from backprop.core.plan import Choice
+number = int(sys.argv.pop(1))
+duration.choose_gpus = lambda *_: Choice(number, "a test")
+from backprop.__main__ import main
+main()
+"""
+several = pytest.mark.skipif(len(device.probe().gpus) < 2, reason="one GPU here")
+
+
+def together(number: int, *options: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    """Start a training on ``number`` GPUs, however short it is."""
+    argv = [sys.executable, "-c", TOGETHER, str(number), "train", *map(str, options), "--json"]
+    return subprocess.Popen(argv, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def losses_of(number: int, *options: str | Path, cwd: Path) -> list[float]:
+    process = together(number, *options, cwd=cwd)
+    printed, said = process.communicate()
+    assert process.returncode == 0, said
+    return [event["loss"] for event in map(json.loads, printed.splitlines()) if event["event"] == "step"]
+
+
+@several
+@pytest.mark.parametrize(
+    "method",
+    [["lora"], ["lora", "--pissa"], ["qlora"], ["dora"], ["full", "--lr", "1e-3"], ["lora", "--objective", "kto"]],
+    ids=" ".join,
+)
+def test_one_gpu_and_two_give_one_curve(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, method: list[str]
+) -> None:
+    rows = [chat(f"question {n}", "word " * (3 * n + 1)) for n in range(16)]
+    if "kto" in method:
+        rows = [{"prompt": f"question {n}", "completion": "word " * n, "label": n % 2 == 0} for n in range(1, 17)]
+    options = ["--data", write(rows), "--model", tiny_model, "--steps", "6", "--batch-size", "8", "--method", *method]
+    alone, shared = (losses_of(number, *options, "--output", tmp_path / str(number), cwd=tmp_path) for number in (1, 2))
+    assert result(tmp_path / "2")["plan"]["gpus"]["value"] == 2
+    print(method, max(abs(one - other) for one, other in zip(alone, shared, strict=True)))
+    assert alone == pytest.approx(shared, rel=0.01)  # passes are cut differently, and bfloat16 keeps 8 bits
+
+
+@several
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (None, 5)],
+    ids=["KILL", "TERM", "worker"],
+)
+def test_two_gpus_that_are_stopped_leave_nothing_and_go_on_to_the_same_bits(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, stop: signal.Signals | None, code: int
+) -> None:
+    rows = [chat(f"question {n}", "word " * (3 * n + 1)) for n in range(16)]
+    options = ["--data", write(rows), "--model", tiny_model, "--steps", "60", "--batch-size", "8", "--skip-proofs"]
+    options += ["--deterministic", "--save-steps", "5", "--lora-dropout", "0.1"]
+    losses_of(2, *options, "--output", tmp_path / "whole", cwd=tmp_path)
+    process = together(2, *options, "--output", tmp_path / "run", cwd=tmp_path)
+    assert process.stdout
+    next(line for line in process.stdout if json.loads(line).get("step") == 12)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    started = time.monotonic()
+    if stop is None:
+        os.kill(int(children[0]), signal.SIGKILL)
+    else:
+        process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert time.monotonic() - started < 8
+    time.sleep(1)
+    left = [number for number in children if Path(f"/proc/{number}/cmdline").is_file()]
+    assert not [number for number in left if Path(f"/proc/{number}/cmdline").read_text()], "a worker outlived its run"
+    losses_of(2, *options, "--output", tmp_path / "run", cwd=tmp_path)
+    hashes = [result(tmp_path / name)["result"]["adapter_sha256"] for name in ("whole", "run")]
+    assert hashes[0] == hashes[1]

@@ -17,7 +17,7 @@ from backprop.core.data.shapes import Row
 from backprop.engine import loop
 from backprop.engine.batches import PassSize, padded
 from backprop.engine.load import load_tokenizer
-from backprop.engine.objectives import DPO, KTO, ORPO, Objective, measure, rating_weights, with_references
+from backprop.engine.objectives import DPO, KTO, ORPO, Objective, measure, parts_of, rating_weights, with_references
 
 pytestmark = pytest.mark.model
 
@@ -74,11 +74,11 @@ def loss_and_gradient(model: Any, objective: Objective, given: Sequence[Example]
     total = 0.0
     if size.packing:
         with within_documents(model):
-            for part in objective.parts(model, objective.passes(given, size), "cpu"):
+            for part in parts_of(objective, model, objective.passes(given, size), "cpu"):
                 part.loss.backward()
                 total += part.loss.item()
     else:
-        for part in objective.parts(model, objective.passes(given, size), "cpu"):
+        for part in parts_of(objective, model, objective.passes(given, size), "cpu"):
             part.loss.backward()
             total += part.loss.item()
     return total, torch.cat([weight.grad.flatten() for weight in model.parameters()])

@@ -1,13 +1,15 @@
 """How long a run will take, and whether it is rehearsed for that."""
 
+import os
 from dataclasses import replace
 
 import pytest
 
 from backprop.config import TrainConfig
-from backprop.core.duration import REHEARSED_ABOVE_S, choose_rehearsal, estimate_seconds
+from backprop.core.duration import REHEARSED_ABOVE_S, SHARED_ABOVE_S, choose_gpus, choose_rehearsal, estimate_seconds
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.plan import Choice, DataShape, ModelShape, make_plan
+from backprop.edges import device
 from backprop.presets import GIB
 
 CONFIG = TrainConfig(data=("x",), steps=3, batch_size=8)
@@ -83,3 +85,41 @@ def test_what_the_user_says_comes_first(asked: bool) -> None:
         choice = choose_rehearsal(replace(CONFIG, rehearse=asked), [seconds], TWO_CORES)
         assert choice.value is asked
         assert choice.reason.startswith("set by `--")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "seconds", "batch", "used", "why"),
+    [
+        (0, 1e5, 8, 1, "the CPU"),
+        (1, 1e5, 8, 1, "no other"),
+        (4, SHARED_ABOVE_S, 8, 1, "starting others takes as long"),
+        (4, SHARED_ABOVE_S + 1, 8, 4, "all"),
+        (4, 1e5, 3, 3, "a step has 3 examples"),
+    ],
+)
+def test_gpus_are_shared_where_that_saves_more_than_it_costs(
+    gpus: int, seconds: float, batch: int, used: int, why: str
+) -> None:
+    hardware = replace(TWO_CORES, gpus=gpus * gpu(80).gpus)
+    data = DataShape(num_examples=10, num_tokens=100)
+    config = replace(CONFIG, batch_size=batch)
+    plan = make_plan(config, hardware, SMOLLM2, data, model=Choice("m", ""), max_length=Choice(100, ""))
+    choice = choose_gpus(plan, hardware, seconds)
+    assert choice.value == used
+    assert why in choice.reason
+    elsewhere = choose_gpus(plan, replace(hardware, platform="Windows AMD64"), seconds)
+    assert elsewhere.value == 1
+
+
+def test_only_gpus_that_are_alike_and_free_share_the_work_of_the_freest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    cards = [("a", "H100", 79), ("b", "H100", 80), ("c", "H100", 20), ("d", "A100", 80)]
+    gpus = tuple(
+        Gpu(name=name, uuid=uuid, memory_bytes=80 * GIB, memory_free_bytes=free * GIB, capability=(9, 0))
+        for uuid, name, free in cards
+    )
+    found = device.use_one_gpu(replace(TWO_CORES, gpus=gpus))
+    assert [one.uuid for one in found.gpus] == ["b", "a"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "b"
+    # A second run of the same process sees one card, and others may still work beside it.
+    assert device.use_one_gpu(replace(TWO_CORES, gpus=gpus[1:2])) == found

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backprop.core.data.order import SampleOrder
-from backprop.core.data.pack import best_fit
+from backprop.core.data.pack import balanced, best_fit, even_rows
 
 lengths = st.lists(st.integers(1, 40), max_size=60)
 
@@ -56,3 +56,24 @@ def test_how_often_each_is_seen_is_what_the_steps_say(num_examples: int, batch_s
     order = SampleOrder(num_examples=num_examples, batch_size=batch_size, seed=7)
     seen = Counter(number for step in range(num_steps) for number in order.of_step(step))
     assert order.times_seen(num_steps) == [seen[number] for number in range(num_examples)]
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), num=st.integers(1, 8))
+def test_every_rank_is_given_a_pass_as_soon_as_there_is_one_for_each(lengths: list[int], num: int) -> None:
+    rows = even_rows(lengths, 60, num)
+    assert sorted(position for row in rows for position in row) == list(range(len(lengths)))
+    assert len(rows) >= min(num, len(lengths))
+    assert all(sum(lengths[position] for position in row) <= 60 for row in rows)
+
+
+def test_rows_for_several_ranks_are_as_many_for_each_and_of_about_the_same_length() -> None:
+    lengths = [50, 40, 30, 30, 20, 20, 10, 10, 5, 5]  # 220 tokens
+    for num in (2, 3, 4):
+        rows = [sum(lengths[position] for position in row) for row in even_rows(lengths, 100, num)]
+        assert len(rows) % num == 0
+        assert max(rows) - min(rows) <= 10
+
+
+def test_the_heaviest_is_shared_out_first() -> None:
+    # 9 and 7, then 6 beside the 7, 5 beside the 9, and the 1 to the lighter.
+    assert balanced([1, 5, 9, 6, 7], 2) == [[1, 2], [0, 3, 4]]

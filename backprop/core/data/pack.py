@@ -30,3 +30,34 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         if room > 0:
             insort(rooms, (room, row))
     return rows
+
+
+def balanced(weights: Sequence[int], num: int) -> list[list[int]]:
+    """Share weights out, heaviest first, each to where least lies.
+
+    At most 4/3 of the best makespan (Graham, 1969).
+
+    Returns:
+        ``num`` ascending lists of positions in ``weights``; every position is in exactly one.
+    """
+    shares: list[list[int]] = [[] for _ in range(num)]
+    loads = [0] * num
+    for position in sorted(range(len(weights)), key=lambda position: -weights[position]):
+        least = loads.index(min(loads))
+        shares[least].append(position)
+        loads[least] += weights[position]
+    return [sorted(share) for share in shares]
+
+
+def even_rows(lengths: Sequence[int], capacity: int, num: int) -> list[list[int]]:
+    """Put each length into one of ``num`` rows of about the same length, or of a multiple of ``num`` if they need more.
+
+    Returns:
+        As `best_fit`; fewer than ``num`` rows only where there are fewer lengths.
+    """
+    count = num
+    while True:
+        rows = [row for row in balanced(lengths, count) if row]
+        if count >= len(lengths) or all(sum(lengths[one] for one in row) <= capacity for row in rows):
+            return rows
+        count += num
