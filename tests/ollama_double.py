@@ -206,8 +206,8 @@ class _Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, double: "OllamaDouble") -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, double: "OllamaDouble", address: tuple[str, int]) -> None:
+        super().__init__(address, _Handler)
         self.double = double
         self.open = 0
         self.changed = threading.Condition()
@@ -232,8 +232,8 @@ class _Server(ThreadingHTTPServer):
 class OllamaDouble:
     """The server; use it as a context manager."""
 
-    def __init__(self, answer: Answerer = lambda asked: "fine") -> None:
-        self._server = _Server(self)
+    def __init__(self, answer: Answerer = lambda asked: "fine", address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        self._server = _Server(self, address)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self.first_answer = answer
         self.woken = threading.Event()

@@ -7,6 +7,7 @@ import codecs
 import csv
 import gzip
 import json
+import os
 import re
 import shlex
 import zlib
@@ -128,6 +129,8 @@ def _is_data(path: Path) -> bool:
 def _nearby(path: Path) -> str:
     import difflib
 
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", str(path)):
+        return "Windows paths mean nothing here; in Docker, put the file into `data`, and name it `/data/…`"
     siblings = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
     return f"did you mean `{path.parent / close[0]}`?" if close else f"look at `ls {path.parent}`"

@@ -1,20 +1,15 @@
 """Models and data sets: from a folder, the demo package, or the hub. The only network besides Ollama."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from backprop.core.data.formats import Row
 from backprop.edges import demo_model
+from backprop.edges.places import cache_dir
 from backprop.errors import DataError, ModelError
 from backprop.presets import DEMO, PRESETS
-
-
-def cache_dir() -> Path:
-    """Give the folder for what can be made or fetched again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "backprop"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ of the same version, unpacked beside them by `python -m backprop.edges.llama_cpp
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import sys
@@ -15,37 +16,41 @@ from typing import Any
 from backprop.core.data.formats import Message
 from backprop.core.fidelity import Reply
 from backprop.edges import process, stopping
-from backprop.edges.hub import cache_dir
+from backprop.edges.places import LLAMA_CPP_VERSION, llama_cpp_home, llama_library, llama_programs
 from backprop.errors import DiskError, ExportError, ToolError
 
-VERSION = "0.3.36"
-"""Release of llama-cpp-python; requirements.lock pins the same."""
 BUILD_HINT = "python -m backprop.edges.llama_cpp_build"
 CONVERTED = ("f32", "f16", "bf16")
 """Types that the converter writes; all others are quantized from f16."""
 
 
-def home() -> Path:
-    """Give the folder that holds the converter: `BACKPROP_LLAMA_CPP`, or a folder of the cache."""
-    chosen = os.environ.get("BACKPROP_LLAMA_CPP")
-    return Path(chosen).expanduser() if chosen else cache_dir() / f"llama.cpp-{VERSION}"
-
-
 def bindings() -> Any:
-    """Import the bindings.
+    """Import the bindings, over the library that was compiled for them if there is one.
 
     Raises:
         ToolError: If they are missing or of another release than the converter.
     """
+    own = llama_library("llama").is_file()
+    if own:
+        os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(llama_programs()))
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:
         raise ToolError(f"export needs llama.cpp's bindings: {error}", hint=BUILD_HINT) from error
-    if llama_cpp.__version__ != VERSION:
+    if llama_cpp.__version__ != LLAMA_CPP_VERSION:
         raise ToolError(
-            f"llama-cpp-python is {llama_cpp.__version__}, and the converter is of {VERSION}", hint=BUILD_HINT
+            f"llama-cpp-python is {llama_cpp.__version__}, and the converter is of {LLAMA_CPP_VERSION}", hint=BUILD_HINT
         )
+    if own:
+        _load_backends()
     return llama_cpp
+
+
+def _load_backends() -> None:
+    """Let a build that has its backends in files of their own choose those that fit this machine."""
+    ggml = ctypes.CDLL(str(llama_library("ggml")))
+    if not ggml.ggml_backend_reg_count():
+        ggml.ggml_backend_load_all_from_path(str(llama_programs()).encode())
 
 
 def converter() -> Path:
@@ -54,9 +59,9 @@ def converter() -> Path:
     Raises:
         ToolError: If it is missing.
     """
-    script = home() / "convert_hf_to_gguf.py"
+    script = llama_cpp_home() / "convert_hf_to_gguf.py"
     if not script.is_file():
-        raise ToolError(f"llama.cpp's converter is not in `{home()}`", hint=BUILD_HINT)
+        raise ToolError(f"llama.cpp's converter is not in `{llama_cpp_home()}`", hint=BUILD_HINT)
     return script
 
 

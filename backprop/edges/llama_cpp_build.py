@@ -1,99 +1,111 @@
-"""Build what `export` needs of llama.cpp, once, into the cache: `python -m backprop.edges.llama_cpp_build`.
+"""Build what `export` needs of llama.cpp, once, into the cache: `python -m backprop.edges.llama_cpp_build [PROGRAM ...]`.
 
-The source release of llama-cpp-python holds all of it: the bindings with the quantizer are built into a wheel, the
-converter is unpacked beside it, and the programs are compiled against the wheel's libraries, which takes seconds. The
-second call finds all three and only installs the wheel into this environment.
+The source release of llama-cpp-python holds all of it. Libraries and programs are compiled once, into one folder; the
+converter is unpacked beside it, and the bindings are installed without a copy of the libraries. The second call finds all of
+them. Further programs of llama.cpp may be named, such as `server`; `CMAKE_ARGS` adds to how all are compiled.
 """
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
-import platform
-import re
+import shlex
 import shutil
+import subprocess
 import sys
 import tarfile
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from backprop.edges import llama_tools, process
-from backprop.edges.hub import cache_dir
-from backprop.edges.llama_cpp import VERSION, home
-from backprop.edges.rundir import whole
-from backprop.errors import BackpropError, ToolError
+from backprop.edges.places import LLAMA_CPP_VERSION as VERSION
+from backprop.edges.places import LLAMA_PROGRAMS, llama_cpp_home, llama_library, llama_programs
 
 SOURCE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 """Of llama_cpp_python-0.3.36.tar.gz, as in requirements.lock."""
 
-# Only the library is used: no server, tools, web page or multi-modal part. Portable within the architecture, so that a
-# cache may be shared between machines.
+# Portable within the architecture, so that a cache may be shared between machines. The libraries are found beside whatever
+# asks for them; the old kind of run path also serves the libraries that the libraries need.
+BESIDE = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 CMAKE_FLAGS = (
-    "-DLLAVA_BUILD=OFF",
+    "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=OFF",
     "-DGGML_OPENMP=OFF",
     "-DGGML_CCACHE=OFF",
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_TOOLS=OFF",
-    "-DLLAMA_BUILD_SERVER=OFF",
     "-DLLAMA_BUILD_APP=OFF",
-    "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF",
+    "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+    f"-DCMAKE_INSTALL_RPATH={BESIDE}",
+    "-DCMAKE_SHARED_LINKER_FLAGS=-s",
+    "-DCMAKE_MODULE_LINKER_FLAGS=-s",
+    f"-DCMAKE_EXE_LINKER_FLAGS=-s{'' if sys.platform == 'darwin' else ' -Wl,--disable-new-dtags'}",
 )
 CONVERTER = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE")
-LIBRARIES = ("llama-common", "llama", "ggml", "ggml-base")
-"""In the wheel, of those that the programs call themselves."""
-BUILD_TIMEOUT_S = 3600
+EXIT_TOOL = 7
+"""As of a `ToolError`; this module imports little of ours, since the image compiles again whenever that changes."""
 
 
-def main() -> int:
-    """Bring converter and bindings into place and say what was done."""
+def main(programs: Sequence[str] = ()) -> int:
+    """Bring converter, libraries, programs and bindings into place and say what was done."""
     try:
         with TemporaryDirectory(prefix="backprop-llama-") as scratch:
-            _bring(Path(scratch))
-    except BackpropError as error:
-        print(f"error: {error.message}\n\nhint: {error.hint}", file=sys.stderr)
-        return error.code
+            _bring(Path(scratch), (*LLAMA_PROGRAMS, *programs))
+    except _BuildError as error:
+        print(f"error: {error}\n\nhint: a C++ compiler and a package index are needed", file=sys.stderr)
+        return EXIT_TOOL
     return 0
 
 
-def _bring(scratch: Path) -> None:
-    wheels = cache_dir() / "wheels"
-    built = next(iter(wheels.glob(f"llama_cpp_python-{VERSION}-*{platform.machine()}.whl")), None)
-    # How the libraries are named and found was tried on Linux alone; elsewhere `export` does without the programs.
-    programs = [llama_tools.folder() / f"llama-{name}" for name in llama_tools.TOOLS]
-    tools = sys.platform != "linux" or all(program.is_file() for program in programs)
-    if built is None or not tools or not (home() / CONVERTER[0]).is_file():
-        source = _fetch(scratch)
-        if not (home() / CONVERTER[0]).is_file():
-            _say(f"unpacking the converter to {home()}")
-            _unpack(source, scratch)
-        if built is None:
-            _say("building llama.cpp; on 2 cores this takes about 6 minutes, once")
-            built = _build(source, scratch, wheels)
-        if not tools:
-            _say("compiling llama.cpp's programs for importance matrices and splitting")
-            _compile_tools(source, built, scratch)
-    if importlib.util.find_spec("llama_cpp") is None or _installed_version() != VERSION:
-        _say(f"installing {built.name}")
-        _pip("install", "--no-deps", "--force-reinstall", str(built))
+class _BuildError(Exception):
+    pass
+
+
+def _bring(scratch: Path, programs: Sequence[str]) -> None:
+    unpacked = (llama_cpp_home() / CONVERTER[0]).is_file()
+    installed = _installed_version() == VERSION
+    if unpacked and installed and _compiled(programs):
+        return
+    source = _fetch(scratch)
+    tree = _extract(source, scratch) / "vendor" / "llama.cpp"
+    if not unpacked:
+        _say(f"unpacking the converter to {llama_cpp_home()}")
+        _place([tree / name for name in CONVERTER], llama_cpp_home())
+    if not _compiled(programs):
+        _say("compiling llama.cpp; on 2 cores this takes about 6 minutes, once")
+        _place(list(_compile(tree, scratch, programs).iterdir()), llama_programs())
+    if not installed:
+        _say(f"installing the bindings of llama-cpp-python {VERSION}")
+        _install_bindings(source)
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _installed_version() -> str:
-    import importlib.metadata
+def _compiled(programs: Sequence[str]) -> bool:
+    there = [llama_library("llama"), *(llama_programs() / f"llama-{name}" for name in programs)]
+    return all(path.is_file() for path in there)
 
-    return importlib.metadata.version("llama-cpp-python")
+
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _pip(*arguments: str, env: dict[str, str] | None = None) -> None:
     argv = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    process.run(argv, env=env, timeout_s=BUILD_TIMEOUT_S)
+    _run(argv, env)
+
+
+def _run(argv: list[str], env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise _BuildError(f"`{Path(argv[0]).name}` exited with {done.returncode}: {last}")
 
 
 def _fetch(scratch: Path) -> Path:
@@ -102,55 +114,61 @@ def _fetch(scratch: Path) -> Path:
     source = next(scratch.glob("llama_cpp_python-*.tar.gz"))
     found = hashlib.sha256(source.read_bytes()).hexdigest()
     if found != SOURCE_SHA256:
-        raise ToolError(
-            f"{source.name} has the hash {found}, not {SOURCE_SHA256}", hint="check where pip takes it from"
-        )
+        raise _BuildError(f"{source.name} has the hash {found}, not {SOURCE_SHA256}: check where pip takes it from")
     return source
 
 
-def _unpack(source: Path, scratch: Path) -> None:
-    root = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
-    wanted = tuple(root + name for name in CONVERTER)
+def _extract(source: Path, scratch: Path) -> Path:
     with tarfile.open(source) as archive:
-        members = [member for member in archive if member.name.startswith(wanted)]
-        archive.extractall(scratch, members=members, filter="data")
-    with whole(home()) as folder:
-        shutil.copytree(scratch / root, folder)
+        # Python 3.11.2, which is Debian 12's, has no filters yet.
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+        archive.extractall(scratch)
+    return scratch / f"llama_cpp_python-{VERSION}"
 
 
-def _build(source: Path, scratch: Path, wheels: Path) -> Path:
-    env = {**os.environ, "CMAKE_ARGS": " ".join(CMAKE_FLAGS)}
-    env.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(process.cpus()))
-    _pip("wheel", "--no-deps", "-w", str(scratch), str(source), env=env)
-    wheel = next(scratch.glob("llama_cpp_python-*.whl"))
-    with whole(wheels / wheel.name) as beside:
-        shutil.copyfile(wheel, beside)
-    return wheels / wheel.name
+def _compile(tree: Path, scratch: Path, programs: Sequence[str]) -> Path:
+    """Compile libraries and programs into one folder, from which they run wherever it lies."""
+    _pip("install", "--target", str(scratch / "cmake"), "cmake", "ninja")
+    env = {**os.environ, "PYTHONPATH": str(scratch / "cmake")}
+    env["PATH"] = f"{scratch / 'cmake' / 'bin'}{os.pathsep}{env['PATH']}"
+    build = scratch / "build"
+    more = shlex.split(env.get("CMAKE_ARGS", ""))
+    flags = [f"-DLLAMA_BUILD_SERVER={'ON' if 'server' in programs else 'OFF'}", *CMAKE_FLAGS, *more]
+    _run(["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(build), *flags], env)
+    targets = ["ggml", "llama", *(f"llama-{name}" for name in programs)]
+    argv = [
+        "cmake",
+        "--build",
+        str(build),
+        "--parallel",
+        str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1),
+        "--target",
+        *targets,
+    ]
+    _run(argv, env)
+    return build / "bin"
 
 
-def _compile_tools(source: Path, wheel: Path, scratch: Path) -> None:
-    """Compile the programs against the wheel's libraries, and put both into one folder, from which they run anywhere."""
-    root = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
-    parts = ("common/", "include/", "ggml/include/", "vendor/", *(f"tools/{name}/" for name in llama_tools.TOOLS))
-    with tarfile.open(source) as archive:
-        members = [member for member in archive if member.name.startswith(tuple(root + part for part in parts))]
-        archive.extractall(scratch / "tools", members=members, filter="data")
-    tree = scratch / "tools" / root
-    includes = [f"-I{tree / part}" for part in ("common", "include", "ggml/include", "vendor")]
-    with whole(llama_tools.folder()) as folder:
-        folder.mkdir()
-        with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                if re.fullmatch(r"lib/lib[\w-]+\.so\.0", name):
-                    (folder / Path(name).name).write_bytes(archive.read(name))
-        libraries = [str(folder / f"lib{name}.so.0") for name in LIBRARIES]
-        # The old kind of run path also serves the libraries that the libraries need.
-        linked = [*libraries, "-pthread", "-s", f"-Wl,-rpath-link,{folder}", "-Wl,--disable-new-dtags,-rpath,$ORIGIN"]
-        for name in llama_tools.TOOLS:
-            code = sorted(map(str, (tree / "tools" / name).glob("*.cpp")))
-            argv = [os.environ.get("CXX", "c++"), "-O2", "-std=c++17", *code, *includes, *linked]
-            process.run([*argv, "-o", str(folder / f"llama-{name}")], timeout_s=BUILD_TIMEOUT_S)
+def _place(parts: Sequence[Path], target: Path) -> None:
+    """Copy files and folders into one at ``target``, whole or not at all."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside.mkdir(parents=True)
+    try:
+        for part in parts:
+            if part.is_dir():
+                shutil.copytree(part, beside / part.name)
+            else:
+                shutil.copy2(part, beside / part.name, follow_symlinks=False)
+        shutil.rmtree(target, ignore_errors=True)
+        beside.replace(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _install_bindings(source: Path) -> None:
+    env = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"}
+    _pip("install", "--no-deps", "--force-reinstall", str(source), env=env)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from backprop.edges import process
-from backprop.edges.llama_cpp import BUILD_HINT, home, write_tiny
+from backprop.edges.llama_cpp import BUILD_HINT, write_tiny
+from backprop.edges.places import llama_programs
 from backprop.errors import DataError, DiskError, ExportError, ToolError
 
-TOOLS = ("imatrix", "quantize", "gguf-split")
 CHUNK_TOKENS, LEAST_CHUNK_TOKENS = 512, 32
 """Tokens that are looked at together; llama-imatrix asks for two such chunks at least."""
 
@@ -22,20 +22,15 @@ MORE_METADATA_BYTES = 2**16
 """More than quantizing adds, and than the two figures of `size_as` are rounded by."""
 
 
-def folder() -> Path:
-    """Give the folder of the programs."""
-    return home() / "tools"
-
-
 def tool(name: str) -> Path:
-    """Find one of `TOOLS`.
+    """Find one of `LLAMA_PROGRAMS`.
 
     Raises:
         ToolError: If it is missing.
     """
-    program = folder() / f"llama-{name}"
+    program = llama_programs() / f"llama-{name}"
     if not program.is_file():
-        raise ToolError(f"`{program.name}` is not in `{folder()}`", hint=BUILD_HINT)
+        raise ToolError(f"`{program.name}` is not in `{llama_programs()}`", hint=BUILD_HINT)
     return program.resolve()
 
 

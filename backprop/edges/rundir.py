@@ -246,7 +246,10 @@ def disk_error(path: Path, error: Exception) -> DiskError | None:
         why = (found[1] or found[2] or found[3] or "").strip()
     else:
         return None
-    return DiskError(f"`{path}` cannot be written: {why}", hint="look at `df -h`; then run the same command again")
+    hint = "look at `df -h`; then run the same command again"
+    if isinstance(error, PermissionError) and hasattr(os, "getuid"):
+        hint = f"let user {os.getuid()} write there (`ls -ld`, `chown`); in Docker, `BACKPROP_USER` in .env says who that is"
+    return DiskError(f"`{path}` cannot be written: {why}", hint=hint)
 
 
 def _full(path: Path, error: OSError) -> DiskError:

@@ -13,7 +13,7 @@ from typing import IO, Any, TypeVar, cast
 from backprop.core.data.formats import Conversation
 from backprop.core.data.render import Example
 from backprop.core.data.sequences import Lazy
-from backprop.edges.hub import cache_dir
+from backprop.edges.places import cache_dir
 from backprop.errors import DiskError
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from backprop.config import DoctorConfig
 from backprop.core.data.judge import judge
 from backprop.core.hardware import Hardware
 from backprop.core.plan import choose_model
-from backprop.edges import demo_model, device, hub, llama_cpp
+from backprop.edges import demo_model, device, hub, llama_cpp, places
 from backprop.errors import BackpropError, DiskError, HardwareError, ToolError
 from backprop.events import Checked, RunFinished, Sink
 from backprop.presets import DEMO, GIB, PRESETS
@@ -22,6 +22,8 @@ from backprop.verbs.prepare import rows_of
 OLDEST_PYTHON = (3, 11)
 # A run of the smallest preset with its export: checkpoint, merged copy, GGUF files.
 LEAST_DISK_BYTES = 3 * GIB
+# CUDA itself takes half of it. A check beside a run, as of a container's health, must not be what ends the run.
+LEAST_FREE_BYTES = 1 * GIB
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
@@ -67,8 +69,8 @@ def _findings(config: DoctorConfig) -> Iterator[Finding]:
     hardware = device.probe()
     yield from check_hardware(hardware, config)
     yield from (_package(name) for name in PACKAGES)
-    yield _attempt("torch product", lambda: _product(on_gpu=bool(hardware.gpus)))
-    yield from (_disk(name, path) for name, path in (("output", Path.cwd()), ("cache", hub.cache_dir())))
+    yield _attempt("torch product", lambda: check_product(hardware))
+    yield from (_disk(name, path) for name, path in (("output", Path.cwd()), ("cache", places.cache_dir())))
     yield _demo()
     yield _attempt("llama.cpp converter", lambda: str(llama_cpp.converter()))
     yield _attempt("llama.cpp quantizer", _quantize_tiny)
@@ -132,8 +134,12 @@ def _package(name: str) -> Finding:
         return Finding(name=name, found="missing", error=error)
 
 
-def _product(*, on_gpu: bool) -> str:
+def check_product(hardware: Hardware) -> str:
     """Multiply with torch, on the GPU if there is one, and compare with a product made by hand."""
+    on_gpu = bool(hardware.gpus)
+    free = max((gpu.memory_free_bytes for gpu in hardware.gpus), default=0)
+    if on_gpu and free < LEAST_FREE_BYTES:
+        return f"not tried: only {free / GIB:.1f} GiB of the GPU's memory are free, which a run may be about to need"
     try:
         import torch
     except ImportError as error:
@@ -181,7 +187,7 @@ def _quantize_tiny() -> str:
     llama_cpp.bindings()
     with TemporaryDirectory() as folder:
         size = llama_cpp.quantize_tiny(Path(folder))
-    return f"llama-cpp-python {llama_cpp.VERSION} wrote a tiny model of {size} bytes"
+    return f"llama-cpp-python {places.LLAMA_CPP_VERSION} wrote a tiny model of {size} bytes"
 
 
 def _data(sources: tuple[str, ...]) -> str:

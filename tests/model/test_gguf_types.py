@@ -332,7 +332,7 @@ def test_an_adapter_by_itself_has_no_rows_for_an_importance_matrix(run: Path, tm
 def test_without_the_programs_the_command_that_builds_them_is_named(
     run: Path, tmp_path: Path, options: tuple[str, str]
 ) -> None:
-    shutil.copytree(llama_cpp.home(), tmp_path / "llama.cpp", ignore=shutil.ignore_patterns("tools"))
+    shutil.copytree(llama_cpp.llama_cpp_home(), tmp_path / "llama.cpp", ignore=shutil.ignore_patterns("tools"))
     done = backprop(
         "export",
         run,

@@ -25,6 +25,7 @@ def values(source: Path) -> list[object]:
     [
         ("a.jsonl", '{"text": "é"}\n\n{"text": "b"}\n', [{"text": "é"}, {"text": "b"}]),
         ("a.jsonl", '\ufeff{"text": "a"}', [{"text": "a"}]),
+        ("a.jsonl", '{"text": "a"}\r\n{"text": "b"}\r\n', [{"text": "a"}, {"text": "b"}]),
         ("a.json", '[{"text": "a"}, {"text": "b"}]', [{"text": "a"}, {"text": "b"}]),
         ("a.json", '{"text": "a"}\n{"text": "b"}\n', [{"text": "a"}, {"text": "b"}]),
         ("a.json", '{"text": "a"}', [{"text": "a"}]),
@@ -173,3 +174,10 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 )
 def test_what_looks_like_a_path_never_goes_to_the_hub(source: str, local: bool) -> None:
     assert is_local(source) == local
+
+
+@pytest.mark.parametrize("source", [r"C:\data\my.jsonl", "d:/my.jsonl"])
+def test_a_windows_path_is_told_where_files_lie_in_docker(source: str) -> None:
+    with pytest.raises(DataError) as caught:
+        values(Path(source))
+    assert "/data/" in str(caught.value.hint)

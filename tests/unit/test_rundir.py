@@ -218,3 +218,10 @@ def test_a_full_disk_is_known_by_what_other_programs_say_of_it(tmp_path: Path, t
     """The converter's last words were once taken for a model that it does not know."""
     found = rundir.disk_error(tmp_path, RuntimeError(told))
     assert (found and found.message) == (why and f"`{tmp_path}` cannot be written: {why}")
+
+
+def test_a_folder_of_another_user_is_told_with_who_asks(tmp_path: Path) -> None:
+    found = rundir.disk_error(tmp_path, PermissionError(13, "Permission denied"))
+    assert found is not None
+    assert f"user {os.getuid()}" in str(found.hint)
+    assert "BACKPROP_USER" in str(found.hint)
