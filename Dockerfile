@@ -38,7 +38,7 @@ RUN ./install-locked /opt/venv/bin/python cpu requirements.lock \
   && cd /opt/venv/lib/python3*/site-packages \
   && find torch/bin -type f ! -name torch_shm_manager -delete \
   && rm -rf torch/test torch/include pyarrow/include pyarrow/src pyarrow/tests \
-  && find numpy pandas sympy -depth -type d -name tests -exec rm -rf {} + \
+  && find networkx numpy pandas sympy -depth -type d -name tests -exec rm -rf {} + \
   && find transformers/models -depth -type d -name __pycache__ -exec rm -rf {} + \
   && find torch/lib pyarrow -name '*.so*' -type f -exec strip --strip-unneeded {} + \
   && rm -rf pip pip-*.dist-info torch/lib/*_test.so
@@ -47,7 +47,7 @@ FROM packages AS packages-gpu
 RUN ./install-locked /opt/venv/bin/python gpu requirements.lock \
   && cd /opt/venv/lib/python3*/site-packages \
   && rm -rf torch/test pyarrow/include pyarrow/src pyarrow/tests \
-  && find numpy pandas sympy -depth -type d -name tests -exec rm -rf {} + \
+  && find networkx numpy pandas sympy -depth -type d -name tests -exec rm -rf {} + \
   && find transformers/models -depth -type d -name __pycache__ -exec rm -rf {} + \
   && rm -rf pip pip-*.dist-info
 

@@ -1,6 +1,7 @@
 """Models and data sets: from a folder, the demo package, or the hub. The only network besides Ollama."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,18 @@ def find_model(name: str, *, offline: bool) -> ModelSource:
     """Resolve a preset, hub id or folder, and look at it as far as that needs no network.
 
     Raises:
-        ModelError: If it cannot be, or a local folder has no safe weights.
+        ModelError: If it cannot be, may not be read, or a local folder has no safe weights.
     """
+    try:
+        return _found(name, offline=offline)
+    except PermissionError as error:
+        raise ModelError(
+            f"`{error.filename}` may not be read by this user ({os.getuid()})",
+            hint=f"let all read the model: `chmod -R a+rX {Path(str(error.filename)).parent}`",
+        ) from error
+
+
+def _found(name: str, *, offline: bool) -> ModelSource:
     if name == DEMO.name:
         gguf = demo_model.packaged_gguf()
         if gguf is not None:

