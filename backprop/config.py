@@ -72,6 +72,10 @@ Count = Bounds(least=1, most=10_000_000)
 Positive = Bounds(above=0)
 
 
+OUTPUT = Path("output")
+"""Where a run goes if nothing else is said."""
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -149,7 +153,7 @@ class TrainConfig:
     target_modules: Annotated[tuple[str, ...], Parameter(group=LORA, negative="", show_default=False)] = ()
     """Layers that get an adapter. Default: all linear ones but the output."""
 
-    output: Annotated[Path, Parameter(group=RUN, name=["--output", "-o"])] = Path("output")
+    output: Annotated[Path, Parameter(group=RUN, name=["--output", "-o"])] = OUTPUT
     """The run directory."""
     overwrite: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Replace another or a finished run in `--output`."""

@@ -607,11 +607,11 @@ def llama_answerer(folder: Path) -> Iterator[Answerer]:
 
     def answer(asked: Asked) -> str:
         if asked.model.digest not in loaded:
-            import llama_cpp
+            from backprop.edges.llama_cpp import bindings
 
             path = folder / f"{asked.model.digest.removeprefix('sha256:')}.gguf"
             path.write_bytes(asked.gguf)
-            loaded[asked.model.digest] = llama_cpp.Llama(str(path), n_ctx=1024, verbose=False, seed=0)
+            loaded[asked.model.digest] = bindings().Llama(str(path), n_ctx=1024, verbose=False, seed=0)
         model = loaded[asked.model.digest]
         settings = {
             "temperature": float(asked.options.get("temperature", 0.8)),

@@ -45,7 +45,8 @@ def check(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -
             raise DiskError(f"`{directory}` is a file, not a folder", hint="choose another `--output`")
         nearest = next(folder for folder in (directory.absolute(), *directory.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise DiskError(f"`{directory}` cannot be made in `{nearest}`", hint="choose another `--output`")
+            what = "cannot be written" if nearest == directory.absolute() else f"cannot be made in `{nearest}`"
+            raise DiskError(f"`{directory}` {what}", hint=f"choose another `--output`, or {whose_it_is()}")
         if directory.is_dir():
             with locked(directory):
                 pass
@@ -237,6 +238,15 @@ FOREIGN = re.compile(
 )
 
 
+def whose_it_is() -> str:
+    """Say what lets this user write to a folder."""
+    if not hasattr(os, "getuid"):
+        return "let this user write there"
+    return (
+        f"let user {os.getuid()} write there (`ls -ld`, `chown`); in Docker, `BACKPROP_USER` in .env says who that is"
+    )
+
+
 def disk_error(path: Path, error: Exception) -> DiskError | None:
     """Give the error of a disk that is full or may not be written, if ``error`` tells of one."""
     found = FOREIGN.search(str(error))
@@ -247,8 +257,8 @@ def disk_error(path: Path, error: Exception) -> DiskError | None:
     else:
         return None
     hint = "look at `df -h`; then run the same command again"
-    if isinstance(error, PermissionError) and hasattr(os, "getuid"):
-        hint = f"let user {os.getuid()} write there (`ls -ld`, `chown`); in Docker, `BACKPROP_USER` in .env says who that is"
+    if isinstance(error, PermissionError):
+        hint = whose_it_is()
     return DiskError(f"`{path}` cannot be written: {why}", hint=hint)
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from backprop.config import DoctorConfig
+from backprop.config import OUTPUT, DoctorConfig
 from backprop.core.data.judge import judge
 from backprop.core.hardware import Hardware
 from backprop.core.plan import choose_model
-from backprop.edges import demo_model, device, hub, llama_cpp, places
+from backprop.edges import demo_model, device, hub, llama_cpp, places, rundir
 from backprop.errors import BackpropError, DiskError, HardwareError, ToolError
 from backprop.events import Checked, RunFinished, Sink
 from backprop.presets import DEMO, GIB, PRESETS
@@ -70,7 +70,7 @@ def _findings(config: DoctorConfig) -> Iterator[Finding]:
     yield from check_hardware(hardware, config)
     yield from (_package(name) for name in PACKAGES)
     yield _attempt("torch product", lambda: check_product(hardware))
-    yield from (_disk(name, path) for name, path in (("output", Path.cwd()), ("cache", places.cache_dir())))
+    yield from (_disk(name, path) for name, path in (("output", OUTPUT.absolute()), ("cache", places.cache_dir())))
     yield _demo()
     yield _attempt("llama.cpp converter", lambda: str(llama_cpp.converter()))
     yield _attempt("llama.cpp quantizer", _quantize_tiny)
@@ -168,7 +168,7 @@ def _disk(name: str, path: Path) -> Finding:
         return Finding(name=f"disk for {name}", found=found, error=error)
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     if not os.access(nearest, os.W_OK):
-        error = DiskError("a folder that may be written", hint=f"mend the owner of {nearest}")
+        error = DiskError("a folder that may be written", hint=rundir.whose_it_is())
         return Finding(name=f"disk for {name}", found=f"{nearest} may not be written", error=error)
     return Finding(name=f"disk for {name}", found=found)
 
