@@ -111,6 +111,10 @@ class TrainConfig:
     """Examples per step. Default: from the data."""
     micro_batch: Annotated[int | None, Bounds(least=1, most=65_536), Parameter(group=TRAINING)] = None
     """Examples per pass; changes no result."""
+    recompute: Annotated[int | None, Bounds(least=0, most=10_000), Parameter(group=TRAINING)] = None
+    """Layers computed again on the way back. Default: as few as the GPU's memory allows."""
+    compile: Annotated[bool | None, Parameter(group=TRAINING)] = None
+    """Compile the layers. Default: on a GPU, for long runs."""
     learning_rate: Annotated[
         float | None, Bounds(above=0, most=1), Parameter(group=TRAINING, name=["--learning-rate", "--lr"])
     ] = None

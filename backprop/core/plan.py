@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from backprop.config import TrainConfig
-from backprop.core.hardware import Hardware
+from backprop.core.hardware import Gpu, Hardware
+from backprop.core.memory import ModelShape, adapter_weights, block_weights, step_memory, word_weights
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import DEFAULTS, DEMO, GIB, PRESETS, Preset
 
@@ -18,18 +19,6 @@ class Choice(Generic[T]):
 
     value: T
     reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelShape:
-    """What the plan needs of a model's configuration."""
-
-    hidden_size: int
-    intermediate_size: int
-    """Width of the feed-forward part."""
-    num_layers: int
-    max_positions: int
-    vocabulary: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +47,9 @@ class Plan:
     eval_steps: Choice[int]
     learning_rate: Choice[float]
     lora_alpha: Choice[float]
-    checkpointing: Choice[bool]
+    recompute: Choice[int]
+    """Layers whose activations are computed again on the way back."""
+    compile: Choice[bool]
 
     def choices(self) -> dict[str, Choice[str | int | float | bool]]:
         """Give every choice by name, in the order they are shown."""
@@ -109,9 +100,6 @@ def choose_max_length(config: TrainConfig, longest: int, shape: ModelShape) -> C
     return Choice(longest, "the longest example, so that nothing is cut")
 
 
-# LoRA of rank r on the linear layers of a block adds at most this many weights per unit of r and hidden size: four
-# matrices of attention and three of a feed-forward part that is four times as wide.
-ADAPTER_WIDTHS = 4 * 2 + 3 * (1 + 4)
 # Tokenizer, report, events.
 SMALL_FILES_BYTES = 64 * 2**20
 
@@ -122,15 +110,14 @@ def sides_of(config: TrainConfig) -> int:
 
 
 def num_weights(shape: ModelShape) -> int:
-    """Count a model's weights; rather too many, as if every head had keys of its own."""
-    block = shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
-    return shape.num_layers * block + shape.hidden_size * shape.vocabulary
+    """Count the weights of a model that a token meets."""
+    return block_weights(shape) + shape.hidden_size * shape.vocabulary
 
 
 def disk_bytes(config: TrainConfig, shape: ModelShape) -> int:
     """Estimate what a run writes at most: the adapter twice while it is replaced, and its checkpoints."""
-    adapter = 4 * ADAPTER_WIDTHS * config.lora_r * shape.hidden_size * shape.num_layers
-    adapter = 4 * num_weights(shape) if config.method == "full" else adapter
+    every = block_weights(shape) + word_weights(shape)
+    adapter = 4 * (every if config.method == "full" else adapter_weights(shape, config.lora_r))
     moments, best = 2, int(config.early_stopping is not None)
     checkpoints = (config.keep_checkpoints + 1) * (1 + moments + best)
     return adapter * (2 + checkpoints) + SMALL_FILES_BYTES
@@ -144,6 +131,7 @@ def make_plan(
     *,
     model: Choice[str],
     max_length: Choice[int],
+    compiled: Choice[bool] | None = None,
 ) -> Plan:
     """Decide what `train` will do.
 
@@ -155,7 +143,14 @@ def make_plan(
         # bitsandbytes 0.50 multiplies 4-bit weights on a CPU without a gradient: most of the adapter would stand still.
         raise HardwareError("`--method qlora` needs an NVIDIA GPU, and none was found", hint="add `--method lora`")
     batch = _choose_batch(config, data)
-    micro = _choose_micro_batch(config, batch.value, max_length.value * sides_of(config), shape, hardware)
+    micro, recompute = _choose_passes(
+        config,
+        batch.value,
+        max_length.value * sides_of(config),
+        shape,
+        hardware,
+        compiled=compiled is not None and compiled.value,
+    )
     steps = _choose_steps(config, data, batch.value)
     return Plan(
         model=model,
@@ -171,9 +166,8 @@ def make_plan(
         eval_steps=_choose_eval_steps(config, steps.value),
         learning_rate=_choose_rate(config, shape),
         lora_alpha=_choose_alpha(config),
-        checkpointing=Choice(
-            on_gpu, "memory for speed; a later plan will measure" if on_gpu else "main memory is enough"
-        ),
+        recompute=recompute,
+        compile=compiled or Choice(False, "nothing is known of how long it takes"),
     )
 
 
@@ -214,26 +208,74 @@ def _choose_batch(config: TrainConfig, data: DataShape) -> Choice[int]:
 
 # Tokens of one forward pass on a CPU: more brings no speed, and less memory is touched (scripts/bench).
 CPU_TOKENS_PER_PASS = 2048
-# Bytes of activations per token, layer and hidden unit that a checkpointed bfloat16 pass keeps, with a margin; and of
-# logits per token and vocabulary entry (float32, its gradient). The measured plan replaces this.
-KEPT_BYTES = 4
-LOGIT_BYTES = 8
+# Of the memory that is free, CUDA itself takes some; and what is estimated is not exact.
+CUDA_BYTES = 512 * 2**20
+SHARE_FOR_STEP = 0.95
+# A pass takes at least 7.5 ms for each layer, in which its kernels are started (docs/speed-notes.md); and a GPU computes,
+# by the data sheets from RTX 3060 to B200, 2 to 12 TFLOP/s in bfloat16 for each GiB of its memory.
+START_SECONDS = 7.5e-3
+RATE_PER_GIB = 3e12
+# Going forward once more, against forward and back: 1.39 and 1.41 times the time were measured.
+COST_OF_RECOMPUTING = 0.4
 
 
-def _choose_micro_batch(
-    config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware
-) -> Choice[int]:
-    if config.micro_batch is not None:
-        return Choice(_divisor(batch, config.micro_batch), "set by `--micro-batch`, as a divisor of the batch")
+def _choose_passes(
+    config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
+) -> tuple[Choice[int], Choice[int]]:
+    """Choose how many examples go through the model at once, and how many layers are computed again on the way back."""
     if not hardware.gpus:
-        most = max(1, CPU_TOKENS_PER_PASS // length)
-        return Choice(_divisor(batch, most), f"at most {CPU_TOKENS_PER_PASS} tokens at once")
-    per_token = KEPT_BYTES * shape.num_layers * shape.hidden_size + LOGIT_BYTES * shape.vocabulary
-    room = hardware.gpus[0].memory_free_bytes // 4
-    most = max(1, room // (per_token * length))
-    return Choice(
-        _divisor(batch, most), f"activations within a quarter of {hardware.gpus[0].memory_free_bytes / GIB:.0f} GiB"
+        most = config.micro_batch or max(1, CPU_TOKENS_PER_PASS // length)
+        micro = Choice(_divisor(batch, most), f"at most {CPU_TOKENS_PER_PASS} tokens at once")
+        recompute = Choice(min(config.recompute or 0, shape.num_layers), "main memory is enough")
+        return _as_set(config, micro, recompute, shape)
+    gpu = hardware.gpus[0]
+    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
+    if config.micro_batch is not None:
+        sizes = [_divisor(batch, config.micro_batch)]
+    again = range(shape.num_layers + 1) if config.recompute is None else [min(config.recompute, shape.num_layers)]
+    candidates = [(size, layers) for size in sizes for layers in again]
+    dtype = _choose_dtype(hardware).value
+    need = {
+        (size, layers): step_memory(
+            config, shape, tokens=size * length, recomputed=layers, compiled=compiled, dtype=dtype
+        ).total
+        for size, layers in candidates
+    }
+    room = room_of(gpu)
+    fitting = [one for one in candidates if need[one] <= room]
+    start = START_SECONDS * RATE_PER_GIB * gpu.memory_bytes / GIB * shape.num_layers / (4 * block_weights(shape))
+    size, layers = min(
+        fitting or [min(candidates, key=need.__getitem__)],
+        key=lambda one: _cost(one[1] / shape.num_layers, one[0] * length, start),
     )
+    told = f"about {need[size, layers] / GIB:.1f} GiB for a step, and {gpu.memory_free_bytes / GIB:.1f} GiB are free"
+    return _as_set(config, Choice(size, told), Choice(layers, f"of {shape.num_layers} layers; {told}"), shape)
+
+
+def _as_set(
+    config: TrainConfig, micro: Choice[int], recompute: Choice[int], shape: ModelShape
+) -> tuple[Choice[int], Choice[int]]:
+    if config.micro_batch is not None:
+        micro = Choice(micro.value, "set by `--micro-batch`, as a divisor of the batch")
+    if config.recompute is not None:
+        recompute = Choice(recompute.value, f"set by `--recompute`, of {shape.num_layers} layers")
+    return micro, recompute
+
+
+def room_of(gpu: Gpu) -> float:
+    """Give the bytes that a step may be estimated to need."""
+    return SHARE_FOR_STEP * (gpu.memory_free_bytes - CUDA_BYTES)
+
+
+def _cost(recomputed: float, tokens: int, start: float) -> float:
+    """Estimate the time of a token's way through the model, against that in a long pass without recomputing.
+
+    Args:
+        recomputed: Share of the layers.
+        tokens: Of the pass.
+        start: Tokens that are computed while a pass is started; both go on side by side.
+    """
+    return (1 + COST_OF_RECOMPUTING * recomputed) * math.hypot(1, start / tokens)
 
 
 def _divisor(number: int, most: int) -> int:

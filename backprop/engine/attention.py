@@ -2,7 +2,9 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import signature
+from itertools import accumulate
 from typing import Any
 
 DOCUMENTS = "backprop_documents"
@@ -10,6 +12,30 @@ DOCUMENTS = "backprop_documents"
 
 # What some architectures add to attention scores, and this attention does not know.
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Where the documents of a packed row lie.
+
+    One object, which only attention looks into: a layer that was compiled for one row serves all others.
+    """
+
+    lengths: tuple[int, ...]
+    """Tokens of each."""
+    ends: Any
+    """The same as 0 and running sums: int32, one more than documents."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "Documents":
+        """Lay documents of these lengths one after the other."""
+        import torch
+
+        return cls(tuple(lengths), torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32))
+
+    def to(self, device: Any) -> "Documents":
+        """Give the same for a row on ``device``."""
+        return Documents(self.lengths, self.ends.to(device))
 
 
 class UnknownAttentionError(Exception):
@@ -23,8 +49,7 @@ def attend_within_documents(
     value: Any,
     attention_mask: Any,
     *,
-    document_lengths: Sequence[int],
-    document_ends: Any,
+    documents: Documents,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -34,8 +59,7 @@ def attend_within_documents(
 
     Args:
         query: Of shape (1, heads, T, head size); ``key`` and ``value`` may have fewer heads.
-        document_lengths: Tokens of each document; they add up to T.
-        document_ends: The same as 0 and running sums, on the device: int32, one more than documents.
+        documents: Their lengths add up to T.
 
     Returns:
         The output, of shape (1, T, H, D), and None for the weights.
@@ -47,8 +71,8 @@ def attend_within_documents(
     if unknown or attention_mask is not None:
         raise UnknownAttentionError(f"attention within documents does not know {', '.join(unknown) or 'a mask'}")
     if _varlen_fits(query, value, dropout):
-        return _varlen(query, key, value, document_lengths, document_ends, scaling, sliding_window), None
-    return _one_by_one(query, key, value, document_lengths, scaling, dropout, sliding_window), None
+        return _varlen(query, key, value, documents, scaling, sliding_window), None
+    return _one_by_one(query, key, value, documents, scaling, dropout, sliding_window), None
 
 
 def _varlen_fits(query: Any, value: Any, dropout: float) -> bool:
@@ -64,9 +88,7 @@ def _varlen_fits(query: Any, value: Any, dropout: float) -> bool:
     )
 
 
-def _varlen(
-    query: Any, key: Any, value: Any, lengths: Sequence[int], ends: Any, scaling: float | None, window: int | None
-) -> Any:
+def _varlen(query: Any, key: Any, value: Any, documents: Documents, scaling: float | None, window: int | None) -> Any:
     from torch.nn.attention.varlen import varlen_attn
 
     fewer: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
@@ -74,13 +96,13 @@ def _varlen(
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
         fewer = {}
     query_THD, key_TGD, value_TGD = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    longest = max(lengths)
+    longest = max(documents.lengths)
     output_THD: Any = varlen_attn(
         query_THD,
         key_TGD,
         value_TGD,
-        ends,
-        ends,
+        documents.ends,
+        documents.ends,
         longest,
         longest,
         scale=scaling,
@@ -91,12 +113,12 @@ def _varlen(
 
 
 def _one_by_one(
-    query: Any, key: Any, value: Any, lengths: Sequence[int], scaling: float | None, dropout: float, window: int | None
+    query: Any, key: Any, value: Any, documents: Documents, scaling: float | None, dropout: float, window: int | None
 ) -> Any:
     import torch
 
     outputs: list[Any] = []
-    parts = (tensor.split(tuple(lengths), dim=2) for tensor in (query, key, value))
+    parts = (tensor.split(documents.lengths, dim=2) for tensor in (query, key, value))
     for query_1HtD, key_1GtD, value_1GtD in zip(*parts, strict=True):
         length = query_1HtD.shape[2]
         mask = None if window is None or window >= length else _window_mask(length, window, query.device)
@@ -125,9 +147,11 @@ def _window_mask(length: int, window: int, device: Any) -> Any:
 @contextmanager
 def within_documents(model: Any) -> Generator[None]:
     """Let every layer of ``model`` attend within documents, for the length of the block."""
+    import torch
     from transformers import AttentionInterface
 
-    AttentionInterface.register(DOCUMENTS, attend_within_documents)
+    # Nothing in it is worth compiling: it ends in kernels of its own, and looks at lengths that differ from row to row.
+    AttentionInterface.register(DOCUMENTS, torch.compiler.disable(attend_within_documents))
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     configs = {key: config for key, config in configs.items() if hasattr(config, "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from backprop.core.data.pack import best_fit, even_rows
 from backprop.core.data.render import Example
+from backprop.engine.attention import Documents
 
 IGNORED = -100
 """The label that torch's cross-entropy skips."""
@@ -73,8 +73,7 @@ def packed(examples: Sequence[Example]) -> dict[str, Any]:
         "input_ids": torch.tensor([[token for example in examples for token in example.ids]]),
         "position_ids": torch.tensor([[position for length in lengths for position in range(length)]]),
         "labels": torch.tensor([[label for example in examples for label in labels_of(example)]]),
-        "document_lengths": tuple(lengths),
-        "document_ends": torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32),
+        "documents": Documents.of(lengths),
     }
 
 
@@ -114,52 +113,3 @@ def computing(model: Any, dtype: str) -> Any:
 
     device = model.get_input_embeddings().weight.device
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def sum_of_losses(model: Any, one: Mapping[str, Any]) -> Any:
-    """Sum the negative log-likelihood over the trained tokens of a pass, in nats; a scalar tensor.
-
-    Logits are made only at positions where some row is trained: with a large vocabulary and short answers that saves
-    a good part of the time and most of the memory.
-    """
-    losses, _ = _cross_entropy(model, one, reduction="sum")
-    return losses
-
-
-def log_likelihoods(model: Any, one: Mapping[str, Any]) -> Any:
-    """Sum the log-likelihood over the trained tokens of each document of a pass, in nats; of shape (D,)."""
-    import torch
-
-    losses, keep_K = _cross_entropy(model, one, reduction="none")
-    losses_BK = losses.view(-1, len(keep_K))
-    if "document_ends" not in one:
-        return -losses_BK.sum(dim=1)
-    # A product with ones: sums by index are not the same bits each time on a GPU.
-    documents_K = torch.bucketize(keep_K + 1, one["document_ends"][1:], right=True)
-    numbers_D = torch.arange(len(one["document_lengths"]), device=keep_K.device)
-    return -((documents_K == numbers_D[:, None]).to(losses_BK.dtype) @ losses_BK[0])
-
-
-def trained_by_document(one: Mapping[str, Any]) -> Any:
-    """Count the trained tokens of each document of a pass; of shape (D,)."""
-    import torch
-
-    trained_BT = one["labels"] != IGNORED
-    if "document_lengths" not in one:
-        return trained_BT.sum(dim=1)
-    return torch.stack([part.sum() for part in trained_BT[0].split(one["document_lengths"])])
-
-
-def _cross_entropy(model: Any, one: Mapping[str, Any], *, reduction: str) -> tuple[Any, Any]:
-    """Give the negative log-likelihood, and the positions of the logits that were made."""
-    import torch
-
-    targets_BT = one["labels"][:, 1:]
-    keep_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-    rest = {name: value for name, value in one.items() if name not in BESIDE}
-    logits_BKV = model(**rest, logits_to_keep=keep_K, use_cache=False).logits.float()
-    assert logits_BKV.shape[1] == len(keep_K), "this architecture does not know `logits_to_keep`"
-    losses = torch.nn.functional.cross_entropy(
-        logits_BKV.flatten(0, 1), targets_BT[:, keep_K].flatten(), ignore_index=IGNORED, reduction=reduction
-    )
-    return losses, keep_K

@@ -7,7 +7,8 @@ from typing import Any
 
 from backprop.core.data.render import Example
 from backprop.engine import proofs
-from backprop.engine.batches import PassSize, computing, num_trained, padded, sum_of_losses, to_device
+from backprop.engine.batches import PassSize, computing, num_trained, padded, to_device
+from backprop.engine.cross_entropy import sum_of_losses
 from backprop.engine.load import HfTokenizer
 from backprop.engine.objectives import Measured, Objective, measure
 from backprop.events import JSON, Proved, Sampled, Sink, Warned

@@ -85,16 +85,12 @@ def ask_as_trained(
     trust_remote_code: bool = False,
 ) -> AsTrained:
     """Load the base model in 4 bits with the adapter beside its weights, and ask it as in training."""
-    from peft import prepare_model_for_kbit_training
-
     from backprop.engine.batches import computing
     from backprop.engine.merge import adapted_tokenizer, wrap
     from backprop.engine.reference import logits, rendered_ids, to_compare
 
     whole: Any = load_base(base, dtype=dtype, device=device, four_bit=True, trust_remote_code=trust_remote_code)
     held = [f"{name}.weight" for name, module in whole.named_modules() if type(module).__name__ == "Linear4bit"]
-    # As `load.add_adapter` prepares it: norms and the weights of words are in float32 while it is trained.
-    whole = prepare_model_for_kbit_training(whole, use_gradient_checkpointing=False)
     tokenizer = adapted_tokenizer(adapter, trust_remote_code=trust_remote_code)
     vocabulary = int(whole.config.get_text_config().vocab_size)
     sequences = to_compare(rendered_ids(tokenizer, conversations), vocabulary=vocabulary)

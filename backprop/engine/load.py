@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from backprop.config import TrainConfig
 from backprop.core.data.formats import Message
 from backprop.core.data.render import Token
-from backprop.core.plan import ModelShape, Plan
+from backprop.core.memory import ModelShape
+from backprop.core.plan import Plan
 from backprop.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -165,12 +166,24 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
             num_layers=int(config.num_hidden_layers),
             max_positions=int(config.max_position_embeddings),
             vocabulary=int(config.vocab_size),
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            **_attention_widths(config),
         )
     except AttributeError as error:
         raise ModelError(
             f"`{path}` is of an unsupported architecture: its configuration has no {error.name}",
             hint="choose a model with attention and positions, such as a preset",
         ) from error
+
+
+def _attention_widths(config: Any) -> dict[str, int]:
+    """Give the widths of all queries and of all keys, where each head has the same."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return {}
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    return {"query_size": heads * size, "key_size": keys * size} if isinstance(size, int) else {}
 
 
 def _widest(size: Any) -> int:
@@ -239,14 +252,12 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
     Raises:
         ModelError: If `--target-modules` names no layer of this model.
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     _check_targets(base, config.target_modules)
     set_seed(config.seed)
     model: Any = base
-    if config.method == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=plan.checkpointing.value)
     if config.method == "full":
         whole: Any = get_peft_model(model, _every_weight(model))
         for weight in whole.parameters():

@@ -19,14 +19,12 @@ from backprop.engine.batches import (
     PassSize,
     as_pass,
     computing,
-    log_likelihoods,
     num_trained,
     passes,
     rows_of,
-    sum_of_losses,
     to_device,
-    trained_by_document,
 )
+from backprop.engine.cross_entropy import log_likelihoods, sum_of_losses, trained_by_document
 
 Pass = Mapping[str, Any]
 Totals = Mapping[str, float]

@@ -12,7 +12,8 @@ from typing import Any
 
 from backprop.core.data.render import Example
 from backprop.engine.attention import UnknownAttentionError, within_documents
-from backprop.engine.batches import computing, packed, padded, sum_of_losses, to_device
+from backprop.engine.batches import computing, packed, padded, to_device
+from backprop.engine.cross_entropy import sum_of_losses
 from backprop.engine.load import HfTokenizer
 from backprop.events import Proved
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -25,6 +25,7 @@ from backprop.core.hardware import Hardware
 from backprop.core.plan import Plan
 from backprop.edges import process
 from backprop.engine.batches import computing
+from backprop.engine.layers import Compiled, layers_of, recompute
 from backprop.engine.objectives import Objective, Part, Pass, Totals, is_mismatched, moved_of
 from backprop.errors import BackpropError, HardwareError, ToolError
 
@@ -75,15 +76,27 @@ class Rank:
     """What one process does of a step.
 
     Args:
-        dtype: What the model computes in.
         group: The process group of all ranks; None if there is no other.
         finish: Waits for an exchange under way.
     """
 
-    def __init__(self, model: Any, dtype: str, group: Any, finish: Callable[[Any], object]) -> None:
+    def __init__(self, model: Any, plan: Plan, group: Any, finish: Callable[[Any], object]) -> None:
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.device = next(model.parameters()).device
-        self._model, self._dtype, self._group, self._finish = model, dtype, group, finish
+        self._recomputed = -1
+        self.not_compiled = ""
+        """Why the model's layers could not be compiled, though the plan says so."""
+        self._model, self._dtype, self._group, self._finish = model, plan.dtype.value, group, finish
+        self.recompute(plan.recompute.value)
+        self._compiled = Compiled(model) if plan.compile.value else None
+
+    def recompute(self, count: int) -> bool:
+        """Let so many layers compute their activations again on the way back; false if they do already."""
+        count = min(count, len(layers_of(self._model)))
+        before, self._recomputed = self._recomputed, count
+        if count != before:
+            recompute(self._model, count)
+        return count != before
 
     def take_base(self) -> None:
         """Let every rank have the frozen weights of rank 0 under its adapters, which PiSSA has changed."""
@@ -97,6 +110,18 @@ class Rank:
 
     def compute(self, share: Share) -> Found | None:
         """Run the passes of a share, forward and, if its totals are known, backward; None if the memory was full."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            with self._compiled.in_use() if self._compiled else nullcontext():
+                return self._compute(share)
+        except TorchDynamoException as error:
+            self.not_compiled = str(error).strip().splitlines()[0]
+        self._compiled = None
+        self._model.zero_grad(set_to_none=True)
+        return self._compute(share)
+
+    def _compute(self, share: Share) -> Found | None:
         import torch
 
         values: dict[int, Any] = {}
@@ -269,6 +294,15 @@ class Ranks:
         values = {number: value for one in whole for number, value in one.values.items()}
         return values, sorted({number for one in whole for number in one.with_gradient})
 
+    def recompute_all(self) -> bool:
+        """Let every layer compute its activations again on the way back; false if all do already."""
+        return self._rank is not None and self._all(self._rank, "recompute", sys.maxsize)
+
+    @property
+    def not_compiled(self) -> str:
+        """Why the model's layers could not be compiled, though the plan says so; empty if they could."""
+        return self._rank.not_compiled if self._rank else ""
+
     def meet(self, model: Any) -> None:
         """Wait until every rank has loaded the model and can exchange weights with the others, if that is not so yet.
 
@@ -288,7 +322,7 @@ class Ranks:
                 self._check()
                 time.sleep(0.01)
             self._group = joined.result()
-        self._rank = Rank(model, self._plan.dtype.value, self._group, self._finish)
+        self._rank = Rank(model, self._plan, self._group, self._finish)
         if self._workers and self._pissa:
             self._all(self._rank, "take_base")
 
@@ -299,10 +333,10 @@ class Ranks:
         except RuntimeError as error:
             joined.set_exception(error)
 
-    def _all(self, rank: Rank, name: str, *arguments: Any) -> None:
+    def _all(self, rank: Rank, name: str, *arguments: Any) -> Any:
         for worker in self._workers:
             self._tell(worker, name, *arguments)
-        getattr(rank, name)(*arguments)
+        return getattr(rank, name)(*arguments)
 
     def _tell(self, worker: Worker, name: str, *arguments: Any) -> None:
         try:

@@ -103,7 +103,7 @@ class Watch(TrainerCallback):
         """Whether they are so far on one side that no gradient is left."""
         self.numbers: Sequence[int] = ()
         """Examples of the step under way."""
-        self._saver = saver
+        self._saver, self._told_not_compiled = saver, False
         self._config, self._plan, self._prove, self._say, self._run = config, plan, prove, say, run
         self._validation, self._describe = saver.validation, describe
         self._started, self._step_seconds = time.monotonic(), 1e-9
@@ -200,6 +200,21 @@ class Watch(TrainerCallback):
             )
         )
 
+    def recomputing(self) -> None:
+        """Tell that every layer is computed again on the way back from here on."""
+        self._say(
+            Warned(
+                message=f"the memory was full in step {self.progress.step + 1}: it was done again, and from here on every "
+                "layer is computed again on the way back"
+            )
+        )
+
+    def tell_if_not_compiled(self, reason: str) -> None:
+        """Tell once that layers run as they are, though they were to be compiled."""
+        if reason and not self._told_not_compiled:
+            self._say(Warned(message=f"the layers cannot be compiled here, and run slower: {reason}"))
+        self._told_not_compiled = bool(reason)
+
     def _diverged(self, what: str) -> Diverged:
         return Diverged(
             what,
@@ -262,7 +277,9 @@ class StepTrainer(SFTTrainer):
         todo, before = inputs["passes"], self._steps.size
         seed = self._steps.schedule.random_seed(inputs["step"])
         while (parts := self._ranks.step(model, self._steps.objective, todo, seed=seed)) is None:
-            if not self._steps.shrink():
+            if self._ranks.recompute_all():
+                self._watch.recomputing()
+            elif not self._steps.shrink():
                 longest = self._plan.max_length.value
                 raise HardwareError(
                     f"the GPU's memory is too small for one example of up to {longest} tokens",
@@ -271,6 +288,7 @@ class StepTrainer(SFTTrainer):
             todo = self._steps.passes_of(self._watch.numbers)
         if self._steps.size != before:
             self._watch.shrunk(self._steps.size)
+        self._watch.tell_if_not_compiled(self._ranks.not_compiled)
         margins = [margin for part in parts if part.margins is not None for margin in part.margins.tolist()]
         self._watch.tokens = sum(num_tokens(one) for one in todo)
         self._watch.accuracy = accuracy_of(margins) if margins else None
@@ -323,7 +341,7 @@ def _arguments(config: TrainConfig, plan: Plan, folder: Path, *, num_steps: int)
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         bf16=plan.dtype.value == "bfloat16",
         use_cpu=not on_gpu,
-        gradient_checkpointing=plan.checkpointing.value,
+        gradient_checkpointing=False,  # `layers` sees to it
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         logging_steps=1,

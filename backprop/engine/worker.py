@@ -35,7 +35,7 @@ def main() -> None:
             tell(connection, "loaded")
             assert hear(connection) == ("join", ())
             group = join(job.store, job.rank, job.plan.gpus.value, job.plan.device.value)
-            rank = Rank(model, job.plan.dtype.value, group, lambda work: work.wait())
+            rank = Rank(model, job.plan, group, lambda work: work.wait())
             while True:
                 name, arguments = hear(connection)
                 if name == "compute":
@@ -50,15 +50,12 @@ def _loaded(job: Job) -> Any:
     """Load the model as rank 0 does, and as trl makes it ready; its trained weights will be those of rank 0."""
     # Singular vectors vary with the machine: rank 0 sends what it found.
     model = load.load_model(job.path, replace(job.config, pissa=False), job.plan)
-    if job.plan.checkpointing.value:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable()
     model.train()
     return model
 
 
 def _computed(rank: Rank, model: Any, share: Share) -> Found | None:
-    packed = any("document_lengths" in one for one in share.passes.values())
+    packed = any("documents" in one for one in share.passes.values())
     with within_documents(model) if packed else nullcontext():
         found = rank.compute(share)
     return found and replace(found, values=_in_main_memory(found.values))

@@ -17,7 +17,7 @@ from backprop.core.data.render import Encoded, Example, cut, encode_all, with_mi
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import Adapter, Forgeries, adapt
 from backprop.core.hardware import Hardware
-from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, disk_bytes, make_plan
+from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, disk_bytes
 from backprop.core.probes import choose
 from backprop.edges import device, files, hub, spill
 from backprop.errors import DataError, ModelError, UsageError
@@ -132,9 +132,7 @@ def prepare(
     old_tasks = encode_all(adapt(gate_rows, tokenizer).conversations, tokenizer, loss_on=config.loss_on)
     gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
-    plan = make_plan(config, hardware, shape, sizes, model=chosen, max_length=max_length)
-    seconds = duration.estimate_seconds(plan, shape, sizes, hardware)
-    plan = replace(plan, gpus=duration.choose_gpus(plan, hardware, seconds))
+    plan, seconds = duration.plan_and_seconds(config, hardware, shape, sizes, model=chosen, max_length=max_length)
     say(_data_read(judged, held_out, train, ledger))
     say(_plan_made(plan))
     return Prepared(

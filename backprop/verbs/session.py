@@ -42,7 +42,7 @@ from backprop.verbs.prepare import Prepared
 VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes")
 # Options that change where and how a run is told, not what it computes.
 NOT_IDENTITY = (
-    *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch"),
+    *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch", "recompute"),
     *("resume", "save_steps", "keep_checkpoints", "max_minutes", "gate", "gate_data", "from_run"),
 )
 

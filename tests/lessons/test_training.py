@@ -77,7 +77,9 @@ def test_the_rows_of_a_diverged_step_are_written_down(train: Callable[..., Run])
 def leaky(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
     """Attention that takes a packed row for one document: what happened to others."""
     whole = query.shape[2]
-    return attention.attend_as_told(module, query, key, value, mask, **{**options, "document_lengths": (whole,)})
+    return attention.attend_as_told(
+        module, query, key, value, mask, **{**options, "documents": attention.Documents.of((whole,))}
+    )
 
 
 def test_documents_that_see_each_other_are_found(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,32 @@ def test_packed_rows_train_as_padded_ones_through_the_kernel_for_several_lengths
     padded, _ = steps_of(*options, "--no-packing", "--output", tmp_path / "padded", cwd=tmp_path)
     assert all(proof["ok"] for proof in proved)
     losses = [[step["loss"] for step in steps] for steps in (packed, padded)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "full"])
+def test_compiled_layers_train_as_they_do_uncompiled(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    data = write([chat(f"question {n}", "word " * (3 * n + 1)) for n in range(16)])
+    options = ["--data", data, "--model", tiny_model, "--method", method, "--steps", "5", "--batch-size", "8"]
+    options += ["--recompute", "1", "--micro-batch", "2"]
+    plain, _ = steps_of(*options, "--output", tmp_path / "plain", cwd=tmp_path)
+    done = backprop_process(
+        "train",
+        *options,
+        "--compile",
+        "--output",
+        tmp_path / "compiled",
+        "--json",
+        cwd=tmp_path,
+        XDG_CACHE_HOME=tmp_path,
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr
+    assert not any("cannot be compiled" in event["message"] for event in told if event["event"] == "warning")
+    assert list((tmp_path / "backprop" / "inductor").iterdir())
+    losses = [[step["loss"] for step in steps if step["event"] == "step"] for steps in (told, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
@@ -215,25 +242,39 @@ def short_of_memory(*arguments: str | Path, cwd: Path) -> subprocess.CompletedPr
     return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_a_full_memory_halves_the_pass_and_changes_no_loss(
-    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+@pytest.fixture(scope="module")
+def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose activations outweigh its weights, and the part of the logits that the loss holds."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = LlamaConfig.from_pretrained(tiny_model, hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("share", [0.7, 0.4])
+def test_a_full_memory_is_met_with_recomputing_and_smaller_passes_and_changes_no_loss(
+    wide_model: Path, write: Callable[..., Path], tmp_path: Path, share: float
 ) -> None:
-    """In a process that may take seven tenths of the memory that the step needs: half of it does."""
+    """In a process that may take only a share of the memory that the step needs."""
     data = write([chat(f"question {n}", "word " * 100) for n in range(64)])
 
     def trained(name: str, allowed: str) -> tuple[int, int, list[float]]:
-        done = short_of_memory(tiny_model, data, tmp_path / name, allowed, "64", cwd=tmp_path)
+        done = short_of_memory(wide_model, data, tmp_path / name, allowed, "64", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         reserved, warned, losses = done.stdout.splitlines()[-3:]
         return int(reserved), int(warned), [float(loss) for loss in losses.split()]
 
     needed, warned, losses = trained("whole", "")
     assert warned == 0
-    allowed = 7 * needed // 10
-    taken, warned, halved = trained("short", str(allowed))
-    assert warned == 1
+    allowed = int(share * needed)
+    taken, warned, short = trained("short", str(allowed))
+    print(f"{needed / 2**20:.0f} MiB needed, {taken / 2**20:.0f} of {allowed / 2**20:.0f} taken, {warned} warnings")
+    assert warned > 0
     assert taken <= allowed
-    assert halved == pytest.approx(losses, rel=1e-3)
+    assert short == pytest.approx(losses, rel=1e-3)
 
 
 def test_too_little_memory_for_one_example_is_exit_5_with_what_to_change(

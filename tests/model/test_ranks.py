@@ -16,7 +16,7 @@ from conftest import UNEVEN, Run, plant_in_training, went_on
 from backprop import events
 from backprop.core import duration
 from backprop.core.plan import Choice
-from backprop.engine import batches, ranks
+from backprop.engine import cross_entropy, ranks
 
 pytestmark = pytest.mark.model
 
@@ -146,7 +146,7 @@ def test_a_memory_that_is_full_on_one_rank_shrinks_the_step_on_all(
         calls[0] += 1
         if calls[0] == 2:
             raise torch.OutOfMemoryError
-        return batches.sum_of_losses(model, one)
+        return cross_entropy.sum_of_losses(model, one)
 
     if where == "worker":
         plant_in_worker(monkeypatch, "objectives.sum_of_losses = second_pass_does_not_fit")

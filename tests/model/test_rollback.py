@@ -9,7 +9,7 @@ import pytest
 from conftest import Run, plant_in_training
 
 from backprop import events
-from backprop.engine import batches, trainer
+from backprop.engine import cross_entropy, trainer
 
 pytestmark = pytest.mark.model
 
@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {
 
 def diverge(monkeypatch: pytest.MonkeyPatch, *, calls: set[int]) -> None:
     """Make the loss infinite in these passes, counted from 1 over all attempts; each step has one pass."""
-    real, count = batches.sum_of_losses, [0]
+    real, count = cross_entropy.sum_of_losses, [0]
 
     def planted(model: Any, one: Any) -> Any:
         count[0] += 1

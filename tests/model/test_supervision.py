@@ -1,6 +1,5 @@
 """What is trained is what should be, packed or padded, and proved on the loaded model; planted faults are in tests/lessons."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -54,19 +53,12 @@ def with_words(model: Path, tiny_model: Path) -> Path:
     return model
 
 
-def test_recomputing_activations_changes_no_loss(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_recomputing_activations_changes_no_loss(train: Callable[..., Run], method: str) -> None:
     """Recomputation runs in the backward pass, where attention once no longer knew of the documents."""
-    from backprop.core import plan
-    from backprop.verbs import prepare as verb
-
-    kept = train().losses
-    make = plan.make_plan
-
-    def recomputing(*arguments: Any, **options: Any) -> plan.Plan:
-        return dataclasses.replace(make(*arguments, **options), checkpointing=plan.Choice(True, "to compare"))
-
-    monkeypatch.setattr(verb, "make_plan", recomputing)
-    assert train().losses == pytest.approx(kept, rel=1e-5)
+    kept, one, all_of_them = (train(recompute=count, method=method, learning_rate=1e-3).losses for count in (0, 1, 99))
+    assert one == pytest.approx(kept, rel=1e-5)
+    assert all_of_them == pytest.approx(kept, rel=1e-5)
 
 
 @pytest.mark.parametrize(

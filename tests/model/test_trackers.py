@@ -11,7 +11,7 @@ import pytest
 from conftest import Run, plant_in_training
 
 from backprop import events
-from backprop.engine import batches
+from backprop.engine import cross_entropy
 
 pytestmark = pytest.mark.model
 
@@ -150,7 +150,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
 def test_a_run_that_goes_on_counts_its_steps_on_and_a_stopped_one_closes_its_trackers(
     train: Callable[..., Run], tracked: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = batches.sum_of_losses, [0]
+    real, calls = cross_entropy.sum_of_losses, [0]
 
     def stopped_in_the_second_step(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1

@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 
 from backprop.config import TrainConfig
-from backprop.core.duration import REHEARSED_ABOVE_S, SHARED_ABOVE_S, choose_gpus, choose_rehearsal, estimate_seconds
+from backprop.core.duration import (
+    REHEARSED_ABOVE_S,
+    SHARED_ABOVE_S,
+    choose_compile,
+    choose_gpus,
+    choose_rehearsal,
+    estimate_seconds,
+)
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.plan import Choice, DataShape, ModelShape, make_plan
 from backprop.edges import device
@@ -24,22 +31,47 @@ def gpu(gib: int, capability: tuple[int, int] = (9, 0)) -> Hardware:
 
 
 def estimate(
-    hardware: Hardware, shape: ModelShape, *, steps: int = 3, tokens: int = 50, examples: int = 10, batch: int = 8
+    hardware: Hardware,
+    shape: ModelShape,
+    *,
+    steps: int = 3,
+    tokens: int = 50,
+    examples: int = 10,
+    batch: int = 8,
+    recompute: int | None = None,
 ) -> float:
     """Estimate steps of 8 examples, each of ``tokens`` tokens."""
     data = DataShape(num_examples=examples, num_tokens=examples * tokens)
-    config = replace(CONFIG, steps=steps, batch_size=batch)
+    config = replace(CONFIG, steps=steps, batch_size=batch, recompute=recompute)
     plan = make_plan(config, hardware, shape, data, model=Choice("m", ""), max_length=Choice(100, ""))
     return estimate_seconds(plan, shape, data, hardware)
 
 
 def test_the_estimate_is_operations_over_rate() -> None:
     # Two layers of 10 * (40 + 120) weights and 1000 of logits, 1200 tokens: 4 operations each on two cores of 45 GFLOP/s;
-    # 6 with checkpointing, on a GPU of 8 GiB at half a TFLOP/s for each.
+    # 6 where all is computed again, on a GPU of 8 GiB at half a TFLOP/s for each.
     shape = ModelShape(hidden_size=10, intermediate_size=40, num_layers=2, max_positions=100, vocabulary=100)
     assert estimate(TWO_CORES, shape) == pytest.approx(4 * 4200 * 1200 / 90e9, rel=1e-12)
-    assert estimate(gpu(8), shape) == pytest.approx(6 * 4200 * 1200 / 4e12, rel=1e-12)
-    assert estimate(gpu(8, (7, 5)), shape) == pytest.approx(6 * 4200 * 1200 / 1e12, rel=1e-12)
+    assert estimate(gpu(8), shape, recompute=2) == pytest.approx(6 * 4200 * 1200 / 4e12, rel=1e-12)
+    assert estimate(gpu(8, (7, 5)), shape, recompute=2) == pytest.approx(6 * 4200 * 1200 / 1e12, rel=1e-12)
+    assert estimate(gpu(8), shape, recompute=1) == pytest.approx(5 * 4200 * 1200 / 4e12, rel=1e-12)
+
+
+def chosen(hardware: Hardware, *, seconds: float = 3600, **options: bool) -> bool:
+    config = replace(CONFIG, **options)
+    data = DataShape(num_examples=10, num_tokens=500)
+    plan = make_plan(config, hardware, SMOLLM2, data, model=Choice("m", ""), max_length=Choice(100, ""))
+    return choose_compile(config, plan, hardware, seconds).value
+
+
+def test_layers_are_compiled_where_a_long_run_on_a_gpu_gains_by_it() -> None:
+    assert chosen(gpu(8))
+    assert not chosen(gpu(8), seconds=60)
+    assert not chosen(gpu(8, (7, 5)))
+    assert not chosen(TWO_CORES)
+    assert not chosen(gpu(8), deterministic=True)
+    assert not chosen(gpu(8), compile=False)
+    assert chosen(TWO_CORES, compile=True)
 
 
 @pytest.mark.parametrize(

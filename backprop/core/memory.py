@@ -1,0 +1,126 @@
+"""How much of a GPU's memory a training step needs, from shapes alone: no weight is loaded.
+
+Counted as the tensors that torch keeps for the way back, layer by layer; scripts/bench memory holds it against a GPU.
+"""
+
+from dataclasses import dataclass
+
+from backprop.config import TrainConfig
+
+BF16, FLOAT32 = 2, 4
+# A weight in nf4 with doubly quantized scales: 4 bits, 8 for each 64 weights, and 32 for each 256 of these
+# (arXiv:2305.14314, section 3).
+NF4 = 4 / 8 + 1 / 64 + 4 / (64 * 256)
+# A trained weight in float32, with its gradient and AdamW's two moments.
+TRAINED = 4 * FLOAT32
+# What cuBLAS and others keep to work in.
+WORKSPACE = 2**27
+# Logits that the loss holds at once, of `engine.linear_cross_entropy`: in bfloat16, in float32 and their gradient.
+LOSS_BYTES = 2**25 * (BF16 + FLOAT32 + BF16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """What the plan needs of a model's configuration."""
+
+    hidden_size: int
+    intermediate_size: int
+    """Width of the feed-forward part."""
+    num_layers: int
+    max_positions: int
+    vocabulary: int
+    query_size: int = 0
+    """Width of all queries together; 0 stands for ``hidden_size``."""
+    key_size: int = 0
+    """Width of all keys together; 0 stands for that of all queries."""
+    tied: bool = False
+    """Whether the weights of words also make the logits."""
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The widths of all queries and of all keys."""
+        queries = self.query_size or self.hidden_size
+        return queries, self.key_size or queries
+
+
+def block_weights(shape: ModelShape) -> int:
+    """Count the weights of all layers' products."""
+    queries, keys = shape.widths
+    attention = shape.hidden_size * (2 * queries + 2 * keys)
+    return shape.num_layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
+
+
+def word_weights(shape: ModelShape) -> int:
+    """Count the weights of the words, on both ends of the model."""
+    return shape.hidden_size * shape.vocabulary * (1 if shape.tied else 2)
+
+
+def adapter_weights(shape: ModelShape, rank: int) -> int:
+    """Count the weights of LoRA on all products of all layers."""
+    queries, keys = shape.widths
+    attention = 2 * (shape.hidden_size + queries) + 2 * (shape.hidden_size + keys)
+    return shape.num_layers * rank * (attention + 3 * (shape.hidden_size + shape.intermediate_size))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMemory:
+    """What a training step holds at its fullest, in bytes."""
+
+    weights: int
+    """Of the base, of what is trained, and of its optimizer."""
+    kept: int
+    """Activations that wait for the way back."""
+    working: int
+    """What one layer, or the loss, needs beside them."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kept + self.working
+
+
+def step_memory(
+    config: TrainConfig, shape: ModelShape, *, tokens: int, recomputed: int, compiled: bool, dtype: str = "bfloat16"
+) -> StepMemory:
+    """Estimate what a step needs on a GPU.
+
+    Args:
+        tokens: Of the largest pass.
+        recomputed: Layers whose activations are computed again on the way back.
+        compiled: Whether layers are compiled, which fuses what would be kept in between.
+    """
+    width = BF16 if dtype == "bfloat16" else FLOAT32
+    whole = config.method == "full"
+    blocks, words = block_weights(shape), word_weights(shape)
+    held = int(blocks * (NF4 if config.method == "qlora" else width)) + words * width
+    trained = blocks + words if whole else adapter_weights(shape, config.lora_r)
+    layer = tokens * kept_per_token(config, shape, compiled=compiled) * width
+    entry = tokens * shape.hidden_size * width
+    kept = (shape.num_layers - recomputed) * layer + recomputed * entry
+    # On the way back through a layer: the gradients of its widest part, and of what goes through it.
+    way_back = tokens * width * (3 * shape.intermediate_size + 8 * shape.hidden_size)
+    if config.method == "qlora":
+        way_back += shape.hidden_size * shape.intermediate_size * width
+    logits = tokens * shape.vocabulary * (width + 2 * FLOAT32) if whole else LOSS_BYTES
+    loss = logits + 4 * entry
+    again = layer if recomputed else 0
+    # The first layers are those that are computed again: when their turn comes, the others have let go of theirs.
+    if recomputed < shape.num_layers:
+        again = max(0, again - (shape.num_layers - recomputed) * layer)
+    return StepMemory(weights=held + TRAINED * trained, kept=kept, working=WORKSPACE + max(loss, way_back + again))
+
+
+def kept_per_token(config: TrainConfig, shape: ModelShape, *, compiled: bool) -> int:
+    """Count the numbers that one layer keeps of each token for the way back."""
+    hidden, (queries, keys) = shape.hidden_size, shape.widths
+    # What goes into each product, both residual sums, and attention's queries, keys, values and output.
+    numbers = 5 * hidden + 2 * queries + 2 * keys + 3 * shape.intermediate_size
+    if not compiled:
+        # Positions turned into queries and keys, and the gate before it was multiplied.
+        numbers += queries + keys + shape.intermediate_size
+        # PEFT makes a copy of an adapter's input for each, but not on 4-bit weights.
+        numbers += 0 if config.method == "qlora" else 4 * hidden
+    if config.lora_dropout and config.method != "full":
+        # Each input of an adapter once more, with a mask of one byte.
+        numbers += (5 * hidden + queries + shape.intermediate_size) * 3 // 2
+    return numbers

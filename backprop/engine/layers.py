@@ -1,0 +1,58 @@
+"""How a model's layers run in training: computed again on the way back, so that they keep less, and compiled."""
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from backprop.edges.places import cache_dir
+
+# Dropout draws the numbers that it would draw uncompiled.
+AS_UNCOMPILED: dict[str, Any] = {"fallback_random": True}
+
+
+def layers_of(model: Any) -> list[Any]:
+    """Give the layers that transformers can compute again, in order; all have the same code."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def recompute(model: Any, count: int) -> None:
+    """Let the first ``count`` layers compute their activations again on the way back.
+
+    The first, since theirs are needed last: by then the others have let go of theirs.
+    """
+    if not count:
+        model.gradient_checkpointing_disable()
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers_of(model)[count:]:
+        layer.gradient_checkpointing = False
+
+
+class Compiled:
+    """The layers of a model, compiled for rows of any length, where training asks for it; evaluation runs them as they are.
+
+    Compiled code is kept in the cache folder: another run of the same kind finds it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        import torch
+
+        for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+            os.environ.setdefault(name, str(cache_dir() / folder))
+        self._layers = [
+            (layer, torch.compile(layer.forward, dynamic=True, options=AS_UNCOMPILED)) for layer in layers_of(model)
+        ]
+
+    @contextmanager
+    def in_use(self) -> Generator[None]:
+        """Let the model run compiled, for the length of the block."""
+        for layer, compiled in self._layers:
+            layer.forward = compiled
+        try:
+            yield
+        finally:
+            for layer, _ in self._layers:
+                del layer.forward

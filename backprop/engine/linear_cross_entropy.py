@@ -1,0 +1,55 @@
+"""Cross-entropy of a frozen linear layer's output, a part of the rows at a time.
+
+Torch is imported at the top since autograd functions are classes of its; only `cross_entropy` imports this, when it computes.
+"""
+
+from typing import Any, cast
+
+import torch
+
+from backprop.engine.batches import IGNORED
+
+CHUNK_LOGITS = 2**25
+"""How many logits are held at once: 128 MiB in float32."""
+
+
+def linear_cross_entropy(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """Give the negative log-likelihood of each row's target, in nats; of shape (K,), float32, and 0 where it is `IGNORED`.
+
+    The gradient to ``hidden`` is made beside it, so that no logits are kept for the way back, as in Liger's kernels
+    (arXiv:2410.10989, section 3.2). ``head`` is frozen: it has none.
+
+    Args:
+        hidden: Of shape (K, H).
+        targets: Of shape (K,).
+    """
+    return cast(torch.Tensor, _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        hidden_KH, weight_VH, bias_V, targets_K = arguments
+        losses_K = torch.empty(len(hidden_KH), device=hidden_KH.device)
+        wanted = ctx.needs_input_grad[0]
+        gradient_KH = torch.empty_like(hidden_KH) if wanted else None
+        rows = max(1, CHUNK_LOGITS // len(weight_VH))
+        for start in range(0, len(hidden_KH), rows):
+            part = slice(start, start + rows)
+            trained_C1 = (targets_K[part] != IGNORED)[:, None]
+            targets_C1 = targets_K[part].clamp(min=0)[:, None]
+            logits_CV = torch.nn.functional.linear(hidden_KH[part], weight_VH, bias_V).float()
+            normalizers_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
+            losses_K[part] = ((normalizers_C1 - logits_CV.gather(1, targets_C1)) * trained_C1)[:, 0]
+            if gradient_KH is not None:
+                # Softmax less one at the target, times the weights.
+                logits_CV = logits_CV.sub_(normalizers_C1).exp_()
+                logits_CV.scatter_add_(1, targets_C1, -torch.ones_like(targets_C1, dtype=logits_CV.dtype))
+                gradient_KH[part] = (logits_CV.to(weight_VH.dtype) @ weight_VH) * trained_C1
+        ctx.save_for_backward(gradient_KH)
+        return losses_K
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        (gradient_KH,) = ctx.saved_tensors
+        return (gradient_KH * gradients[0][:, None]).to(gradient_KH.dtype), None, None, None

@@ -1,0 +1,134 @@
+"""The loss that never holds the logits of a whole pass, against torch's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import UNEVEN, Run
+
+from backprop import events
+
+torch = pytest.importorskip("torch")
+
+PREFERENCES = [{"prompt": f"question {n}", "chosen": "good " * (n % 4 + 1), "rejected": "bad"} for n in range(12)]
+
+
+@pytest.mark.parametrize("held", [1, 70, 2**20], ids=["a row at a time", "three rows", "all at once"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_losses_and_gradients_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, held: int, bias: bool) -> None:
+    from backprop.engine import linear_cross_entropy as own
+
+    monkeypatch.setattr(own, "CHUNK_LOGITS", held)
+    torch.manual_seed(1)
+    head = torch.nn.Linear(8, 23, bias=bias).requires_grad_(False)
+    targets = torch.tensor([3, -100, 22, 0, -100, 5, 5])
+    weights = torch.rand(7)
+    found: list[tuple[Any, Any]] = []
+    hidden = torch.randn(7, 8)
+    for function in (
+        lambda rows: own.linear_cross_entropy(rows, head, targets),
+        lambda rows: torch.nn.functional.cross_entropy(head(rows), targets, reduction="none"),
+    ):
+        rows = hidden.clone().requires_grad_()
+        losses = function(rows)
+        (losses * weights).sum().backward()
+        found.append((losses.detach(), rows.grad))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def tiny(kind: str, **options: Any) -> Any:
+    import transformers
+
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes, **options))
+    model.get_output_embeddings().requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "plain"),
+    [
+        pytest.param("Llama", {}, True, id="a linear layer and nothing else"),
+        pytest.param("Granite", {"logits_scaling": 4.0}, False, id="scaled"),
+        pytest.param("Gemma2", {"final_logit_softcapping": 0.5}, False, id="capped"),
+    ],
+)
+def test_logits_that_are_scaled_or_capped_are_trained_so(kind: str, options: dict[str, Any], plain: bool) -> None:
+    from backprop.engine import cross_entropy
+
+    model = tiny(kind, **options).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    one = {"input_ids": ids, "labels": torch.tensor([[-100, 6, -100, 8, 9]])}
+    logits = model(input_ids=ids).logits[0, [0, 2, 3]]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([6, 8, 9]), reduction="sum")
+    for _ in range(2):  # the second time it is known
+        assert cross_entropy.sum_of_losses(model, one).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert getattr(model, cross_entropy.PLAIN_HEAD) == plain
+
+
+def test_finding_out_draws_no_random_number_twice() -> None:
+    """Else the first pass of a run that goes on would not be that of the run that was not stopped."""
+    from backprop.engine import cross_entropy
+
+    model = tiny("Granite", logits_scaling=4.0, attention_dropout=0.5).train()
+    one = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, 6, 7, 8]])}
+    found: list[float] = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        found.append(cross_entropy.sum_of_losses(model, one).item())
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": True, "lora_dropout": 0.1},
+        {"packing": False},
+        {"method": "dora", "recompute": 0},
+        {"objective": "dpo"},
+    ],
+    ids=["dropout", "padded", "dora", "dpo"],
+)
+def test_compiled_layers_train_as_they_do_uncompiled(
+    train: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch.compiler.reset()
+    options = {"learning_rate": 1e-3, "recompute": 1, **options}
+    rows = [*PREFERENCES] if "objective" in options else UNEVEN
+    plain, compiled = train(rows, **options), train(rows, **options, compile=True)
+    assert list((tmp_path / "inductor").iterdir())
+    assert not any("cannot be compiled" in event.message for event in compiled.all(events.Warned))
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    options = {"learning_rate": 1e-3, "packing": False, "micro_batch": 1}
+    plain = train(**options).losses
+    calls = [0]
+
+    def compile_for_a_while(function: Any, **_: Any) -> Any:
+        def compiled(*arguments: Any, **named: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > 9:  # in the midst of a step, which has left gradients
+                raise TorchDynamoException("no compiler\nwas found")
+            return function(*arguments, **named)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_for_a_while)
+    run = train(**options, compile=True)
+    assert calls[0] == 10
+    told = [event.message for event in run.all(events.Warned) if "cannot be compiled" in event.message]
+    assert told == ["the layers cannot be compiled here, and run slower: no compiler"]
+    assert run.losses == pytest.approx(plain, rel=1e-6)
