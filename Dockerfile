@@ -48,6 +48,7 @@ RUN ./install-locked /opt/venv/bin/python gpu requirements.lock \
   && cd /opt/venv/lib/python3*/site-packages \
   && rm -rf torch/test pyarrow/include pyarrow/src pyarrow/tests \
   && find networkx numpy pandas sympy -depth -type d -name tests -exec rm -rf {} + \
+  && find bitsandbytes -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name '*_cuda13*' -delete \
   && find transformers/models -depth -type d -name __pycache__ -exec rm -rf {} + \
   && rm -rf pip pip-*.dist-info
 

@@ -111,7 +111,7 @@ real, calls = objectives.sum_of_losses, [0]
 
 def second_pass_does_not_fit(model, one):
     calls[0] += 1
-    if calls[0] == 2:
+    if calls[0] in (2, 4):
         raise torch.OutOfMemoryError
     return real(model, one)
 
@@ -144,7 +144,7 @@ def test_a_memory_that_is_full_on_one_rank_shrinks_the_step_on_all(
 
     def second_pass_does_not_fit(model: Any, one: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 2:
+        if calls[0] in (2, 4):  # in the second attempt, which recomputes, again
             raise torch.OutOfMemoryError
         return cross_entropy.sum_of_losses(model, one)
 
@@ -154,6 +154,9 @@ def test_a_memory_that_is_full_on_one_rank_shrinks_the_step_on_all(
         plant_in_training(monkeypatch, second_pass_does_not_fit)
     run = train(**options)
     assert not run.all(events.Failed), run.failed
+    assert (
+        "the memory was full in step 1: it was done again, and from here on every layer is computed again" in run.warned
+    )
     assert "the memory was full in step 1: it was done again with 1 examples at once" in run.warned
     assert run.losses == pytest.approx(undisturbed.losses, abs=1e-5)
 
