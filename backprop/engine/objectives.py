@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.data.sequences import Lazy
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import (
     PassSize,
@@ -274,35 +273,6 @@ def with_references(model: Any, examples: Sequence[Example], size: PassSize) -> 
             values = iter(log_likelihoods(model, to_device(one, device)).tolist())
             found |= {number: tuple(next(values) for _ in examples[number].sides) for number in row}
     return tuple(replace(example, references=found[number]) for number, example in enumerate(examples))
-
-
-# Examples that are weighed at once: their passes lie in memory together.
-WEIGHED_AT_ONCE = 1024
-
-
-def references_of(model: Any, examples: Sequence[Example], numbers: Sequence[int], size: PassSize) -> Any:
-    """Give how likely the model finds the sides of these examples, as it is now: of shape (N, sides), NaN for the rest."""
-    import torch
-
-    found = torch.full((len(examples), len(examples[0].sides)), torch.nan)
-    for start in range(0, len(numbers), WEIGHED_AT_ONCE):
-        chunk = numbers[start : start + WEIGHED_AT_ONCE]
-        weighed = with_references(model, [examples[number] for number in chunk], size)
-        found[torch.tensor(chunk)] = torch.tensor([example.references for example in weighed])
-    return found
-
-
-class Weighed(Lazy[Example]):
-    """Examples with what `references_of` found of them."""
-
-    def __init__(self, examples: Sequence[Example], references: Any) -> None:
-        self._examples, self._references = examples, references
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def _item(self, number: int) -> Example:
-        return replace(self._examples[number], references=tuple(self._references[number].tolist()))
 
 
 @contextmanager
