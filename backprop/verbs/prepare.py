@@ -129,7 +129,8 @@ def prepare(
         rated, longest = train.examples, max_length.value
         train = replace(train, examples=with_mismatched(rated, rated, longest, keep=spill.examples()))
         held_examples = with_mismatched(held_examples, rated, longest, keep=spill.examples())
-    old_tasks = encode_all(adapt(gate_rows, tokenizer).conversations, tokenizer, loss_on=config.loss_on)
+    suited = map(Adapter(tokenizer).adapted, gate_rows)
+    old_tasks = encode_all(suited, tokenizer, loss_on=config.loss_on, keep=spill.examples())
     gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
     plan = make_plan(config, hardware, shape, sizes, model=chosen, max_length=max_length)
