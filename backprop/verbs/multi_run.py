@@ -145,7 +145,8 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
         chunk = pick(judged.conversations, numbers[number::runs])
         kept, held_out = hold_out(chunk, fraction=config.eval_fraction)
         check_held_out(config, held_out)
-        parts.append(Part(judged=dataclasses.replace(judged, conversations=kept), held_out=held_out))
+        share = dataclasses.replace(judged, conversations=kept, characters=judged.characters // runs)
+        parts.append(Part(judged=share, held_out=held_out))
     return parts
 
 
