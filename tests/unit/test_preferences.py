@@ -152,6 +152,33 @@ def test_what_is_no_preference_is_refused_with_the_row(row: object, words: str) 
     assert "line 1" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("row", "options", "words"),
+    [
+        ({"prompt": "hi", "chosen": "ho", "rejected": 5}, (), "a number in `rejected`"),
+        ({"prompt": "hi", "Good": 5, "Bad": "no"}, ("chosen=Good", "rejected=Bad"), "a number in `Good`"),
+        (
+            {"prompt": "hi", "chosen": [{"role": "assistant", "content": 7}], "rejected": "no"},
+            (),
+            "a number in `turn 1`",
+        ),
+        ({"prompt": 3, "completion": "ho", "label": True}, (), "a number in `prompt`"),
+        ({"messages": [USER, {"role": "nobody", "content": "ho"}], "label": False}, (), "nobody"),
+        ({"prompt": "hi", "answer": "ho", "label": True}, ("assistant=typo",), "it has: `prompt`, `answer`, `label`"),
+    ],
+)
+def test_a_bad_row_is_shown_as_it_stands_in_the_file(row: object, options: tuple[str, ...], words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(row, *options, rated=True)
+    assert words in caught.value.message
+    assert caught.value.message.endswith(f": {json.dumps(row)}")
+
+
+def test_both_sides_of_a_pair_have_one_shape() -> None:
+    rated = read({"instruction": "hi", "Chosen": "ho", "rejected": "no"}, rated=True)
+    assert [one.shape for one in rated] == ["instruction/completion"] * 2
+
+
 @pytest.mark.parametrize(("label", "wanted"), [(True, True), (False, False), (1, True), ("False", False), ("1", True)])
 @pytest.mark.parametrize("answered", [{"prompt": "hi", "completion": "ho"}, {"messages": [USER, GOOD]}])
 def test_ratings_are_read(label: object, wanted: bool, answered: Mapping[str, object]) -> None:
