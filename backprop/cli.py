@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, NoReturn, TextIO
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
 from cyclopts.config import Env
 
 import backprop
-from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
+from backprop.config import ONLY_OF_TRAIN, DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
 from backprop.console import Console, without_escapes
 from backprop.edges import stopping
 from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
@@ -70,7 +71,7 @@ def train(config: TrainConfig | None = None, *, voice: Voice = PLAIN_VOICE) -> i
     return _call(work, replace(voice, verbose=voice.verbose or asked.dry_run))
 
 
-@app.command
+@app.command(default_parameter=Parameter(parse=re.compile(rf"^(?!(?:{'|'.join(ONLY_OF_TRAIN)})$)")))
 def multi_run(
     config: TrainConfig | None = None, options: MultiRunConfig = PLAIN_RUNS, *, voice: Voice = PLAIN_VOICE
 ) -> int:
@@ -263,18 +264,40 @@ def run(tokens: Sequence[str]) -> int:
     if not tokens or tokens[0].startswith("-"):
         _register_completion()
     try:
+        _refuse_variables(tokens)
         app.config = (ENVIRONMENT, *_yaml_of(tokens))
         code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        known = [name for name in tokens[:1] if name in COMMANDS]
-        refused = UsageError(str(error).splitlines()[0], hint=" ".join(["backprop", *known, "--help"]))
-        return _refuse(refused, tokens, as_json)
+        return _refuse(_refusal(error, tokens), tokens, as_json)
     except UsageError as error:
         return _refuse(error, tokens, as_json)
     except KeyboardInterrupt as interrupt:
         stopped = stopping.accept(interrupt)
         return _usage(stopped.message, stopped.hint or "", as_json, code=stopped.code)
     return code if isinstance(code, int) else 0
+
+
+def _refusal(error: CycloptsError, tokens: Sequence[str]) -> UsageError:
+    """Say what is wrong with a command line in words of our own, where another command would take it."""
+    if isinstance(error, UnknownOptionError) and tokens[0] == "multi-run":
+        given = (error.token.keyword or "").strip("[]")
+        option = given.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if option in ONLY_OF_TRAIN:
+            return UsageError(f"unknown option: `{given}`", hint=ONLY_OF_TRAIN[option])
+    known = [name for name in tokens[:1] if name in COMMANDS]
+    return UsageError(str(error).splitlines()[0], hint=" ".join(["backprop", *known, "--help"]))
+
+
+def _refuse_variables(tokens: Sequence[str]) -> None:
+    """Refuse variables of options that only `train` has: a gate that is set must never be passed by in silence.
+
+    Raises:
+        UsageError: Naming the variable.
+    """
+    for option, instead in ONLY_OF_TRAIN.items() if tokens[:1] == ["multi-run"] else ():
+        variable = f"BACKPROP_{option.upper()}"
+        if os.environ.get(variable):
+            raise UsageError(f"unknown option: `{variable}`", hint=f"{instead}; unset {variable}")
 
 
 @cache

@@ -7,6 +7,7 @@ choices are checked here, once, whichever of these a value came through.
 import math
 import re
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -205,6 +206,18 @@ class TrainConfig:
             raise UsageError("both `--data` and `--from-run` are given", hint="give one of them")
         if not self.data and self.from_run is None:
             raise UsageError("no data is given", hint="add `--data my.jsonl`")
+
+
+ONLY_OF_TRAIN: Mapping[str, str] = {
+    "eval_data": "each part is measured on rows of its own: use `--eval-fraction`",
+    "objective": "multi-run learns from answers only: give preferences to `backprop train`",
+    "beta": "multi-run learns from answers only: give preferences to `backprop train`",
+    "pissa": "multi-run begins each run from the last: leave it out",
+    "from_run": "give the data",
+    "gate": "train the parts one by one, or without gates",
+    "gate_data": "train the parts one by one, or without gates",
+}
+"""Options that `multi-run` does not have, and what to do instead."""
 
 
 @Parameter(name="*")

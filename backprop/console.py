@@ -246,6 +246,8 @@ def ledger_text(data: Mapping[str, object]) -> str:
         repeats.append(f"overlap with evaluation {_count(data, 'overlap'):,}{nearly}")
     if data.get("same_question"):
         repeats.append(f"same question, another answer {_count(data, 'same_question'):,}")
+    if data.get("contradictions"):
+        repeats.append(f"same answer, judged otherwise {_count(data, 'contradictions'):,}")
     lines = [" · ".join(sizes), " · ".join(repeats)]
     languages = data.get("languages")
     if isinstance(languages, Mapping) and languages:

@@ -171,6 +171,7 @@ LEDGER_NAMES = {
     "overlap": "held-out rows also trained on",
     "near_overlap": "held-out rows nearly trained on",
     "same_question": "same question, another answer",
+    "contradictions": "same answer, judged otherwise",
 }
 
 

@@ -5,13 +5,34 @@ A pure function of figures: nothing is measured here, and nothing is decided abo
 
 import math
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from backprop.core.data.sequences import Lazy
 from backprop.errors import UsageError
 
 RowLoss = tuple[float, int]
 """Of one row: the negative log-likelihood in nats, summed over its trained tokens, and the number of these."""
+
+
+class RowLosses(Lazy[RowLoss]):
+    """Losses of any number of rows, at 12 bytes each."""
+
+    def __init__(self) -> None:
+        self._nats, self._tokens = array("d"), array("I")
+
+    def append(self, loss: RowLoss) -> None:
+        """Add a row at the end."""
+        self._nats.append(loss[0])
+        self._tokens.append(loss[1])
+
+    def __len__(self) -> int:
+        return len(self._nats)
+
+    def _item(self, number: int) -> RowLoss:
+        return self._nats[number], self._tokens[number]
+
 
 METRICS = (
     "eval_loss",
@@ -182,7 +203,8 @@ def paired_interval(
     rank = math.floor(round((draws + 1) * (1 - level) / 2, 9))
     if not 0 < level < 1 or rank < 1:
         raise ValueError(f"{draws} draws give no interval at level {level}")
-    changes = [after_nats - before_nats for (before_nats, _), (after_nats, _) in zip(before, after, strict=True)]
+    losses = zip(before, after, strict=True)
+    changes = array("d", (after_nats - before_nats for (before_nats, _), (after_nats, _) in losses))
     num_rows = len(changes)
     if not all(math.isfinite(change) for change in changes):
         return Interval(math.nan, math.nan, math.nan, num_rows, level)
@@ -191,7 +213,7 @@ def paired_interval(
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    nats, tokens = np.array(changes, np.float64), np.array([num for _, num in before], np.float64)
+    nats, tokens = np.array(changes), np.fromiter((num for _, num in before), np.float64, num_rows)
     means: list[float] = []
     for _ in range(draws):
         drawn = rng.integers(num_rows, size=num_rows)

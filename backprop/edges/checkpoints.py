@@ -43,12 +43,7 @@ def write(parent: Path, state: Mapping[str, JSON], fill: Callable[[Path], None],
     """
     folder = parent / f"step-{state['step']:06d}"
     with stopping.held():
-        with rundir.whole(folder) as beside:
-            beside.mkdir()
-            fill(beside)
-            (beside / STATE).write_text(json.dumps(state, allow_nan=True) + "\n")
-            files = {path.name: _facts_of(path) for path in sorted(beside.iterdir())}
-            (beside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+        put(folder, state, fill)
         # Later ones are of a run that was begun from an earlier checkpoint again.
         others = [other for other in _folders(parent) if other != folder]
         later = [other for other in others if _step_of(other) > _step_of(folder)]
@@ -57,14 +52,35 @@ def write(parent: Path, state: Mapping[str, JSON], fill: Callable[[Path], None],
     return folder
 
 
+def put(folder: Path, state: Mapping[str, JSON], fill: Callable[[Path], None]) -> None:
+    """Write one checkpoint; what was in ``folder`` before stays until it is whole.
+
+    Raises:
+        DiskError: If the disk is full or may not be written.
+    """
+    with rundir.whole(folder) as beside:
+        beside.mkdir()
+        fill(beside)
+        (beside / STATE).write_text(json.dumps(state, allow_nan=True) + "\n")
+        files = {path.name: _facts_of(path) for path in sorted(beside.iterdir())}
+        (beside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+
+
 def newest(parent: Path, *, say: Sink) -> Checkpoint | None:
     """Find the newest checkpoint that is whole; damaged ones are told and removed. None if there is none."""
-    for folder in reversed(_folders(parent)):
-        try:
-            return read(folder)
-        except UsageError as error:
-            say(Warned(message=f"{error.message}: the one before is taken"))
-            shutil.rmtree(folder)
+    found = (whole_one(folder, say=say, instead="the one before is taken") for folder in reversed(_folders(parent)))
+    return next(filter(None, found), None)
+
+
+def whole_one(folder: Path, *, say: Sink, instead: str) -> Checkpoint | None:
+    """Read a checkpoint that may be missing; a damaged one is removed, and told with what is done ``instead``."""
+    if not folder.is_dir():
+        return None
+    try:
+        return read(folder)
+    except UsageError as error:
+        say(Warned(message=f"{error.message}: {instead}"))
+        shutil.rmtree(folder)
     return None
 
 

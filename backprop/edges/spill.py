@@ -13,6 +13,7 @@ from typing import IO, Any, TypeVar, cast
 from backprop.core.data.formats import Conversation
 from backprop.core.data.render import Example
 from backprop.core.data.sequences import Lazy
+from backprop.edges import device
 from backprop.edges.places import cache_dir
 from backprop.errors import DiskError
 
@@ -43,6 +44,11 @@ class Spill(Lazy[T]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    @property
+    def num_bytes(self) -> int:
+        """Give the bytes of all items."""
+        return self._ends[-1]
+
     def _item(self, number: int) -> T:
         start, end = self._ends[number], self._ends[number + 1]
         return self._unpack(self._at(start, lambda file: file.read(end - start)))
@@ -65,6 +71,24 @@ def _folder() -> Path:
     with suppress(OSError):  # small data needs none
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_room(need_bytes: int) -> None:
+    """Refuse a disk that is too small for what is going to be kept there, before the work of making it.
+
+    Raises:
+        DiskError: With both figures.
+    """
+    if need_bytes <= IN_MEMORY_BYTES:
+        return
+    folder = _folder()
+    free = device.disk_free_bytes(folder)
+    if free < need_bytes:
+        raise DiskError(
+            f"the tokens of this data take about {need_bytes / 2**20:,.0f} MiB in `{folder}` while the run is under way, "
+            f"and there is room for {free / 2**20:,.0f}",
+            hint="make room, or name another folder in XDG_CACHE_HOME",
+        )
 
 
 def conversations() -> Spill[Conversation]:

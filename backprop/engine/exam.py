@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from backprop.core.data.render import Example
+from backprop.core.gate import RowLosses
 from backprop.engine import proofs
 from backprop.engine.batches import PassSize, computing, num_trained, padded, to_device
 from backprop.engine.cross_entropy import sum_of_losses
@@ -118,11 +119,11 @@ class Exam:
         return tuple(proof for proof in made if not proof.ok)
 
 
-def row_losses(model: Any, examples: Sequence[Example], *, dtype: str) -> list[tuple[float, int]]:
+def row_losses(model: Any, examples: Sequence[Example], *, dtype: str) -> RowLosses:
     """Give for each example the summed negative log-likelihood of its trained tokens, in nats, and their number."""
     import torch
 
-    found: list[tuple[float, int]] = []
+    found = RowLosses()
     was_training = bool(model.training)
     model.eval()
     device = next(model.parameters()).device

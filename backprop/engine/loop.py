@@ -19,7 +19,7 @@ from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize
 from backprop.engine.exam import MOST_EXAMINED, Exam, Prove
 from backprop.engine.load import HfTokenizer, adapter_state, set_adapter_state
-from backprop.engine.objectives import Objective, Weighed, objective_of, references_of
+from backprop.engine.objectives import Objective, objective_of
 from backprop.engine.ranks import Ranks
 from backprop.engine.snapshot import (
     Progress,
@@ -34,8 +34,9 @@ from backprop.engine.snapshot import (
 )
 from backprop.engine.trackers import Trackers
 from backprop.engine.validation import Validation, told
+from backprop.engine.weighing import Both, Weighed, Weighing, needed_of
 from backprop.errors import Diverged, HardwareError, TrainingError
-from backprop.events import Phase, Proved, Resumed, RolledBack, Sink, Warned
+from backprop.events import Proved, Resumed, RolledBack, Sink, Warned
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,9 @@ class _Training:
         stand = self._stand(checkpoint)
         for left in reversed(range(MOST_ROLLBACKS + 1)):
             try:
-                return self._train(stand)
+                ended = self._train(stand)
+                rundir.remove(self._weighed_folder)  # the last checkpoint has it
+                return ended
             except Diverged as error:
                 if not rollback or not left:
                     raise
@@ -177,20 +180,32 @@ class _Training:
 
     def _refer(self, checkpoint: Checkpoint | None) -> None:
         """Let each example know what the model said before training, which a checkpoint remembers."""
-        import torch
+        trained, held = self.examples, self.held_out
+        self.references = self._weighed() if checkpoint is None else snapshot.references_of(checkpoint)
+        of_trained, of_held = self.references.split([len(trained), len(held)])
+        self.examples, self.held_out = Weighed(trained, of_trained), Weighed(held, of_held)
 
-        if checkpoint is not None:
-            self.references = snapshot.references_of(checkpoint)
-        else:
-            self.say(Phase(name="weighing the answers before training"))
-            seen = schedule_of(len(self.examples), self.config, self.plan).order.times_seen(self.plan.steps.value)
-            needed = [number for number, times in enumerate(seen) if times or number < MOST_EXAMINED]
-            held = self.held_out
-            parts = [references_of(self.model, self.examples, needed, self.size)]
-            parts += [references_of(self.model, held, range(len(held)), self.size)] if held else []
-            self.references = torch.cat(parts)
-        trained, held = self.references.split([len(self.examples), len(self.held_out)])
-        self.examples, self.held_out = Weighed(self.examples, trained), Weighed(self.held_out, held)
+    def _weighed(self) -> Any:
+        """Find it, or the rest of it where that was interrupted."""
+        seen = schedule_of(len(self.examples), self.config, self.plan).order.times_seen(self.plan.steps.value)
+        weighing = Weighing(
+            *(self.model, Both(self.examples, self.held_out)),
+            *(needed_of(seen, len(self.held_out), first=MOST_EXAMINED), self.size),
+            folder=self._weighed_folder,
+            run=snapshot.run_of(self.model, self.config, self.plan, self.data_sha256),
+            say=self.say,
+        )
+        kept = checkpoints.whole_one(self._weighed_folder, say=self.say, instead="all are weighed again")
+        if kept is not None:
+            refuse_other(kept, self.config, self.plan, self.data_sha256)
+            refuse_other_start(kept, self.model)
+            weighing.go_on(kept)
+        with _saved_when_stopped(weighing.save):
+            return weighing.finish()
+
+    @property
+    def _weighed_folder(self) -> Path:
+        return self.folder / "checkpoints" / "weighed"
 
     def _train(self, stand: Stand) -> Stand:
         from backprop.engine.trainer import Curves, StepPasses, StepTrainer, Watch
@@ -223,7 +238,7 @@ class _Training:
         # After the trainer, which makes the state that accelerate's trackers ask for.
         trackers = Trackers(self.config, self.folder, first=steps.first, say=self.say)
         trainer.add_callback(Curves(trackers))
-        with closing(trackers), _saved_when_stopped(saver):
+        with closing(trackers), _saved_when_stopped(saver.save):
             if not (stand.progress.ended or watch.evaluate_if_due()):
                 self.ranks.meet(self.model)
                 with within_documents(self.model) if stand.size.packing else nullcontext():
@@ -291,14 +306,14 @@ class _Training:
 
 
 @contextmanager
-def _saved_when_stopped(saver: Saver) -> Generator[None]:
-    """Save where training stands when it is interrupted, by this thread or, if that cannot hear, another."""
+def _saved_when_stopped(save: Callable[[], None]) -> Generator[None]:
+    """Save where the work stands when it is interrupted, by this thread or, if that cannot hear, another."""
     try:
-        with stopping.rescued_by(saver.save):
+        with stopping.rescued_by(save):
             yield
     except KeyboardInterrupt as interrupt:
         stopping.accept(interrupt)
-        saver.save()
+        save()
         raise
     finally:
         stopping.let_go()

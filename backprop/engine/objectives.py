@@ -6,14 +6,14 @@ a single pass, where both are the same.
 """
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.data.sequences import Lazy
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import (
     PassSize,
@@ -50,7 +50,7 @@ class Objective(Protocol):
         """Cut the examples of a step into forward passes."""
         ...
 
-    def totals(self, step: Sequence[Pass], moved: Sequence[Any]) -> Totals:
+    def totals(self, step: Iterable[Pass], moved: Sequence[Any]) -> Totals:
         """Give what each pass must know of the whole step.
 
         Args:
@@ -68,8 +68,8 @@ def is_mismatched(one: Pass) -> bool:
     return "mismatched" in one
 
 
-def parts_of(objective: Objective, model: Any, step: Sequence[Pass], device: Any) -> Iterator[Part]:
-    """Give, pass by pass, what adds up to the loss of the step."""
+def parts_of(objective: Objective, model: Any, step: Iterable[Pass], device: Any) -> Iterator[Part]:
+    """Give, pass by pass, what adds up to the loss of the step, which is gone through three times."""
     import torch
 
     with torch.no_grad():
@@ -110,7 +110,7 @@ class Supervised:
         """Let every example stand alone."""
         return passes(examples, size)
 
-    def totals(self, step: Sequence[Pass], moved: Sequence[Any]) -> Totals:
+    def totals(self, step: Iterable[Pass], moved: Sequence[Any]) -> Totals:
         """Count the trained tokens."""
         return {"tokens": sum(map(num_trained, step))}
 
@@ -149,7 +149,7 @@ class DPO(_Paired):
     beta: float
     needs_reference = True
 
-    def totals(self, step: Sequence[Pass], moved: Sequence[Any]) -> Totals:
+    def totals(self, step: Iterable[Pass], moved: Sequence[Any]) -> Totals:
         """Count the pairs."""
         return {"pairs": sum(len(one["references"]) // 2 for one in step)}
 
@@ -172,11 +172,11 @@ class ORPO(_Paired):
     beta: float
     needs_reference = False
 
-    def totals(self, step: Sequence[Pass], moved: Sequence[Any]) -> Totals:
+    def totals(self, step: Iterable[Pass], moved: Sequence[Any]) -> Totals:
         """Count the trained tokens of the chosen answers, and the pairs."""
-        counts = [trained_by_document(one) for one in step]
-        tokens, pairs = sum(int(count[0::2].sum()) for count in counts), sum(len(count) // 2 for count in counts)
-        return {"tokens": tokens, "pairs": pairs}
+        counts = (trained_by_document(one) for one in step)
+        tokens, pairs = zip(*((int(count[0::2].sum()), len(count) // 2) for count in counts), strict=True)
+        return {"tokens": sum(tokens), "pairs": sum(pairs)}
 
     def part(self, model: Any, one: Pass, totals: Totals, device: Any) -> Part:
         """Add to the loss of the chosen answers how their odds stand against those of the rejected."""
@@ -216,7 +216,7 @@ class KTO:
                 made.append({**one, kind: torch.tensor([examples[n].desirable for n in row])})
         return made
 
-    def totals(self, step: Sequence[Pass], moved: Sequence[Any]) -> Totals:
+    def totals(self, step: Iterable[Pass], moved: Sequence[Any]) -> Totals:
         """Count the rated answers, and estimate how far the model has moved from those that belong to other prompts."""
         import torch
 
@@ -245,14 +245,30 @@ class Measured:
     """By how much on average, in nats."""
 
 
+# Examples whose passes lie in memory together.
+MEASURED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _InTurn:
+    """The passes of any number of examples, made anew each time they are gone through."""
+
+    objective: Objective
+    examples: Sequence[Example]
+    size: PassSize
+
+    def __iter__(self) -> Iterator[Pass]:
+        for start in range(0, len(self.examples), MEASURED_AT_ONCE):
+            yield from self.objective.passes(tuple(self.examples[start : start + MEASURED_AT_ONCE]), self.size)
+
+
 def measure(model: Any, examples: Sequence[Example], size: PassSize, objective: Objective) -> Measured:
     """Give the loss of ``examples``, as if they were one step."""
-    total = 0.0
-    margins: list[float] = []
+    total, margins = 0.0, array("d")
     with _looking(model, size) as device:
-        for part in parts_of(objective, model, objective.passes(examples, size), device):
+        for part in parts_of(objective, model, _InTurn(objective, examples, size), device):
             total += float(part.loss)
-            margins += [] if part.margins is None else part.margins.tolist()
+            margins.extend(() if part.margins is None else part.margins.tolist())
     if not margins:
         return Measured(loss=total)
     return Measured(loss=total, accuracy=accuracy_of(margins), margin=math.fsum(margins) / len(margins))
@@ -272,35 +288,6 @@ def with_references(model: Any, examples: Sequence[Example], size: PassSize) -> 
             values = iter(log_likelihoods(model, to_device(one, device)).tolist())
             found |= {number: tuple(next(values) for _ in examples[number].sides) for number in row}
     return tuple(replace(example, references=found[number]) for number, example in enumerate(examples))
-
-
-# Examples that are weighed at once: their passes lie in memory together.
-WEIGHED_AT_ONCE = 1024
-
-
-def references_of(model: Any, examples: Sequence[Example], numbers: Sequence[int], size: PassSize) -> Any:
-    """Give how likely the model finds the sides of these examples, as it is now: of shape (N, sides), NaN for the rest."""
-    import torch
-
-    found = torch.full((len(examples), len(examples[0].sides)), torch.nan)
-    for start in range(0, len(numbers), WEIGHED_AT_ONCE):
-        chunk = numbers[start : start + WEIGHED_AT_ONCE]
-        weighed = with_references(model, [examples[number] for number in chunk], size)
-        found[torch.tensor(chunk)] = torch.tensor([example.references for example in weighed])
-    return found
-
-
-class Weighed(Lazy[Example]):
-    """Examples with what `references_of` found of them."""
-
-    def __init__(self, examples: Sequence[Example], references: Any) -> None:
-        self._examples, self._references = examples, references
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def _item(self, number: int) -> Example:
-        return replace(self._examples[number], references=tuple(self._references[number].tolist()))
 
 
 @contextmanager

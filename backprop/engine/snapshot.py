@@ -148,10 +148,8 @@ class Saver:
         measured = {"exam": self._exam.to_json(), "validation": self.validation.to_json()}
         size = asdict(self._steps.size)
         return {
-            "format": FORMAT,
+            **run_of(self._model, self._config, self._plan, self._data_sha256),
             "step": done.step,
-            "run": decided(self._config, self._plan, self._data_sha256),
-            "start": fingerprint(start_of(self._model)),
             "next": self._steps.schedule.of_step(done.step),
             "scaler": None,  # nothing is computed in float16
             "size": size,
@@ -181,6 +179,12 @@ def decided(config: TrainConfig, plan: Plan, data_sha256: str) -> dict[str, JSON
         **{name: getattr(plan, name).value for name in DECIDED},
         "data": data_sha256,
     }
+
+
+def run_of(model: Any, config: TrainConfig, plan: Plan, data_sha256: str) -> dict[str, JSON]:
+    """Give what `refuse_other` and `refuse_other_start` look at."""
+    run = decided(config, plan, data_sha256)
+    return {"format": FORMAT, "run": run, "start": fingerprint(start_of(model))}
 
 
 def refuse_other(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, data_sha256: str) -> None:

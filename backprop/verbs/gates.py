@@ -9,6 +9,7 @@ from backprop.core.data.formats import Conversation, parse_columns
 from backprop.core.data.judge import judge
 from backprop.core.data.preferences import JUDGED
 from backprop.core.data.render import Example
+from backprop.edges import spill
 from backprop.errors import DataError, TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Sink
 from backprop.verbs.prepare import Prepared, rows_of
@@ -28,7 +29,7 @@ def read_gates(config: TrainConfig) -> Sequence[Conversation]:
     rows = (row for source in config.gate_data for row in rows_of(source, offline=config.offline))
     columns = {role: name for role, name in parse_columns(config.column).items() if role not in JUDGED}
     try:
-        return judge(rows, columns).conversations
+        return judge(rows, columns, keep=spill.conversations()).conversations
     except DataError as error:
         hint = error.hint if config.objective == "sft" else "old tasks are compared by rows with answers: give such"
         raise DataError(f"gate data: {error.message}", hint=hint) from error

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backprop.config import MergeMode, MultiRunConfig, TrainConfig
+from backprop.config import ONLY_OF_TRAIN, MergeMode, MultiRunConfig, TrainConfig
 from backprop.core import slao
 from backprop.core.data.formats import Conversation
 from backprop.core.data.judge import Judged
@@ -66,21 +66,12 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
     check_packages(config)
     if config.resume not in ("auto", "never"):
         raise UsageError("`--resume FOLDER` is for train", hint="`--resume auto` goes on where the runs were stopped")
-    if config.eval_data:
-        raise UsageError(
-            "`--eval-data` cannot be given to multi-run: each part is measured on rows of its own",
-            hint="use `--eval-fraction`",
-        )
-    if config.from_run is not None:
-        raise UsageError("`--from-run` is for train", hint="give the data")
-    if config.objective != "sft":
-        raise UsageError("multi-run learns from answers only", hint="give preferences to `backprop train`")
-    if config.pissa:
-        raise UsageError("`--pissa` is for train: multi-run begins each run from the last", hint="leave it out")
+    for one in dataclasses.fields(config):
+        if one.name in ONLY_OF_TRAIN and getattr(config, one.name) != one.default:
+            flag = f"--{one.name.replace('_', '-')}"
+            raise UsageError(f"`{flag}` is for train", hint=ONLY_OF_TRAIN[one.name])
     if config.method == "full":
         raise UsageError("multi-run merges adapters, and `--method full` trains none", hint="add `--method lora`")
-    if config.gate or config.gate_data:
-        raise UsageError("gates cannot be given to multi-run yet", hint="train the parts one by one, or without gates")
     parts = parts_of(config, options)
     mode = options.merge_mode or ("slao" if len(config.data) > 1 else "sequential")
     everything = (row for part in parts for row in chain(part.judged.conversations, part.held_out))
@@ -145,7 +136,8 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
         chunk = pick(judged.conversations, numbers[number::runs])
         kept, held_out = hold_out(chunk, fraction=config.eval_fraction)
         check_held_out(config, held_out)
-        parts.append(Part(judged=dataclasses.replace(judged, conversations=kept), held_out=held_out))
+        share = dataclasses.replace(judged, conversations=kept, characters=judged.characters // runs)
+        parts.append(Part(judged=share, held_out=held_out))
     return parts
 
 

@@ -17,7 +17,7 @@ from backprop.core.data.render import Encoded, Example, cut, encode_all, with_mi
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import Adapter, Forgeries, adapt
 from backprop.core.hardware import Hardware
-from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, disk_bytes
+from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, disk_bytes, spill_bytes
 from backprop.core.probes import choose
 from backprop.edges import device, files, hub, spill
 from backprop.errors import DataError, ModelError, UsageError
@@ -59,7 +59,8 @@ def read_data(config: TrainConfig) -> tuple[Judged, Sequence[Conversation]]:
     if config.eval_data:
         evaluation = judge_rows(_rows(config.eval_data, config), config)
         notes = tuple(f"evaluation data: {warning}" for warning in evaluation.warnings)
-        return replace(judged, warnings=(*judged.warnings, *notes)), evaluation.conversations
+        both = judged.characters + evaluation.characters
+        return replace(judged, warnings=(*judged.warnings, *notes), characters=both), evaluation.conversations
     kept, held_out = hold_out(judged.conversations, fraction=config.eval_fraction)
     check_held_out(config, held_out)
     return replace(judged, conversations=kept), held_out
@@ -112,6 +113,8 @@ def prepare(
     chosen = choose_model(config.model, replace(hardware, gpus=hardware.gpus[:1]))
     say(Phase(name=f"finding the model {chosen.value}"))
     source = hub.find_model(chosen.value, offline=config.offline)
+    rows = len(judged.conversations) + len(held_out)
+    spill.check_room(spill_bytes(config, rows=rows, characters=judged.characters))
     say(Phase(name="rendering the data"))
     from backprop.engine import load, loop
 
@@ -129,7 +132,8 @@ def prepare(
         rated, longest = train.examples, max_length.value
         train = replace(train, examples=with_mismatched(rated, rated, longest, keep=spill.examples()))
         held_examples = with_mismatched(held_examples, rated, longest, keep=spill.examples())
-    old_tasks = encode_all(adapt(gate_rows, tokenizer).conversations, tokenizer, loss_on=config.loss_on)
+    suited = map(Adapter(tokenizer).adapted, gate_rows)
+    old_tasks = encode_all(suited, tokenizer, loss_on=config.loss_on, keep=spill.examples())
     gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
     plan, seconds = duration.plan_and_seconds(config, hardware, shape, sizes, model=chosen, max_length=max_length)
@@ -144,7 +148,7 @@ def prepare(
         plan=plan,
         train_sha256=digest(train.examples),
         hardware=hardware,
-        disk_bytes=disk_bytes(config, shape),
+        disk_bytes=disk_bytes(config, shape, sizes),
         seconds=seconds / plan.gpus.value,
     )
 

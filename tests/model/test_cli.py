@@ -1,6 +1,7 @@
 """The command line: three faces of an option, exit codes, and every kind of bad input."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import chat
 
-from backprop.__main__ import PAGES, prepared_page
+from backprop import Trainer
+from backprop.__main__ import PAGES, prepared_page, uncoloured
 from backprop.cli import COMMANDS, run
-from backprop.config import DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
+from backprop.config import ONLY_OF_TRAIN, DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
+from backprop.errors import UsageError
 
 pytestmark = pytest.mark.model  # for its time: nothing here needs torch
 
@@ -50,6 +53,63 @@ OPTIONS = {
 @pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
 def test_the_list_of_options_is_frozen(kind: type) -> None:
     assert [field.name for field in fields(kind)] == OPTIONS[kind].split()
+
+
+# What multi-run cannot do, which its help must not offer.
+TRAIN_ALONE = {
+    "eval_data": "held.jsonl",
+    "objective": "dpo",
+    "beta": "0.2",
+    "pissa": None,
+    "from_run": "run",
+    "gate": "eval_loss<1",
+    "gate_data": "old.jsonl",
+}
+
+
+def test_the_help_of_multi_run_lists_what_it_can_do() -> None:
+    page = uncoloured((PAGES / "multi-run.txt").read_text())
+    flags = {
+        field.name: f"--{field.name.replace('_', '-')} "
+        for kind in (TrainConfig, MultiRunConfig)
+        for field in fields(kind)
+    }
+    listed = {name for name, flag in flags.items() if re.search(rf"{flag}", page)}
+    assert listed == flags.keys() - TRAIN_ALONE.keys()
+
+
+@pytest.mark.parametrize("option", TRAIN_ALONE)
+@pytest.mark.parametrize("face", ["flag", "YAML", "variable", "Python"])
+def test_multi_run_refuses_what_it_cannot_do_with_what_to_do_instead(
+    option: str,
+    face: str,
+    capsys: pytest.CaptureFixture[str],
+    write: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    value, tokens = TRAIN_ALONE[option], ["multi-run", "--data", "no-such-file"]
+    instead = ONLY_OF_TRAIN[option]
+    if face == "Python":
+        given = {"beta": 0.2, "pissa": True}.get(option, value)
+        data = () if option == "from_run" else "no-such-file"
+        with pytest.raises(UsageError) as caught:
+            Trainer("tiny").multi_run(data, **{option: given})
+        assert caught.value.hint == instead
+        return
+    if face == "variable":
+        monkeypatch.setenv(f"BACKPROP_{option.upper()}", value or "true")
+    elif face == "YAML":
+        tokens += ["--config", str(write(f"{option}: {json.dumps(value or True)}", "o.yaml"))]
+    else:
+        tokens += [f"--{option.replace('_', '-')}", *([value] if value else [])]
+    code, error = fails(capsys, *tokens)
+    assert code == 2
+    assert error.startswith("error: unknown option: `")
+    assert instead in error
+
+
+def test_a_slip_of_the_keyboard_is_still_answered_with_the_nearest_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--eval-fraction" in fails(capsys, "multi-run", "--data", "x", "--eval-fractoin", "0.1")[1]
 
 
 @pytest.mark.parametrize(

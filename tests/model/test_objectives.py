@@ -14,7 +14,7 @@ from backprop import events
 from backprop.core.data.judge import judge
 from backprop.core.data.render import Example, encode_all, with_mismatched
 from backprop.core.data.shapes import Row
-from backprop.engine import loop
+from backprop.engine import loop, objectives
 from backprop.engine.batches import PassSize, padded
 from backprop.engine.load import load_tokenizer
 from backprop.engine.objectives import DPO, KTO, ORPO, Objective, measure, parts_of, rating_weights, with_references
@@ -95,6 +95,33 @@ def test_how_examples_share_a_pass_changes_no_loss_and_no_gradient(
         assert loss == pytest.approx(expected, rel=1e-5)
         assert float((gradient - wanted).norm() / wanted.norm()) < 1e-4
         assert measure(model, given, size, objective).loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_many_examples_are_measured_part_by_part_as_if_they_were_one_step(
+    name: str,
+    before_and_after: tuple[Any, Any],
+    examples: Callable[[str], Sequence[Example]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, objective, given = before_and_after[1], OBJECTIVES[name], examples(name)
+    expected = measure(model, given, PADDED, objective)
+    made: list[int] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(objective, name)
+
+        def passes(self, part: Sequence[Example], size: PassSize) -> Any:
+            made.append(len(part))
+            return objective.passes(part, size)
+
+    monkeypatch.setattr(objectives, "MEASURED_AT_ONCE", 5)
+    found = measure(model, given, PADDED, Watched())  # type: ignore[arg-type]
+    assert max(made) == 5
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.accuracy == expected.accuracy
+    assert found.margin == pytest.approx(expected.margin, rel=1e-5)
 
 
 def batch_of(given: Sequence[Example]) -> dict[str, Any]:
@@ -257,7 +284,7 @@ def test_going_on_weighs_against_the_model_before_all_training(
     options = {"objective": objective, "steps": 6, "eval_fraction": 0.25}
     kept = went_on(train, LEARNABLE, step=3, **options)
     # On a GPU what is computed again differs in its last bits: the checkpoint is believed instead.
-    monkeypatch.delattr(loop, "references_of")
+    monkeypatch.delattr(loop, "Weighing")
     assert not train(LEARNABLE, **options, resume=str(kept)).all(events.Failed)
 
 

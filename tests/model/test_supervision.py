@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, chat
+from conftest import ROOT, Run, chat
 
 from backprop import events
-from backprop.core.data.render import Example
+from backprop.config import TrainConfig
+from backprop.core.data.judge import judge
+from backprop.core.data.render import Example, encode_all
+from backprop.core.plan import spill_bytes
+from backprop.edges import device, files, spill
 from backprop.engine import batches, exam
+from backprop.engine.load import load_tokenizer
 from backprop.engine.objectives import Supervised, measure
 
 pytestmark = pytest.mark.model
@@ -196,3 +201,24 @@ def test_the_mean_loss_is_that_of_plain_transformers_packed_or_padded(loaded: An
     assert [measure(loaded, examples, size, Supervised()).loss for size in sizes] == [
         pytest.approx(expected, rel=1e-5)
     ] * 2
+
+
+def test_what_is_kept_of_real_rows_is_about_what_was_estimated(tiny_model: Path) -> None:
+    judged = judge(files.read_rows(str(ROOT / "examples" / "pottlesea.jsonl")))
+    kept = spill.examples()
+    encode_all(
+        judged.conversations, load_tokenizer(str(tiny_model), trust_remote_code=False), loss_on="assistant", keep=kept
+    )
+    estimate = spill_bytes(TrainConfig(data=("x",)), rows=len(judged.conversations), characters=judged.characters)
+    assert kept.num_bytes <= estimate < 1.5 * kept.num_bytes
+
+
+def test_a_cache_too_small_for_the_tokens_is_exit_9_before_they_are_made(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(device, "disk_free_bytes", lambda path: 2000)
+    run = train()
+    assert run.failed.code == 9
+    assert "XDG_CACHE_HOME" in run.failed.hint
+    assert "rendering the data" not in [phase.name for phase in run.all(events.Phase)]

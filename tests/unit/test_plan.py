@@ -2,9 +2,19 @@
 
 import pytest
 
-from backprop.config import TrainConfig
+from backprop.config import Objective, TrainConfig
 from backprop.core.hardware import Gpu, Hardware
-from backprop.core.plan import Choice, DataShape, ModelShape, Plan, choose_max_length, choose_model, make_plan
+from backprop.core.plan import (
+    Choice,
+    DataShape,
+    ModelShape,
+    Plan,
+    choose_max_length,
+    choose_model,
+    disk_bytes,
+    make_plan,
+    spill_bytes,
+)
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import GIB, PRESETS
 
@@ -105,3 +115,32 @@ def test_weights_of_4_bits_without_a_gpu_are_refused_before_any_work() -> None:
     with pytest.raises(HardwareError, match="needs an NVIDIA GPU"):
         plan(TrainConfig(data=("x",), method="qlora"))
     assert plan(TrainConfig(data=("x",), method="qlora"), hardware=machine(8)).device.value == "cuda"
+
+
+def test_the_disk_holds_an_adapter_of_twice_the_rank_for_pissa() -> None:
+    data = DataShape(num_examples=100, num_tokens=10_000)
+    of_8, of_16 = (disk_bytes(TrainConfig(data=("x",), lora_r=rank), SMALL, data) for rank in (8, 16))
+    pissa = disk_bytes(TrainConfig(data=("x",), lora_r=8, pissa=True), SMALL, data)
+    # Rank 8, float32, in each of 30 layers: two ends of four matrices of attention and of three of the feed-forward part.
+    adapter = 4 * 8 * 30 * (4 * 2 * 576 + 3 * (576 + 1536))
+    assert of_16 - of_8 == (2 + 3 * 3) * adapter  # two delivered ones, and three checkpoints with two moments each
+    assert pissa - of_8 == 2 * adapter
+
+
+@pytest.mark.parametrize(("objective", "bytes_each"), [("sft", 4 * 3), ("orpo", 4 * 3), ("dpo", 12 * 3 + 8 * 2)])
+def test_the_disk_holds_what_checkpoints_know_of_each_example(objective: Objective, bytes_each: int) -> None:
+    config = TrainConfig(data=("x",), objective=objective)
+    fewer, more = (disk_bytes(config, SMALL, DataShape(num_examples=n, num_tokens=n)) for n in (1, 10_000_001))
+    assert more - fewer == 10_000_000 * bytes_each
+
+
+def test_tokens_are_kept_once_more_where_they_are_cut_and_beside_other_answers() -> None:
+    plain, cut, kto = (
+        spill_bytes(config, rows=1000, characters=3_000_000)
+        for config in (
+            TrainConfig(data=("x",)),
+            TrainConfig(data=("x",), max_length=100),
+            TrainConfig(data=("x",), objective="kto"),
+        )
+    )
+    assert (plain, cut, kto) == (8_150_000, 16_300_000, 24_450_000)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import pytest
 from conftest import ForgetfulTokenizer, LetterTokenizer
 
-from backprop.config import TrainConfig
+from backprop.config import Objective, TrainConfig
 from backprop.core.data.formats import Conversation, parse_columns
-from backprop.core.data.inspect import inspect
+from backprop.core.data.inspect import Ledger, inspect
 from backprop.core.data.judge import judge
 from backprop.core.data.preferences import preferences_of
 from backprop.core.data.render import Example, cut, encode, encode_all, with_mismatched
@@ -152,6 +152,33 @@ def test_what_is_no_preference_is_refused_with_the_row(row: object, words: str) 
     assert "line 1" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("row", "options", "words"),
+    [
+        ({"prompt": "hi", "chosen": "ho", "rejected": 5}, (), "a number in `rejected`"),
+        ({"prompt": "hi", "Good": 5, "Bad": "no"}, ("chosen=Good", "rejected=Bad"), "a number in `Good`"),
+        (
+            {"prompt": "hi", "chosen": [{"role": "assistant", "content": 7}], "rejected": "no"},
+            (),
+            "a number in `turn 1`",
+        ),
+        ({"prompt": 3, "completion": "ho", "label": True}, (), "a number in `prompt`"),
+        ({"messages": [USER, {"role": "nobody", "content": "ho"}], "label": False}, (), "nobody"),
+        ({"prompt": "hi", "answer": "ho", "label": True}, ("assistant=typo",), "it has: `prompt`, `answer`, `label`"),
+    ],
+)
+def test_a_bad_row_is_shown_as_it_stands_in_the_file(row: object, options: tuple[str, ...], words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(row, *options, rated=True)
+    assert words in caught.value.message
+    assert caught.value.message.endswith(f": {json.dumps(row)}")
+
+
+def test_both_sides_of_a_pair_have_one_shape() -> None:
+    rated = read({"instruction": "hi", "Chosen": "ho", "rejected": "no"}, rated=True)
+    assert [one.shape for one in rated] == ["instruction/completion"] * 2
+
+
 @pytest.mark.parametrize(("label", "wanted"), [(True, True), (False, False), (1, True), ("False", False), ("1", True)])
 @pytest.mark.parametrize("answered", [{"prompt": "hi", "completion": "ho"}, {"messages": [USER, GOOD]}])
 def test_ratings_are_read(label: object, wanted: bool, answered: Mapping[str, object]) -> None:
@@ -210,6 +237,42 @@ def test_pairs_that_reject_otherwise_are_no_duplicates() -> None:
     assert inspect(judge(rows(one, one), objective="dpo").conversations, ()).duplicates == 1
     rated = inspect(judge(rows(one), objective="kto").conversations, ())
     assert (rated.duplicates, rated.same_question) == (0, 0)
+
+
+def ledger_of(objective: Objective, *values: Mapping[str, object]) -> Ledger:
+    return inspect(judge(rows(*values), objective=objective).conversations, ())
+
+
+def test_answers_that_are_rated_good_and_bad_contradict_each_other() -> None:
+    good, bad = ({"prompt": "hi", "completion": "ho", "label": label} for label in (True, False))
+    elsewhere = {"prompt": "hello", "completion": "ho", "label": False}
+    found = ledger_of("kto", good, elsewhere, bad, bad, good)
+    assert (found.duplicates, found.contradictions, found.contradictions_first) == (2, 1, ("line 3", "line 1"))
+    assert found.same_question == 0
+    assert "1 of 5 rows judge the same answers otherwise than a row before, first: line 3 = line 1" in found.warnings()
+    other_answer = {"prompt": "hi", "completion": "no", "label": False}
+    assert ledger_of("kto", good, other_answer, elsewhere).warnings() == ()
+
+
+def test_pairs_with_their_sides_exchanged_contradict_each_other() -> None:
+    one = {"prompt": "hi", "chosen": "ho", "rejected": "no"}
+    exchanged = {"prompt": "hi", "chosen": "no", "rejected": "ho"}
+    for objective, count in (("dpo", 1), ("kto", 2)):
+        found = ledger_of(objective, one, exchanged, {**one, "prompt": "hello"})
+        assert (found.contradictions, found.duplicates) == (count, 0)
+    assert ledger_of("dpo", one, {**one, "rejected": "other"}).contradictions == 0
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_rated_answers_are_nearly_alike_by_prompt_and_answer_if_they_are_rated_alike(label: bool) -> None:
+    prompt, answer = " ".join(f"asked{n}" for n in range(30)), [f"said{n}" for n in range(30)]
+    one = {"prompt": prompt, "completion": " ".join(answer), "label": label}
+    nearly = {**one, "completion": " ".join([*answer[:20], "changed", *answer[21:]])}
+    found = ledger_of("kto", one, nearly)
+    assert (found.near_duplicates, found.near_checked, found.duplicates) == (1, 2, 0)
+    assert ledger_of("kto", one, {**nearly, "label": not label}).near_duplicates == 0
+    assert ledger_of("kto", one, {**one, "completion": " ".join(reversed(answer))}).near_duplicates == 0
+    assert ledger_of("kto", one, {**one, "prompt": " ".join(f"else{n}" for n in range(30))}).near_duplicates == 0
 
 
 class NoSystem(LetterTokenizer):

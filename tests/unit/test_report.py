@@ -172,11 +172,12 @@ def test_the_terminal_says_nothing_of_what_is_not_there() -> None:
 
 def test_the_terminal_reads_what_the_ledger_writes() -> None:
     """A key renamed on one side would be told as 0."""
-    counts = dict.fromkeys(("duplicates", "near_duplicates", "overlap", "near_overlap", "same_question"), 7)
+    names = ("duplicates", "near_duplicates", "overlap", "near_overlap", "same_question", "contradictions")
+    counts = dict.fromkeys(names, 7)
     pairs = {f"{key}_first": ("a", "b") for key in counts}
     ledger = Ledger(rows=70, held_out=7, near_checked=7, languages={"English": 70}, **counts, **pairs)  # pyright: ignore[reportArgumentType]
-    assert ledger_text(ledger.to_json()).splitlines()[1].count("7") == 5
-    assert page(data=ledger.to_json()).count("<td>7, first: a = b</td>") == 5
+    assert ledger_text(ledger.to_json()).splitlines()[1].count("7") == 6
+    assert page(data=ledger.to_json()).count("<td>7, first: a = b</td>") == 6
 
 
 @pytest.mark.parametrize("buckets", [1, 12, 13, 40])

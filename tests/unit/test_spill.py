@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from backprop.core.data.formats import Conversation
 from backprop.core.data.render import Example
 from backprop.core.data.sequences import Picked, pick
-from backprop.edges import spill
+from backprop.edges import device, spill
 from backprop.errors import DiskError
 
 words = st.text(max_size=20)
@@ -136,3 +136,13 @@ def test_small_data_needs_no_folder_and_large_data_says_which(monkeypatch: pytes
     with pytest.raises(DiskError) as caught:
         kept.append(Example((1,) * 999, (True,) * 999))
     assert "XDG_CACHE_HOME" in str(caught.value.hint)
+
+
+def test_a_disk_that_is_too_small_for_the_tokens_is_told_before_they_are_made(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "disk_free_bytes", lambda path: 5 * 2**20)
+    spill.check_room(100)  # stays in memory
+    spill.check_room(5 * 2**20)
+    with pytest.raises(DiskError, match=r"about 6 MiB in .* there is room for 5"):
+        spill.check_room(6 * 2**20)

@@ -201,7 +201,8 @@ def _cells(row: Row, value: Mapping[str, object], columns: Mapping[str, str]) ->
     stands_for = {"user": "prompt", "assistant": "completion", "reasoning": REASONING_KEYS[0]}
     names |= {stands_for.get(role, role): name for role, name in columns.items()}
     # Tables have the columns of all their rows; a NaN is what pandas writes for an empty cell.
-    return _Cells(names=names, values={key: value[name] for key, name in names.items() if not is_null(value[name])})
+    values = {key: value[name] for key, name in names.items() if not is_null(value[name])}
+    return _Cells(names={key: row.names.get(name, name) for key, name in names.items()}, values=values)
 
 
 def is_null(value: object) -> bool:
@@ -213,6 +214,7 @@ def no_column(row: Row, value: Mapping[str, object], role: str, name: str) -> Da
     """Make the error about a column that `--column` names and the row does not have."""
     import difflib
 
+    value = row.as_written if isinstance(row.as_written, Mapping) else value
     short = [key for key in value if len(key) <= 100 and key.isprintable()][:1000]
     close = difflib.get_close_matches(name, short, n=1, cutoff=0.0)
     listed = ", ".join(f"`{key}`" for key in value) or "none"
@@ -364,7 +366,7 @@ def _instances(row: Row, cells: _Cells) -> list[Conversation]:
             raise bad(row, f"instance {number} is {name_of(instance)}, not an object")
         place = f"{row.place}, instance {number}" if len(instances) > 1 else row.place
         value = {key: item for key, item in {**cells.values, **instance}.items() if key != "instances"}
-        for made in to_conversations(Row(place=place, value=value)):
+        for made in to_conversations(Row(place=place, value=value, origin=row)):
             conversations.append(replace(made, shape=SHAPES["instruction", "instances"]))
     return conversations
 

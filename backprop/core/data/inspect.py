@@ -67,6 +67,9 @@ class Ledger:
     same_question: int
     """Rows that ask what an earlier row asks, with the same turns before, and answer otherwise."""
     same_question_first: Pair | None
+    contradictions: int
+    """Preferences and rated answers that an earlier row judges the other way: the same answers to the same."""
+    contradictions_first: Pair | None
     languages: Mapping[str, int]
     """Rows by guessed language, the most frequent first."""
 
@@ -87,6 +90,11 @@ class Ledger:
             (self.overlap, f"{held_out} are also in the training data: {flatter}", self.overlap_first),
             (self.near_overlap, f"{held_out} are nearly in the training data: {flatter}", self.near_overlap_first),
             (self.same_question, f"{trained} answer a question otherwise than a row before", self.same_question_first),
+            (
+                self.contradictions,
+                f"{trained} judge the same answers otherwise than a row before",
+                self.contradictions_first,
+            ),
         )
         return tuple(f"{count} {what}, first: {pair[0]} = {pair[1]}" for count, what, pair in findings if pair)
 
@@ -112,7 +120,8 @@ def inspect(train: Sequence[Conversation], held_out: Sequence[Conversation], *, 
     asked, answered = (np.array(values, np.uint64) for values in (trained.asked, trained.answered))
     asking: Any = np.flatnonzero(~repeated & (asked != 0))
     first_asked = asking[_first_alike(asked[asking])]
-    differing = answered[asking] != answered[first_asked]
+    differing: Any = answered[asking] != answered[first_asked]
+    other_answers, contradicting = (differing & (trained.judged == judged) for judged in (False, True))
     sketches = list(trained.sketches.values())
     held_sketched = np.array([*held.sketches], np.uint64)
     new = [held.sketches[int(digest)] for digest in held_sketched[~np.isin(held_sketched, digests)]]
@@ -136,8 +145,10 @@ def inspect(train: Sequence[Conversation], held_out: Sequence[Conversation], *, 
         overlap_first=pair(overlap, held_out, lambda number: int((digests == others[number]).argmax())),
         near_overlap=len(near_overlap),
         near_overlap_first=_first(sketches, new, near_overlap),
-        same_question=int(differing.sum()),
-        same_question_first=pair(differing, Picked(train, asking), lambda number: int(first_asked[number])),
+        same_question=int(other_answers.sum()),
+        same_question_first=pair(other_answers, Picked(train, asking), lambda number: int(first_asked[number])),
+        contradictions=int(contradicting.sum()),
+        contradictions_first=pair(contradicting, Picked(train, asking), lambda number: int(first_asked[number])),
         languages=dict(trained.languages.most_common()),
     )
 
@@ -154,6 +165,7 @@ class _Sketch(NamedTuple):
     """A row to compare; ``answer`` holds the smallest shingles of the answer, few or none if it is short."""
 
     place: str
+    rating: bool | None
     whole: "array[int]"
     answer: "array[int]"
     answer_digest: int
@@ -175,8 +187,11 @@ class _Part:
 
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     asked: "array[int]" = field(default_factory=lambda: array("Q"))
-    """Of what is asked; 0 where nothing is, or where answers to it are meant to differ."""
+    """Of what is asked, or of the answers that are judged and what they answer; 0 where nothing is."""
     answered: "array[int]" = field(default_factory=lambda: array("Q"))
+    """Of the answer, or of how they are judged."""
+    judged: bool = False
+    """Whether these are preferences or rated answers."""
     sketches: dict[int, _Sketch] = field(default_factory=dict[int, _Sketch])
     languages: Counter[str] = field(default_factory=Counter[str])
 
@@ -190,11 +205,13 @@ def _read(conversations: Iterable[Conversation], near_most: int) -> _Part:
         part.languages[language_of(f"{parts.question}\n{parts.answer}")] += 1
         digest = _digest(f"{parts.order}\0{parts.asked}\0{parts.answered}")
         part.digests.append(digest)
-        part.asked.append(_digest(parts.asked) if parts.asked and not conversation.num_given else 0)
-        part.answered.append(_digest(parts.answered))
-        if digest >= below or digest in part.sketches or conversation.desirable is False:
+        part.judged = part.judged or bool(conversation.num_given)
+        asked, answered = _verdict(conversation) if conversation.num_given else (parts.asked, parts.answered)
+        part.asked.append(_digest(asked) if asked else 0)
+        part.answered.append(_digest(answered))
+        if digest >= below or digest in part.sketches:
             continue
-        sketch = _sketch_of(parts, conversation.place)
+        sketch = _sketch_of(parts, conversation)
         if sketch:
             part.sketches[digest] = sketch
         while len(part.sketches) > near_most:
@@ -228,6 +245,17 @@ def _parts_of(conversation: Conversation) -> _Parts:
     )
 
 
+def _verdict(conversation: Conversation) -> tuple[str, str]:
+    """Give what is judged, whichever answer is wanted, and how it is judged."""
+    given = conversation.num_given
+    before, *sides = (
+        "\0".join(map(_identity, turns))
+        for turns in (conversation.messages[:given], conversation.messages[given:], conversation.rejected[given:])
+    )
+    judged = sides[0] if conversation.rejected else str(conversation.desirable)
+    return "\0\0".join((before, *sorted(sides))), judged
+
+
 def _identity(message: Message) -> str:
     """Give all that a turn says, with what it holds beside its text, such as calls of tools."""
     more = {key: value for key, value in message.items() if key not in ("role", "content") and value}
@@ -251,7 +279,7 @@ _word_hash = lru_cache(maxsize=1 << 16)(_digest)
 _PROBES = [random.Random(own).sample(range(BINS), BINS) for own in range(BINS)]
 
 
-def _sketch_of(parts: _Parts, place: str) -> _Sketch | None:
+def _sketch_of(parts: _Parts, conversation: Conversation) -> _Sketch | None:
     question = _WORD.findall(parts.question.lower())
     answer = _WORD.findall(parts.answer.lower())
     if len(question) + len(answer) < NEAR_FEWEST_WORDS:
@@ -260,7 +288,8 @@ def _sketch_of(parts: _Parts, place: str) -> _Sketch | None:
     # The hash of a tuple of integers is not salted: it is the same in each run.
     shingles = [hash(shingle) >> 32 & 0xFFFFFFFF for shingle in zip(*(words[i:] for i in range(SHINGLE)), strict=False)]
     return _Sketch(
-        place=place,
+        place=conversation.place,
+        rating=conversation.desirable,
         whole=_signature(shingles),
         answer=array("I", sorted(shingles[len(question) :])[:ANSWER_SHINGLES]),
         answer_digest=_digest(parts.answered),
@@ -283,19 +312,19 @@ def _signature(shingles: Iterable[int]) -> "array[int]":
 def _alike(known: Sequence[_Sketch], asked: Sequence[_Sketch]) -> dict[int, int]:
     """Map the index of each row of ``asked`` that is nearly a row of ``known`` to that row's index.
 
-    If both are the same rows, each is compared with those before it.
+    If both are the same rows, each is compared with those before it. Answers that are rated otherwise are not alike.
     """
     found: dict[int, int] = {}
     for start in range(0, BINS, BAND):
-        buckets: defaultdict[bytes, list[int]] = defaultdict(list)
+        buckets: defaultdict[tuple[bool | None, bytes], list[int]] = defaultdict(list)
         for index, sketch in enumerate(known):
-            bucket = buckets[sketch.whole[start : start + BAND].tobytes()]
+            bucket = buckets[sketch.rating, sketch.whole[start : start + BAND].tobytes()]
             if len(bucket) < BUCKET_MOST:
                 bucket.append(index)
         for index, sketch in enumerate(asked):
             if index in found:
                 continue
-            for other in buckets.get(sketch.whole[start : start + BAND].tobytes(), ()):
+            for other in buckets.get((sketch.rating, sketch.whole[start : start + BAND].tobytes()), ()):
                 if known is asked and other >= index:
                     break
                 if _is_near(known[other], sketch):

@@ -24,6 +24,8 @@ class Judged:
     warnings: tuple[str, ...]
     empty_turns: int = 0
     """Turns that say nothing and call nothing."""
+    characters: int = 0
+    """Of all turns and texts."""
 
 
 @dataclass
@@ -47,12 +49,16 @@ class _Seen:
     without_choice: _Places = field(default_factory=_Places)
     empty: _Places = field(default_factory=_Places)
     opened: int = 0
+    characters: int = 0
 
     def note(self, conversation: Conversation) -> None:
         """Count a conversation that is kept."""
         self.shapes[conversation.shape] += 1
         messages = conversation.messages
         self.opened += bool(messages) and messages[0]["role"] == "assistant"
+        self.characters += len(conversation.text) + sum(
+            len(turn["content"]) for turn in (*messages, *conversation.rejected)
+        )
         for number, turn in enumerate((*messages, *conversation.rejected[conversation.num_given :]), start=1):
             if not turn["content"].strip() and not turn.get("tool_calls"):
                 self.empty.add(f"{conversation.place}, turn {number}")
@@ -118,6 +124,7 @@ def judge(
         shapes=dict(seen.shapes),
         warnings=seen.warnings(),
         empty_turns=seen.empty.count,
+        characters=seen.characters,
     )
 
 

@@ -13,6 +13,7 @@ from backprop.core.data.formats import (
     ASKING_KEYS,
     CONVERSATION_KEYS,
     MAYBE_CONVERSATION_KEYS,
+    NO_COLUMNS,
     Conversation,
     is_filled,
     is_null,
@@ -22,6 +23,8 @@ from backprop.core.data.formats import (
 from backprop.core.data.shapes import Row, are_turns, bad, is_turn, name_of, unpacked
 from backprop.errors import DataError
 
+ANSWER = "completion"
+"""What an answer is called in a row that is made of one side."""
 LABEL_KEYS = ("label", "kto_tag")
 JUDGED = ("chosen", "rejected", "label")
 """What `--column` can name here, and nowhere else."""
@@ -54,7 +57,7 @@ def preferences_of(row: Row, columns: Mapping[str, str], *, rated: bool) -> list
     others = {role: name for role, name in columns.items() if role not in JUDGED}
     if all(key in names and not is_null(row.value[names[key]]) for key in ("chosen", "rejected")):
         kept = {key: value for key, value in row.value.items() if key not in (names["chosen"], names["rejected"])}
-        sides = [_side(row, kept, row.value[names[key]], others) for key in ("chosen", "rejected")]
+        sides = [_side(row, kept, names[key], others) for key in ("chosen", "rejected")]
         if rated and sides[0].messages != sides[1].messages:
             return [_rated(row, side, wanted=wanted) for side, wanted in zip(sides, (True, False), strict=True)]
         return [_paired(row, *sides)]
@@ -75,8 +78,10 @@ def _rating(row: Row, name: str, value: object) -> bool:
     return RATINGS[given]
 
 
-def _side(row: Row, kept: Mapping[str, object], answer: object, columns: Mapping[str, str]) -> Conversation:
+def _side(row: Row, kept: Mapping[str, object], name: str, columns: Mapping[str, str]) -> Conversation:
     """Read one side: an answer to the row's prompt or conversation; or a conversation that is whole."""
+    assert isinstance(row.value, Mapping)
+    answer: object = row.value[name]
     answer = unpacked(answer) if are_turns(unpacked(answer)) else answer  # an answer may be a list of numbers
     if isinstance(answer, str) and TURN.match(answer):
         answer = _split(answer)
@@ -106,7 +111,8 @@ def _side(row: Row, kept: Mapping[str, object], answer: object, columns: Mapping
         return _alone(row, {**value, "messages": [*_split(prompt), *said]}, around)
     if asking:
         value = {key: kept[key] for key in kept if key not in {*listed, *unwanted}}
-        return _alone(row, {**value, "completion": answer}, columns)
+        made = _alone(row, {**value, ANSWER: answer}, columns, names={ANSWER: name})
+        return replace(made, shape=f"{made.shape.removesuffix(f'/{name.lower()}')}/{ANSWER}")
     if listed:
         turns = unpacked(kept[listed[0]])
         assert isinstance(turns, list)
@@ -129,7 +135,7 @@ def _is_conversation(key: str, value: object, columns: Mapping[str, str]) -> boo
 
 def _answers(row: Row, turns: object) -> bool:
     """Say whether turns begin with the assistant's, so that what they answer stands elsewhere."""
-    (made,) = to_conversations(Row(place=row.place, value={"messages": turns}))
+    (made,) = to_conversations(Row(place=row.place, value={"messages": turns}, origin=row))
     return made.messages[0]["role"] == "assistant"
 
 
@@ -144,8 +150,10 @@ def _split(text: str) -> list[dict[str, str]]:
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
-def _alone(row: Row, value: Mapping[str, object], columns: Mapping[str, str]) -> Conversation:
-    made = to_conversations(Row(place=row.place, value=value), columns)
+def _alone(
+    row: Row, value: Mapping[str, object], columns: Mapping[str, str], *, names: Mapping[str, str] = NO_COLUMNS
+) -> Conversation:
+    made = to_conversations(Row(place=row.place, value=value, origin=row, names=names), columns)
     if len(made) != 1 or not made[0].messages:
         raise bad(row, "is not one conversation, so that its answer cannot be judged")
     return made[0]

@@ -7,7 +7,7 @@ not JSON where JSON belongs, never gets past this module.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
 
 from backprop.errors import DataError
@@ -47,6 +47,15 @@ class Row:
 
     place: str
     value: object
+    origin: "Row | None" = None
+    """The row of the file, if this one was made of it; errors show that."""
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What the file calls columns that have another name here."""
+
+    @property
+    def as_written(self) -> object:
+        """Give what stands in the file."""
+        return self.origin.as_written if self.origin else self.value
 
 
 # ShareGPT and its relatives name the speakers in several ways.
@@ -336,7 +345,7 @@ MOST_SHOWN = 200
 def bad(row: Row, what: str, *, hint: str = "mend this row, or remove it") -> DataError:
     """Make the error about ``row``: its place, what is wrong, and its beginning."""
     try:
-        shown = json.dumps(row.value, ensure_ascii=False, default=str)
+        shown = json.dumps(row.as_written, ensure_ascii=False, default=str)
     except RecursionError:
         shown = "(too deeply nested to be shown)"
     shown = shown.encode("utf-8", "backslashreplace").decode()
