@@ -122,6 +122,7 @@ def packets_on(network: str) -> Iterator[set[tuple[str, int]]]:
 def stopped_and_killed(project: Path) -> Path:
     """The run directory of a run that was stopped, went on, was killed, and went on to its end."""
     name = f"{IMAGE}-stopped"
+    subprocess.run(["docker", "rm", "--force", name], capture_output=True, check=False)  # of tests that were stopped
     compose(project, "run", "--no-deps", "--detach", "--name", name, "cpu", "train", *TRAIN)
     try:
         wait_for_step(name, 40)
