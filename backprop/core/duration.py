@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from backprop.config import TrainConfig
 from backprop.core.hardware import Hardware
-from backprop.core.memory import ModelShape
-from backprop.core.plan import BF16_CAPABILITY, Choice, DataShape, Plan, make_plan, num_weights
+from backprop.core.memory import ModelShape, met_weights
+from backprop.core.plan import BF16_CAPABILITY, Choice, DataShape, Plan, make_plan
 from backprop.presets import GIB
 
 # Operations per weight and token: a product and a sum, each in the pass forward and in that of the gradients back to the
@@ -37,7 +37,7 @@ def estimate_seconds(plan: Plan, shape: ModelShape, data: DataShape, hardware: H
     """Estimate the time of a run's steps; evaluations, proofs and attention over long rows are not counted."""
     tokens = plan.steps.value * plan.batch_size.value * data.num_tokens / data.num_examples
     per_weight = FORWARD + BACKWARD + FORWARD * plan.recompute.value / shape.num_layers
-    return tokens * num_weights(shape) * per_weight / rate_of(hardware)
+    return tokens * met_weights(shape) * per_weight / rate_of(hardware)
 
 
 def plan_and_seconds(
@@ -55,9 +55,10 @@ def plan_and_seconds(
     """
     plan = make_plan(config, hardware, shape, data, model=model, max_length=max_length)
     seconds = estimate_seconds(plan, shape, data, hardware)
-    compiled = choose_compile(config, plan, hardware, seconds)
+    gpus = choose_gpus(plan, hardware, seconds)
+    compiled = choose_compile(config, plan, hardware, seconds / gpus.value)
     plan = make_plan(config, hardware, shape, data, model=model, max_length=max_length, compiled=compiled)
-    return replace(plan, gpus=choose_gpus(plan, hardware, seconds)), seconds
+    return replace(plan, gpus=gpus), seconds
 
 
 # A process for another GPU is ready after some 20 seconds: imports, the model's weights, the first exchange.

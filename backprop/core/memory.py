@@ -1,6 +1,6 @@
 """How much of a GPU's memory a training step needs, from shapes alone: no weight is loaded.
 
-Counted as the tensors that torch keeps for the way back, layer by layer; scripts/bench memory holds it against a GPU.
+Counted as the tensors that torch keeps for the way back, layer by layer; scripts/bench-gpu holds it against a GPU.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,12 @@ class ModelShape:
     """Width of all keys together; 0 stands for that of all queries."""
     tied: bool = False
     """Whether the weights of words also make the logits."""
+    plain_logits: bool = True
+    """Whether the last product makes the logits as they are, neither scaled nor capped."""
+    num_experts: int = 1
+    """How many feed-forward parts a layer has, of which each token meets some."""
+    expert_size: int = 0
+    """Width of each."""
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -44,10 +50,19 @@ class ModelShape:
 
 
 def block_weights(shape: ModelShape) -> int:
-    """Count the weights of all layers' products."""
+    """Count the weights of all layers' products, with those of every expert."""
+    return _block_weights(shape, shape.num_experts * shape.expert_size or shape.intermediate_size)
+
+
+def met_weights(shape: ModelShape) -> int:
+    """Count the weights that a token meets on its way."""
+    return _block_weights(shape, shape.intermediate_size) + shape.hidden_size * shape.vocabulary
+
+
+def _block_weights(shape: ModelShape, feed_forward: int) -> int:
     queries, keys = shape.widths
     attention = shape.hidden_size * (2 * queries + 2 * keys)
-    return shape.num_layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
+    return shape.num_layers * (attention + 3 * shape.hidden_size * feed_forward)
 
 
 def word_weights(shape: ModelShape) -> int:
@@ -101,12 +116,15 @@ def step_memory(
     way_back = tokens * width * (3 * shape.intermediate_size + 8 * shape.hidden_size)
     if config.method == "qlora":
         way_back += shape.hidden_size * shape.intermediate_size * width
-    logits = tokens * shape.vocabulary * (width + 2 * FLOAT32) if whole else LOSS_BYTES
+    in_parts = shape.plain_logits and not whole
+    logits = LOSS_BYTES if in_parts else tokens * shape.vocabulary * (width + 3 * FLOAT32)
     loss = logits + 4 * entry
     again = layer if recomputed else 0
     # The first layers are those that are computed again: when their turn comes, the others have let go of theirs.
     if recomputed < shape.num_layers:
         again = max(0, again - (shape.num_layers - recomputed) * layer)
+    # Weights that are trained in float32 are computed with in 16 bits, and kept so for the way back.
+    held += trained * width if whole and width == BF16 else 0
     return StepMemory(weights=held + TRAINED * trained, kept=kept, working=WORKSPACE + max(loss, way_back + again))
 
 

@@ -109,11 +109,6 @@ def sides_of(config: TrainConfig) -> int:
     return 2 if config.objective in ("dpo", "orpo") else 1
 
 
-def num_weights(shape: ModelShape) -> int:
-    """Count the weights of a model that a token meets."""
-    return block_weights(shape) + shape.hidden_size * shape.vocabulary
-
-
 def disk_bytes(config: TrainConfig, shape: ModelShape, data: DataShape) -> int:
     """Estimate what a run writes at most to its directory: the adapter twice while it is replaced, and its checkpoints.
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backprop.core.data.formats import Row
-from backprop.edges import demo_model
+from backprop.edges import demo_model, rundir
 from backprop.edges.places import cache_dir
-from backprop.errors import DataError, ModelError
+from backprop.errors import DataError, DiskError, ModelError
 from backprop.presets import DEMO, PRESETS
 
 
@@ -100,6 +100,7 @@ def fetch_model(hub_id: str, *, offline: bool) -> str:
 
     Raises:
         ModelError: If the hub does not have it, does not give it, or cannot be reached.
+        DiskError: If its cache may not be written.
     """
     import httpx
     from huggingface_hub import snapshot_download
@@ -116,6 +117,8 @@ def fetch_model(hub_id: str, *, offline: bool) -> str:
         raise ModelError(
             f"the hub has no model `{hub_id}`", hint="check its name; a private one needs `hf auth login`"
         ) from error
+    except PermissionError as error:
+        raise DiskError(f"`{error.filename}` may not be written", hint=rundir.whose_it_is()) from error
     except (LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         raise ModelError(
             f"`{hub_id}` is not here, and the hub cannot be reached",

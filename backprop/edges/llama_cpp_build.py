@@ -43,6 +43,8 @@ CMAKE_FLAGS = (
     f"-DCMAKE_EXE_LINKER_FLAGS=-s{'' if sys.platform == 'darwin' else ' -Wl,--disable-new-dtags'}",
 )
 CONVERTER = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE")
+OURS = (*CONVERTER, llama_programs().name, ".", "lib", "llama", "ggml")
+"""How the names begin of all that is put into place."""
 EXIT_TOOL = 7
 """As of a `ToolError`; this module imports little of ours, since the image compiles again whenever that changes."""
 
@@ -52,29 +54,31 @@ def main(programs: Sequence[str] = ()) -> int:
     try:
         with TemporaryDirectory(prefix="backprop-llama-") as scratch:
             _bring(Path(scratch), (*LLAMA_PROGRAMS, *programs))
-    except _BuildError as error:
+    except BuildError as error:
         print(f"error: {error}\n\nhint: a C++ compiler and a package index are needed", file=sys.stderr)
         return EXIT_TOOL
     return 0
 
 
-class _BuildError(Exception):
-    pass
+class BuildError(Exception):
+    """Something that is needed could not be had; says what."""
 
 
 def _bring(scratch: Path, programs: Sequence[str]) -> None:
     unpacked = (llama_cpp_home() / CONVERTER[0]).is_file()
     installed = _installed_version() == VERSION
     if unpacked and installed and _compiled(programs):
+        if os.environ.get("CMAKE_ARGS"):
+            _say(f"compiled already, however CMAKE_ARGS has it: to compile again, remove {llama_programs()}")
         return
     source = _fetch(scratch)
     tree = _extract(source, scratch) / "vendor" / "llama.cpp"
     if not unpacked:
         _say(f"unpacking the converter to {llama_cpp_home()}")
-        _place([tree / name for name in CONVERTER], llama_cpp_home())
+        place([tree / name for name in CONVERTER], llama_cpp_home())
     if not _compiled(programs):
         _say("compiling llama.cpp; on 2 cores this takes about 6 minutes, once")
-        _place(list(_compile(tree, scratch, programs).iterdir()), llama_programs())
+        place(list(_compile(tree, scratch, programs).iterdir()), llama_programs())
     if not installed:
         _say(f"installing the bindings of llama-cpp-python {VERSION}")
         _install_bindings(source)
@@ -105,7 +109,7 @@ def _run(argv: list[str], env: dict[str, str] | None = None) -> None:
     done = subprocess.run(argv, env=env, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise _BuildError(f"`{Path(argv[0]).name}` exited with {done.returncode}: {last}")
+        raise BuildError(f"`{Path(argv[0]).name}` exited with {done.returncode}: {last}")
 
 
 def _fetch(scratch: Path) -> Path:
@@ -114,7 +118,7 @@ def _fetch(scratch: Path) -> Path:
     source = next(scratch.glob("llama_cpp_python-*.tar.gz"))
     found = hashlib.sha256(source.read_bytes()).hexdigest()
     if found != SOURCE_SHA256:
-        raise _BuildError(f"{source.name} has the hash {found}, not {SOURCE_SHA256}: check where pip takes it from")
+        raise BuildError(f"{source.name} has the hash {found}, not {SOURCE_SHA256}: check where pip takes it from")
     return source
 
 
@@ -149,9 +153,18 @@ def _compile(tree: Path, scratch: Path, programs: Sequence[str]) -> Path:
     return build / "bin"
 
 
-def _place(parts: Sequence[Path], target: Path) -> None:
-    """Copy files and folders into one at ``target``, whole or not at all."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
+def place(parts: Sequence[Path], target: Path) -> None:
+    """Copy files and folders into one at ``target``, whole or not at all; an older one of ours gives way.
+
+    Raises:
+        BuildError: If it holds something else.
+    """
+    foreign = sorted(path.name for path in target.glob("*") if not path.name.startswith(OURS))
+    if foreign:
+        raise BuildError(
+            f"{target} holds {foreign[0]}, which is not of llama.cpp: let BACKPROP_LLAMA_CPP name another folder"
+        )
+    beside, before = (target.with_name(f".{target.name}.{os.getpid()}{end}") for end in ("", ".before"))
     beside.mkdir(parents=True)
     try:
         for part in parts:
@@ -159,10 +172,12 @@ def _place(parts: Sequence[Path], target: Path) -> None:
                 shutil.copytree(part, beside / part.name)
             else:
                 shutil.copy2(part, beside / part.name, follow_symlinks=False)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.replace(before)
         beside.replace(target)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in (beside, before):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _install_bindings(source: Path) -> None:

@@ -1,4 +1,7 @@
-"""What a model finds likely: the negative log-likelihood of trained tokens, without ever holding the logits of a whole pass."""
+"""What a model finds likely: the negative log-likelihood of trained tokens.
+
+Where the logits are a frozen linear layer's output and nothing else, those of a whole pass are never held.
+"""
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -50,17 +53,17 @@ def _cross_entropy(model: Any, one: Mapping[str, Any]) -> tuple[Any, Any]:
     targets_BK = targets_BT[:, keep_K]
     rest = {name: value for name, value in one.items() if name not in BESIDE}
     arguments = {**rest, "logits_to_keep": keep_K, "use_cache": False}
-    made = _before_the_head(model, arguments)
-    if made is not None:
+    hidden = _before_the_head(model, arguments)
+    made = model(**arguments).logits if hidden is None else hidden
+    assert made.shape[1] == len(keep_K), "this architecture does not know `logits_to_keep`"
+    if hidden is not None:
         from backprop.engine.linear_cross_entropy import linear_cross_entropy
 
         losses = linear_cross_entropy(made.flatten(0, 1), model.get_output_embeddings(), targets_BK.flatten())
     else:
-        made = model(**arguments).logits
         losses = torch.nn.functional.cross_entropy(
             made.float().flatten(0, 1), targets_BK.flatten(), ignore_index=IGNORED, reduction="none"
         )
-    assert made.shape[1] == len(keep_K), "this architecture does not know `logits_to_keep`"
     return losses.view_as(targets_BK), keep_K
 
 
@@ -79,10 +82,10 @@ def _before_the_head(model: Any, arguments: Mapping[str, Any]) -> Any:
     # If this was in vain, the pass that follows draws the same random numbers.
     with _passing_on(head) as given, torch.random.fork_rng(enabled=known is None):
         made = model(**arguments).logits
-    (hidden,) = given
-    if known is None:
-        setattr(model, PLAIN_HEAD, known := made.shape == hidden.shape and torch.equal(made, hidden.to(made.dtype)))
-    return hidden if known else None
+    if known is None and made.numel():
+        known = len(given) == 1 and made.shape == given[0].shape and torch.equal(made, given[0].to(made.dtype))
+        setattr(model, PLAIN_HEAD, known)
+    return given[0] if known else None
 
 
 @contextmanager

@@ -12,10 +12,11 @@ AS_UNCOMPILED: dict[str, Any] = {"fallback_random": True}
 
 
 def layers_of(model: Any) -> list[Any]:
-    """Give the layers that transformers can compute again, in order; all have the same code."""
+    """Give the layers of the language model that transformers can compute again, in order; not those of a part that sees."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [module for module in base.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def recompute(model: Any, count: int) -> None:
@@ -27,8 +28,10 @@ def recompute(model: Any, count: int) -> None:
         model.gradient_checkpointing_disable()
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in layers_of(model)[count:]:
-        layer.gradient_checkpointing = False
+    again = layers_of(model)[:count]
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = module in again
 
 
 class Compiled:

@@ -167,13 +167,26 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
             max_positions=int(config.max_position_embeddings),
             vocabulary=int(config.vocab_size),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
+            plain_logits=all(getattr(config, name, None) in (None, 1) for name in CHANGES_LOGITS),
             **_attention_widths(config),
+            **_experts(config),
         )
     except AttributeError as error:
         raise ModelError(
             f"`{path}` is of an unsupported architecture: its configuration has no {error.name}",
             hint="choose a model with attention and positions, such as a preset",
         ) from error
+
+
+CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""How configurations say that logits are scaled or capped."""
+
+
+def _experts(config: Any) -> dict[str, int]:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    number = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), 0)
+    size = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
+    return {"num_experts": number, "expert_size": _widest(size)} if number > 1 and size else {}
 
 
 def _attention_widths(config: Any) -> dict[str, int]:

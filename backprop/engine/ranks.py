@@ -70,6 +70,8 @@ class Found:
     """Of each pass, a `Part`; or how far the model has moved."""
     with_gradient: Sequence[int]
     """Numbers of the trained weights that have a gradient."""
+    not_compiled: str = ""
+    """Why this rank's layers could not be compiled, though the plan says so."""
 
 
 class Rank:
@@ -84,8 +86,7 @@ class Rank:
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.device = next(model.parameters()).device
         self._recomputed = -1
-        self.not_compiled = ""
-        """Why the model's layers could not be compiled, though the plan says so."""
+        self._not_compiled = ""
         self._model, self._dtype, self._group, self._finish = model, plan.dtype.value, group, finish
         self.recompute(plan.recompute.value)
         self._compiled = Compiled(model) if plan.compile.value else None
@@ -116,7 +117,7 @@ class Rank:
             with self._compiled.in_use() if self._compiled else nullcontext():
                 return self._compute(share)
         except TorchDynamoException as error:
-            self.not_compiled = str(error).strip().splitlines()[0]
+            self._not_compiled = (str(error).strip().splitlines() or [type(error).__name__])[0]
         self._compiled = None
         self._model.zero_grad(set_to_none=True)
         return self._compute(share)
@@ -139,7 +140,7 @@ class Rank:
         except torch.OutOfMemoryError:
             return None
         having = [number for number, weight in enumerate(self.trained) if weight.grad is not None]
-        return Found(values=values, with_gradient=having)
+        return Found(values=values, with_gradient=having, not_compiled=self._not_compiled)
 
     def add_up(self, numbers: Sequence[int]) -> None:
         """Sum the gradients of these weights over all ranks, into those of rank 0; the others forget theirs."""
@@ -246,6 +247,8 @@ class Ranks:
 
     def __init__(self, plan: Plan, *, pissa: bool = False, store: str = "", workers: Sequence[Worker] = ()) -> None:
         self._plan, self._pissa, self._store, self._workers = plan, pissa, store, workers
+        self.not_compiled = ""
+        """Why some rank's layers could not be compiled, though the plan says so."""
         self._group: Any = None
         self._rank: Rank | None = None
 
@@ -266,7 +269,11 @@ class Ranks:
         others = {number: one for number, one in enumerate(passes) if number not in mismatched}
         moved = self._share_out(rank, objective, mismatched, seed, None) if mismatched else ({}, [])
         parts = moved and self._share_out(
-            rank, objective, others, seed, objective.totals(passes, [moved[0][number] for number in mismatched])
+            rank,
+            objective,
+            others,
+            seed,
+            objective.totals(passes, [moved[0][number].to(rank.device) for number in mismatched]),
         )
         if parts is None:
             self._all(rank, "forget")
@@ -291,17 +298,13 @@ class Ranks:
         whole = [one for one in found if one is not None]
         if len(whole) < len(found):
             return None
+        self.not_compiled = next((one.not_compiled for one in whole if one.not_compiled), "")
         values = {number: value for one in whole for number, value in one.values.items()}
         return values, sorted({number for one in whole for number in one.with_gradient})
 
     def recompute_all(self) -> bool:
         """Let every layer compute its activations again on the way back; false if all do already."""
         return self._rank is not None and self._all(self._rank, "recompute", sys.maxsize)
-
-    @property
-    def not_compiled(self) -> str:
-        """Why the model's layers could not be compiled, though the plan says so; empty if they could."""
-        return self._rank.not_compiled if self._rank else ""
 
     def meet(self, model: Any) -> None:
         """Wait until every rank has loaded the model and can exchange weights with the others, if that is not so yet.

@@ -25,6 +25,7 @@ from backprop.core.schedule import schedule_of
 from backprop.edges import stopping
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
+from backprop.engine.layers import layers_of
 from backprop.engine.load import HfTokenizer
 from backprop.engine.objectives import Objective, accuracy_of
 from backprop.engine.proofs import Movement
@@ -109,9 +110,14 @@ class Watch(TrainerCallback):
         self._started, self._step_seconds = time.monotonic(), 1e-9
         self._movement: Movement | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Let checkpoints hold the optimizer."""
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, model: Any = None, **_: Any
+    ) -> None:
+        """Let checkpoints hold the optimizer, and say if less can be recomputed than is planned."""
         self._saver.optimizer = optimizer
+        found = len(layers_of(model))
+        if 0 < self._plan.recompute.value > found:
+            self._say(Warned(message=f"only {found} layers of this model can be computed again on the way back"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Before the first step, note where every weight stands; then start the clock."""

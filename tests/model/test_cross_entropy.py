@@ -70,6 +70,41 @@ def test_logits_that_are_scaled_or_capped_are_trained_so(kind: str, options: dic
     assert getattr(model, cross_entropy.PLAIN_HEAD) == plain
 
 
+def test_a_model_that_makes_logits_without_calling_its_last_layer_is_trained_all_the_same() -> None:
+    from backprop.engine import cross_entropy
+
+    model = tiny("Llama")
+    head, forward = model.get_output_embeddings(), model.forward
+
+    def own_way(**arguments: Any) -> Any:
+        hidden = model.model(input_ids=arguments["input_ids"]).last_hidden_state[:, arguments["logits_to_keep"]]
+        return type("Output", (), {"logits": torch.nn.functional.linear(hidden, head.weight)})
+
+    one = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}
+    expected = cross_entropy.sum_of_losses(model, one).item()
+    delattr(model, cross_entropy.PLAIN_HEAD)
+    model.forward = own_way
+    assert cross_entropy.sum_of_losses(model, one).item() == pytest.approx(expected, rel=1e-6)
+    model.forward = forward
+
+
+def test_layers_of_the_language_model_are_recomputed_not_those_that_see() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    from backprop.engine import layers
+
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 8}
+    sight = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 1, "vocab_size": 64}
+    sight |= {"image_size": 28, "patch_size": 14}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=sight))
+    layers.recompute(model, 3)
+    found = layers.layers_of(model)
+    assert [layer.gradient_checkpointing for layer in found] == [True, True, True, False]
+    every = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert every == found[:3]
+
+
 def test_finding_out_draws_no_random_number_twice() -> None:
     """Else the first pass of a run that goes on would not be that of the run that was not stopped."""
     from backprop.engine import cross_entropy

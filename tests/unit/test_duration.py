@@ -13,6 +13,7 @@ from backprop.core.duration import (
     choose_gpus,
     choose_rehearsal,
     estimate_seconds,
+    plan_and_seconds,
 )
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.plan import Choice, DataShape, ModelShape, make_plan
@@ -55,6 +56,22 @@ def test_the_estimate_is_operations_over_rate() -> None:
     assert estimate(gpu(8), shape, recompute=2) == pytest.approx(6 * 4200 * 1200 / 4e12, rel=1e-12)
     assert estimate(gpu(8, (7, 5)), shape, recompute=2) == pytest.approx(6 * 4200 * 1200 / 1e12, rel=1e-12)
     assert estimate(gpu(8), shape, recompute=1) == pytest.approx(5 * 4200 * 1200 / 4e12, rel=1e-12)
+
+
+def test_layers_are_compiled_by_the_time_that_all_gpus_need_together() -> None:
+    card = gpu(8).gpus[0]
+    data = DataShape(num_examples=1600, num_tokens=1600 * 300)
+    found: list[bool] = []
+    for number in (1, 8):
+        hardware = replace(TWO_CORES, gpus=(card,) * number)
+        config = replace(CONFIG, steps=200)
+        plan, seconds = plan_and_seconds(
+            config, hardware, RANDOM_1B, data, model=Choice("m", ""), max_length=Choice(400, "")
+        )
+        assert 5 * 60 < seconds < 40 * 60
+        assert plan.gpus.value == number
+        found.append(plan.compile.value)
+    assert found == [True, False]
 
 
 def chosen(hardware: Hardware, *, seconds: float = 3600, **options: bool) -> bool:

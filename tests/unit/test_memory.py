@@ -7,7 +7,7 @@ import pytest
 from backprop.config import TrainConfig
 from backprop.core.duration import plan_and_seconds
 from backprop.core.hardware import Gpu, Hardware
-from backprop.core.memory import ModelShape, adapter_weights, block_weights, step_memory, word_weights
+from backprop.core.memory import ModelShape, adapter_weights, block_weights, met_weights, step_memory, word_weights
 from backprop.core.plan import Choice, DataShape, Plan, room_of
 from backprop.presets import GIB
 
@@ -98,3 +98,34 @@ def test_what_is_forced_is_taken_and_the_rest_fitted_to_it() -> None:
     assert "--recompute" in plan.recompute.reason
     plan, _ = planned(80, micro_batch=1)
     assert (plan.micro_batch.value, plan.recompute.value) == (1, 0)
+
+
+def test_logits_that_are_scaled_or_capped_and_those_of_full_are_held_whole() -> None:
+    plain = step_memory(CONFIG, QWEN25_7B, tokens=8192, recomputed=28, compiled=False).working
+    capped = replace(QWEN25_7B, plain_logits=False)
+    whole = step_memory(CONFIG, capped, tokens=8192, recomputed=28, compiled=False).working
+    assert (
+        whole - plain > 8192 * 152064 * 10
+    )  # bytes of a logit: in 16 bits, in float32 as they are and for the way back
+
+
+def test_every_expert_is_held_and_few_are_met() -> None:
+    # Qwen3-30B-A3B: 30.5 billion weights, 3.3 of them met by a token.
+    mixture = ModelShape(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_layers=48,
+        max_positions=40960,
+        vocabulary=151936,
+        query_size=4096,
+        key_size=512,
+        num_experts=128,
+        expert_size=768,
+    )
+    assert block_weights(mixture) + word_weights(mixture) == pytest.approx(30.5e9, rel=0.01)
+    assert met_weights(mixture) == pytest.approx(3.3e9, rel=0.1)
+
+
+def test_what_is_trained_in_full_is_held_in_20_bytes_a_weight() -> None:
+    full = step_memory(replace(CONFIG, method="full"), QWEN25_7B, tokens=8, recomputed=28, compiled=False)
+    assert full.weights / 7.615e9 == pytest.approx(20, rel=0.01)
