@@ -27,11 +27,11 @@ def log_likelihoods(model: Any, one: Mapping[str, Any]) -> Any:
     losses_BK, keep_K = _cross_entropy(model, one)
     if "documents" not in one:
         return -losses_BK.sum(dim=1)
-    # A product with ones: sums by index are not the same bits each time on a GPU.
+    # Sums by index are not the same bits each time on a GPU, and a product with ones would be one of 16 bits.
     documents = one["documents"]
     documents_K = torch.bucketize(keep_K + 1, documents.ends[1:], right=True)
     numbers_D = torch.arange(len(documents.lengths), device=keep_K.device)
-    return -((documents_K == numbers_D[:, None]).to(losses_BK.dtype) @ losses_BK[0])
+    return -torch.where(documents_K == numbers_D[:, None], losses_BK, 0).sum(dim=1)
 
 
 def trained_by_document(one: Mapping[str, Any]) -> Any:
