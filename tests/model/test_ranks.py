@@ -198,7 +198,7 @@ from backprop.__main__ import main
 main()
 """
 OPTIONS = (
-    *("--data", "data.jsonl", "--steps", "20", "--batch-size", "8", "--lora-r", "4", "--lora-dropout", "0.1"),
+    *("--data", "data.jsonl", "--steps", "80", "--batch-size", "8", "--lora-r", "4", "--lora-dropout", "0.1"),
     *("--save-steps", "3", "--skip-proofs", "--json"),
 )
 

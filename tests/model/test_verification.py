@@ -199,9 +199,10 @@ def test_a_file_that_is_another_tokenizer_is_rejected(
     refused(done, tmp_path, proof)
 
 
-@pytest.mark.parametrize("times", [0, 2])
+# A tiny model that has learnt all there was answers nearly as far from its base with the adapter twice as with it once.
+@pytest.mark.parametrize(("times", "proof"), [(0, "the adapter is in it, once"), (2, "predicts as the trained model")])
 def test_an_adapter_that_is_not_in_it_or_twice_is_found(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, proof: str
 ) -> None:
     converting = llama_cpp.converting
     twice = tmp_path / "twice"
@@ -216,7 +217,7 @@ def test_an_adapter_that_is_not_in_it_or_twice_is_found(
 
     monkeypatch.setattr(llama_cpp, "converting", faulty)
     done = backprop("export", run, "-q", "f16", "--output", tmp_path / "out", cwd=tmp_path)
-    refused(done, tmp_path / "out", "the adapter is in it, once")
+    refused(done, tmp_path / "out", proof)
 
 
 def test_a_quantization_that_is_another_model_is_rejected_and_the_good_file_kept(
