@@ -16,22 +16,26 @@ def layers_of(model: Any) -> list[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return [module for module in base.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [
+        module for module in (base.get_decoder() or base).modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
 
 
 def recompute(model: Any, count: int) -> None:
-    """Let the first ``count`` layers compute their activations again on the way back.
+    """Let the first ``count`` layers compute their activations again on the way back; or all, where none can be told apart.
 
     The first, since theirs are needed last: by then the others have let go of theirs.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     if not count:
         model.gradient_checkpointing_disable()
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    again = layers_of(model)[:count]
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = module in again
+    layers = layers_of(model)
+    for module in model.modules() if layers else ():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = module in layers[:count]
 
 
 class Compiled:

@@ -121,6 +121,15 @@ def test_layers_of_the_language_model_are_recomputed_not_those_that_see() -> Non
     assert every == found[:3]
 
 
+def test_a_model_of_other_layers_recomputes_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from backprop.engine import layers
+
+    model = tiny("Llama")
+    monkeypatch.setattr(layers, "layers_of", lambda _: [])
+    layers.recompute(model, 1)
+    assert model.is_gradient_checkpointing
+
+
 def test_finding_out_draws_no_random_number_twice() -> None:
     """Else the first pass of a run that goes on would not be that of the run that was not stopped."""
     from backprop.engine import cross_entropy
