@@ -28,6 +28,8 @@ def recompute(model: Any, count: int) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    if not model.supports_gradient_checkpointing:
+        return
     if not count:
         model.gradient_checkpointing_disable()
         return
