@@ -198,7 +198,7 @@ from backprop.__main__ import main
 main()
 """
 OPTIONS = (
-    *("--data", "data.jsonl", "--steps", "80", "--batch-size", "8", "--lora-r", "4", "--lora-dropout", "0.1"),
+    *("--data", "data.jsonl", "--steps", "40", "--batch-size", "8", "--lora-r", "4", "--lora-dropout", "0.1"),
     *("--save-steps", "3", "--skip-proofs", "--json"),
 )
 
@@ -216,6 +216,8 @@ def shared(model: Path, cwd: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # Where the tests run in the background of a shell, it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
