@@ -228,11 +228,11 @@ CPU_TOKENS_PER_PASS = 2048
 # Of the memory that is free, CUDA itself takes some; and what is estimated is not exact.
 CUDA_BYTES = 512 * 2**20
 SHARE_FOR_STEP = 0.95
-# A pass takes at least 7.5 ms for each layer, in which its kernels are started (docs/speed-notes.md); and a GPU computes,
+# A pass takes at least 5 ms for each layer, in which its kernels are started (docs/speed-notes.md); and a GPU computes,
 # by the data sheets from RTX 3060 to B200, 2 to 12 TFLOP/s in bfloat16 for each GiB of its memory.
-START_SECONDS = 7.5e-3
+START_SECONDS = 5e-3
 RATE_PER_GIB = 3e12
-# Going forward once more, against forward and back: 1.39 and 1.41 times the time were measured.
+# Going forward once more, against forward and back: 1.40 and 1.41 times the time were measured.
 COST_OF_RECOMPUTING = 0.4
 
 

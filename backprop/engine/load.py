@@ -268,6 +268,8 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
+    from backprop.engine.adapters import narrow
+
     _check_targets(base, config.target_modules)
     set_seed(config.seed)
     model: Any = base
@@ -287,6 +289,7 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
         task_type="CAUSAL_LM",
     )
     adapted: Any = get_peft_model(model, lora)
+    narrow(adapted)
     if config.pissa:
         setattr(adapted, START, adapter_state(adapted))
     return adapted

@@ -25,7 +25,7 @@ from backprop.core.hardware import Hardware
 from backprop.core.plan import Plan
 from backprop.edges import process
 from backprop.engine.batches import computing
-from backprop.engine.layers import Compiled, layers_of, recompute
+from backprop.engine.layers import Compiled, failures_of_compiling, layers_of, recompute
 from backprop.engine.objectives import Objective, Part, Pass, Totals, is_mismatched, moved_of
 from backprop.errors import BackpropError, HardwareError, ToolError
 
@@ -111,12 +111,10 @@ class Rank:
 
     def compute(self, share: Share) -> Found | None:
         """Run the passes of a share, forward and, if its totals are known, backward; None if the memory was full."""
-        from torch._dynamo.exc import TorchDynamoException
-
         try:
             with self._compiled.in_use() if self._compiled else nullcontext():
                 return self._compute(share)
-        except TorchDynamoException as error:
+        except failures_of_compiling() as error:
             self._not_compiled = (str(error).strip().splitlines() or [type(error).__name__])[0]
         self._compiled = None
         self._model.zero_grad(set_to_none=True)
