@@ -159,18 +159,27 @@ def test_adapters_drop_what_pefts_drop() -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def test_compiled_code_is_kept_beside_other_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_compiled_is_used_in_training_alone_and_kept_beside_other_downloads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import os
 
     import transformers  # noqa: F401  it sets a folder of its own
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    from backprop.engine import linear_cross_entropy
     from backprop.engine.layers import Compiled
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
     monkeypatch.setenv("TRITON_CACHE_DIR", "chosen")
-    Compiled(llama())
+    model = llama()
+    plain = linear_cross_entropy.losses_and_gradient
+    with Compiled(model).in_use():
+        assert linear_cross_entropy.losses_and_gradient is not plain
+        assert "forward" in vars(model.model.layers[3])
+    assert linear_cross_entropy.losses_and_gradient is plain
+    assert "forward" not in vars(model.model.layers[3])
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "backprop" / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "chosen"
 
