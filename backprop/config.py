@@ -116,6 +116,8 @@ class TrainConfig:
     """Layers computed again on the way back. Default: as few as the GPU's memory allows."""
     compile: Annotated[bool | None, Parameter(group=TRAINING)] = None
     """Compile the layers. Default: on a GPU, for long runs."""
+    fp8_backward: Annotated[bool, Parameter(group=TRAINING, negative="", show_default=False)] = False
+    """Gradients through frozen layers in 8 bits, if proved."""
     learning_rate: Annotated[
         float | None, Bounds(above=0, most=1), Parameter(group=TRAINING, name=["--learning-rate", "--lr"])
     ] = None
@@ -198,6 +200,10 @@ class TrainConfig:
             raise UsageError("`--method full` has no adapter to refine", hint="leave out the options of LoRA")
         if self.pissa and self.method in ("qlora", "dora"):
             raise UsageError(f"`--pissa` cannot begin `--method {self.method}`", hint="leave out one of them")
+        if self.fp8_backward and (self.method != "lora" or self.pissa or self.objective != "sft"):
+            raise UsageError(
+                "`--fp8-backward` is for plain `--method lora` and `--objective sft`", hint="leave out one of them"
+            )
         if self.eval_data and self.eval_fraction is not None:
             raise UsageError("both `--eval-data` and `--eval-fraction` are given", hint="give one of them")
         if self.objective != "sft" and self.loss_on == "all":

@@ -123,6 +123,8 @@ def step_memory(
     # The first layers are those that are computed again: when their turn comes, the others have let go of theirs.
     if recomputed < shape.num_layers:
         again = max(0, again - (shape.num_layers - recomputed) * layer)
+    # Feed-forward weights once more in 8 bits.
+    held += shape.num_layers * 3 * shape.hidden_size * shape.intermediate_size if config.fp8_backward else 0
     # Weights that are trained in float32 are computed with in 16 bits, and kept so for the way back.
     held += trained * width if whole and width == BF16 else 0
     return StepMemory(weights=held + TRAINED * trained, kept=kept, working=WORKSPACE + max(loss, way_back + again))

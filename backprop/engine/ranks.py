@@ -89,6 +89,10 @@ class Rank:
         self._not_compiled = ""
         self._model, self._dtype, self._group, self._finish = model, plan.dtype.value, group, finish
         self.recompute(plan.recompute.value)
+        if plan.fp8_backward.value:
+            from backprop.engine import fp8
+
+            fp8.prepare(model)
         self._compiled = Compiled(model) if plan.compile.value else None
 
     def recompute(self, count: int) -> bool:
@@ -98,6 +102,12 @@ class Rank:
         if count != before:
             recompute(self._model, count)
         return count != before
+
+    def keep_16_bits(self) -> None:
+        """Compute the way back as the way forward."""
+        from backprop.engine import fp8
+
+        fp8.undo(self._model)
 
     def take_base(self) -> None:
         """Let every rank have the frozen weights of rank 0 under its adapters, which PiSSA has changed."""
@@ -303,6 +313,11 @@ class Ranks:
     def recompute_all(self) -> bool:
         """Let every layer compute its activations again on the way back; false if all do already."""
         return self._rank is not None and self._all(self._rank, "recompute", sys.maxsize)
+
+    def keep_16_bits(self) -> None:
+        """Let every rank compute the way back as the way forward."""
+        assert self._rank is not None
+        self._all(self._rank, "keep_16_bits")
 
     def meet(self, model: Any) -> None:
         """Wait until every rank has loaded the model and can exchange weights with the others, if that is not so yet.
