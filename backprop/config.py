@@ -30,7 +30,7 @@ Objective = Literal["sft", "dpo", "orpo", "kto"]
 Scheduler = Literal["cosine", "linear", "constant"]
 RunSchedule = Literal["constant", "linear", "cosine"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-MergeMode = Literal["slao", "sequential", "average", "ema", "stack"]
+MergeMode = Literal["slao", "auto", "sequential", "average", "ema", "stack"]
 Quantization = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
     "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_s", "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs",

@@ -151,7 +151,8 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Eval():
             return _evaluated(event)
         case RunMerged():
-            return f"run {event.run}/{event.num_runs} merged ({event.mode})"
+            chosen = f", weight 1/i^{event.exponent:g}" if event.mode == "auto" else ""
+            return f"run {event.run}/{event.num_runs} merged ({event.mode}{chosen})"
         case Forgetting():
             return _remembered(event)
         case Proved():

@@ -114,6 +114,8 @@ class RunMerged:
     run: int
     num_runs: int
     mode: str
+    exponent: float | None = None
+    """p of the merge weight i^-p."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

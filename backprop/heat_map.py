@@ -5,12 +5,16 @@ from html import escape
 
 from backprop.events import Forgetting
 
-COLUMNS = ("average performance", "learning accuracy", "backward transfer", "forgetting")
+COLUMNS = ("AP", "LA", "BWT", "F")
 MEANING = (
     "Each row is the merged adapter after a run, read back from the disk; each column is a part. A score is the share of exact "
     "answers where these are short, else the likelihood of a token (inverse perplexity); larger is better. Where a column "
-    "fades downwards, that part is forgotten."
+    "fades downwards, that part is forgotten. AP, average performance: the mean of a row. LA, learning accuracy: how well each part "
+    "was learnt when it was new. BWT, backward transfer: the change of earlier parts since then. F, forgetting: from their best."
 )
+
+# Of the curve's colour: the numbers stay legible on it.
+DARKEST_PERCENT = 60
 
 
 def heat_map(told: Sequence[Forgetting]) -> list[str]:
@@ -33,7 +37,7 @@ def heat_map(told: Sequence[Forgetting]) -> list[str]:
 
 
 def _cell(score: float) -> str:
-    share = round(100 * min(max(score, 0.0), 1.0))
+    share = round(DARKEST_PERCENT * min(max(score, 0.0), 1.0))
     return f'<td class="number" style="background: color-mix(in srgb, var(--curve) {share}%, transparent)">{score:.3f}</td>'
 
 

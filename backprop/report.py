@@ -46,9 +46,9 @@ def page(manifest: Mapping[str, object], events: Sequence[Event]) -> str:
     title = f"backprop {manifest['command']}: {manifest['status']}"
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(_headline(manifest, steps))}</p>']
     parts += _error(manifest)
+    parts += _forgetting([event for event in events if isinstance(event, Forgetting)])
     if steps:
         parts += _curves(steps, [event for event in events if isinstance(event, Eval)])
-    parts += _forgetting([event for event in events if isinstance(event, Forgetting)])
     parts += _samples(_mappings(manifest.get("samples")))
     parts += _gates(_mappings(manifest.get("gates")))
     parts += _proofs(_mappings(manifest.get("proofs")))

@@ -36,6 +36,9 @@ Init = Literal["function-preserving", "literal"]
 
 # A choice of this project, without evidence for or against: half old, half new, however many runs there were.
 EMA_WEIGHT = 0.5
+PAPERS_EXPONENT = 0.5
+EXPONENTS = (0.0, 0.25, PAPERS_EXPONENT, 0.75, 1.0)
+"""What "auto" chooses from: from the last run alone to the mean of all."""
 
 # PEFT's names for A: `….lora_A.weight` of a linear layer, `….lora_embedding_A` of an embedding.
 _A_KEY = re.compile(r"\.lora_(embedding_)?A(?=\.|$)")
@@ -141,24 +144,27 @@ def carried(merged: State, fine_tuned: State, *, init: Init) -> dict[str, torch.
     return moved
 
 
-def merge_weight(num_merges: int) -> float:
-    """Give lambda(i) = 1/sqrt(i), the share of the newest run in the merged B (arXiv:2512.23017).
+def merge_weight(num_merges: int, *, exponent: float = PAPERS_EXPONENT) -> float:
+    """Give lambda(i) = i^-p, the share of the newest run in the merged B; the paper has 1/sqrt(i) (arXiv:2512.23017).
 
     Args:
         num_merges: Successful merges, this one included: the first is 1.
+        exponent: p; 0 delivers the last run, 1 the mean of all.
     """
     if num_merges < 1:
         raise ValueError(f"merges are counted from 1: {num_merges}")
-    return 1 / math.sqrt(num_merges)
+    return 1 / math.sqrt(num_merges) if exponent == PAPERS_EXPONENT else num_merges**-exponent
 
 
-def merge(merged: State, fine_tuned: State, *, num_merges: int, mode: MergeMode) -> dict[str, torch.Tensor]:
+def merge(
+    merged: State, fine_tuned: State, *, num_merges: int, mode: MergeMode, exponent: float = PAPERS_EXPONENT
+) -> dict[str, torch.Tensor]:
     """Take one more fine-tuned adapter into the merged one.
 
     A share w of 1 takes the new value bit for bit; else it is old + w (new - old), which never leaves the interval
     between the two. With i = ``num_merges``:
 
-    - "slao": w = 1 for A, ``merge_weight(i)`` for B.
+    - "slao", and "auto" with the exponent that was chosen: w = 1 for A, ``merge_weight(i)`` for B.
     - "sequential": w = 1 for both: the last run as it is.
     - "average": w = 1/i for both: the mean of all runs.
     - "ema": w = 1 for A, ``EMA_WEIGHT`` for B.
@@ -174,12 +180,13 @@ def merge(merged: State, fine_tuned: State, *, num_merges: int, mode: MergeMode)
         fine_tuned: The adapter to take in. It must come from a run that began at ``next_start`` of the one before.
         num_merges: Successful merges, this one included: the first is 1, and gives ``fine_tuned`` bit for bit.
         mode: One of the above.
+        exponent: Of `merge_weight`.
 
     Raises:
         UsageError: If the two differ in keys or shapes, or hold no LoRA factors.
         ValueError: If ``fine_tuned`` is not finite, or ``num_merges`` below 1.
     """
-    weight_a, weight_b = _weights(mode, num_merges)
+    weight_a, weight_b = _weights(mode, num_merges, exponent)
     _require_same_layout(merged, fine_tuned)
     _require_factors(fine_tuned)
     _require_finite(fine_tuned)
@@ -190,7 +197,13 @@ def merge(merged: State, fine_tuned: State, *, num_merges: int, mode: MergeMode)
 
 
 def step(
-    state: MergeState | None, fine_tuned: State, *, mode: MergeMode, init: Init, parent: str | None = None
+    state: MergeState | None,
+    fine_tuned: State,
+    *,
+    mode: MergeMode,
+    init: Init,
+    parent: str | None = None,
+    exponent: float = PAPERS_EXPONENT,
 ) -> MergeState:
     """Fold one successful run into the state. A failed or rejected run is not folded, and so counts for nothing.
 
@@ -201,6 +214,7 @@ def step(
         init: How this run began, as `next_start` was told.
         parent: `fingerprint` of the fine-tuned adapter whose `next_start` this run began from, as recorded when it
             began. None if the caller knows that it was ``state.fine_tuned``.
+        exponent: As in `merge`.
 
     Raises:
         UsageError: If ``parent`` is another adapter than ``state.fine_tuned``, or as in `merge`.
@@ -213,7 +227,7 @@ def step(
         )
     before = fine_tuned if state is None else carried(state.merged, state.fine_tuned, init=init)
     num_merges = 1 if state is None else state.num_merges + 1
-    merged = merge(before, fine_tuned, num_merges=num_merges, mode=mode)
+    merged = merge(before, fine_tuned, num_merges=num_merges, mode=mode, exponent=exponent)
     kept = {key: _copy(tensor) for key, tensor in fine_tuned.items()}
     return MergeState(merged=merged, fine_tuned=kept, num_merges=num_merges)
 
@@ -271,11 +285,11 @@ def _signed_qr(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (q * sign).T, upper * sign[:, None]
 
 
-def _weights(mode: MergeMode, num_merges: int) -> tuple[float, float]:
+def _weights(mode: MergeMode, num_merges: int, exponent: float) -> tuple[float, float]:
     """Give the share of the newest run in A, and in B and the rest."""
-    slao = merge_weight(num_merges)
+    slao = merge_weight(num_merges, exponent=exponent)
     match mode:
-        case "slao":
+        case "slao" | "auto":
             return 1.0, slao
         case "sequential":
             return 1.0, 1.0

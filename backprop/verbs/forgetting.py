@@ -1,8 +1,9 @@
 """What the merged adapter knows of every part so far, measured, told and written down."""
 
 import json
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from backprop.verbs.prepare import Prepared
 
 # Examples that a part is measured on: enough to tell a loss to about a hundredth, few enough to cost little.
 MOST_EVALUATED = 200
+# Of each part, to choose between merges.
+MOST_COMPARED = 32
 # Where half of the answers have at most so many tokens, the end included, they are a label, a number, or a name.
 SHORT_ANSWER_TOKENS = 16
 # Exact match needs the logits themselves, of all words: these are held for a few answers at once.
@@ -33,6 +36,24 @@ def score(model: Any, examples: Sequence[Example], size: PassSize) -> Score:
         loss=measure(model, asked, size, Supervised()).loss,
         exact_match=exact_match(model, asked, fewer) if short else None,
     )
+
+
+def best_of(
+    model: Any, candidates: Mapping[float, Mapping[str, Any]], seen: Sequence[Prepared], size: PassSize
+) -> float:
+    """Find the adapter that does best on rows of all parts alike, of those that were trained on: what is held out stays unseen.
+
+    Returns:
+        Its key; of equals the first.
+    """
+    from backprop.engine.load import set_adapter_state
+
+    found: dict[float, float] = {}
+    for key, state in candidates.items():
+        set_adapter_state(model, state)
+        slices = [part.train.examples[:MOST_COMPARED] for part in seen]
+        found[key] = math.fsum(score(model, rows, size).value for rows in slices)
+    return max(found, key=found.__getitem__)
 
 
 @dataclass

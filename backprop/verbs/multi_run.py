@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backprop.config import ONLY_OF_TRAIN, MergeMode, MultiRunConfig, RunSchedule, TrainConfig
 from backprop.core import slao
@@ -17,7 +17,7 @@ from backprop.edges import rundir, stopping
 from backprop.errors import TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
-from backprop.verbs.forgetting import MOST_EVALUATED, Book
+from backprop.verbs.forgetting import MOST_EVALUATED, Book, best_of
 from backprop.verbs.parts import parts_of
 from backprop.verbs.prepare import (
     Prepared,
@@ -32,6 +32,9 @@ from backprop.verbs.prepare import (
 from backprop.verbs.rehearsal import rehearse_if_due
 from backprop.verbs.session import Session, running
 from backprop.verbs.train import check_disk, check_packages
+
+if TYPE_CHECKING:
+    from backprop.engine.batches import PassSize
 
 
 def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Path:
@@ -164,7 +167,8 @@ class _Fold:
     parts: Sequence[tuple[str, Prepared]]
     mode: MergeMode
     say: Sink
-    state: slao.MergeState | None = None
+    states: dict[float, slao.MergeState] = field(default_factory=dict[float, slao.MergeState])
+    """By exponent of the merge weight: more than one where the best is to be chosen. All know the same last run."""
     settings: Mapping[str, object] | None = None
     """Of the first adapter."""
     finished: list[int] = field(default_factory=list[int])
@@ -227,21 +231,23 @@ class _Fold:
     def _train(self, number: int, folder: Path) -> dict[str, JSON]:
         from backprop.engine import load
 
-        start = slao.next_start(self.state.fine_tuned, init=self.options.init) if self.state else None
-        parent = slao.fingerprint(self.state.fine_tuned) if self.state else None
+        last = next(iter(self.states.values())).fine_tuned if self.states else None
+        start = slao.next_start(last, init=self.options.init) if last else None
+        parent = slao.fingerprint(last) if last else None
         config = seeded(self.config, number - 1)
         _, part = self.parts[number - 1]
         model, fit = train_one(config, part, output=folder, say=self.say, start=start, run=number)
         self._check_settings(folder)
-        merged = self._step(load.adapter_state(model), parent=parent)
+        self._step(load.adapter_state(model), parent=parent)
         self.finished.append(number)
-        self.say(RunMerged(run=number, num_runs=len(self.parts), mode=self.mode))
-        load.set_adapter_state(model, merged)
+        seen = [self.parts[one - 1] for one in self.finished]
+        exponent = self._choose(model, [part for _, part in seen], fit.size)
+        self.say(RunMerged(run=number, num_runs=len(self.parts), mode=self.mode, exponent=exponent))
+        load.set_adapter_state(model, self.states[exponent].merged)
         with rundir.whole(folder / "merged") as beside:
             load.save_adapter(model, part.tokenizer, beside)
         self.say(Phase(name="evaluating the merged adapter, as it is on the disk, on every part so far"))
         load.set_adapter_state(model, load.read_adapter(folder / "merged"))
-        seen = [self.parts[one - 1] for one in self.finished]
         self.book.measure(model, seen, self.parts[0][1].gate_rows, fit.size, run=number)
         self.book.tell()
         if over_trained(fit.losses):
@@ -262,9 +268,22 @@ class _Fold:
             "delivered": delivered,
         }
 
-    def _step(self, fine_tuned: "slao.State", *, parent: str | None) -> "slao.State":
-        self.state = slao.step(self.state, fine_tuned, mode=self.mode, init=self.options.init, parent=parent)
-        return self.state.merged
+    def _step(self, fine_tuned: "slao.State", *, parent: str | None) -> None:
+        for exponent in slao.EXPONENTS if self.mode == "auto" else (slao.PAPERS_EXPONENT,):
+            self.states[exponent] = slao.step(
+                self.states.get(exponent),
+                fine_tuned,
+                mode=self.mode,
+                init=self.options.init,
+                parent=parent,
+                exponent=exponent,
+            )
+
+    def _choose(self, model: Any, seen: Sequence[Prepared], size: "PassSize") -> float:
+        if len(seen) == 1 or len(self.states) == 1:  # one run, or one way
+            return slao.PAPERS_EXPONENT
+        self.say(Phase(name="choosing the merge that does best on rows of every part so far"))
+        return best_of(model, {exponent: state.merged for exponent, state in self.states.items()}, seen, size)
 
     def _check_settings(self, folder: Path) -> None:
         settings: Mapping[str, object] = json.loads((folder / "lora" / "adapter_config.json").read_text())

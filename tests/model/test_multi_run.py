@@ -350,13 +350,51 @@ def test_where_every_merge_forgot_too_much_nothing_is_delivered(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["before it is measured", "before it is delivered", "at the end"])
+def test_auto_delivers_the_merge_that_does_best_on_rows_of_every_part(
+    runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backprop.core import slao
+    from backprop.verbs import forgetting
+
+    real, seen = forgetting.score, []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    options = {"of": long_rows, "steps_per_run": 8, "lora_r": 16, "merge_mode": "auto"}
+    monkeypatch.setattr(forgetting, "score", watched)
+    told = runs("left", "right", **options)
+    assert told.error is None
+    compared = [one.value for one in seen[1:-2]]  # one measurement after the first run, two after the second
+    sums = [sum(compared[n : n + 2]) for n in range(0, len(compared), 2)]
+    assert len(sums) == len(slao.EXPONENTS)
+    best = slao.EXPONENTS[sums.index(max(sums))]
+    assert len({f"{one:.6f}" for one in sums}) > 1
+    assert [event.exponent for event in told.all(events.RunMerged)] == [0.5, best]
+    state = None
+    for name in ("001", "002"):
+        trained = adapter(told.folder / "runs" / name)
+        state = slao.step(state, trained, mode="auto", init="function-preserving", exponent=best)
+    assert state is not None
+    assert slao.fingerprint(adapter(told.folder)) == slao.fingerprint(state.merged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "mode"),
+    [
+        ("before it is measured", "auto"),
+        ("before it is delivered", "slao"),
+        ("at the end", "slao"),
+    ],
+)
 def test_a_multi_run_that_is_killed_between_two_steps_of_its_own_ends_the_same(
-    runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch, place: str
+    runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch, place: str, mode: str
 ) -> None:
     from backprop.verbs import forgetting, multi_run
 
-    options = {"replay": 0.5, "steps_per_run": 2}
+    options = {"replay": 0.5, "steps_per_run": 2, "merge_mode": mode}
     expected = runs("a", "b", "c", folder="undisturbed", **options).result
     kill = {
         "before it is measured": (forgetting.Book, "measure"),

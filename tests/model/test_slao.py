@@ -273,6 +273,11 @@ def test_weight_is_one_over_the_square_root(num_merges: int, expected: float) ->
     assert merge_weight(num_merges) == expected
 
 
+@pytest.mark.parametrize(("exponent", "expected"), [(0.0, 1.0), (0.25, 0.5), (0.5, 0.25), (1.0, 0.0625)])
+def test_weight_of_another_exponent(exponent: float, expected: float) -> None:
+    assert merge_weight(16, exponent=exponent) == expected
+
+
 def test_weight_falls_strictly_and_has_no_floor() -> None:  # [5]
     weights = [merge_weight(i) for i in range(1, 1001)]
     assert all(later < earlier for earlier, later in itertools.pairwise(weights))

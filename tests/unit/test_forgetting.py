@@ -129,7 +129,7 @@ def test_the_report_shows_the_matrix_with_names_escaped() -> None:
     text = report.page({"command": "multi-run", "status": "finished"}, told)
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 3  # the table, the curves' label, their legend
-    assert "var(--curve) 11%" in text
+    assert "var(--curve) 7%" in text
     for figure in ("0.111", "-0.125", "2.500", "1.500"):
         assert f">{figure}</td>" in text
     assert text.count("<polyline") == 2
