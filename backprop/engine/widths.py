@@ -9,7 +9,7 @@ def narrowest_layer(path: str, config: TrainConfig) -> tuple[str, int] | None:
     """Give the name and the width (of what goes in) of the narrowest layer that gets an adapter.
 
     Returns:
-        None if `--target-modules` names no layer: `load_model` says so.
+        None if `--target-modules` names no layer, or no such model is known: `load_model` says so.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,8 +17,12 @@ def narrowest_layer(path: str, config: TrainConfig) -> tuple[str, int] | None:
 
     code, targets = config.trust_remote_code, config.target_modules
     loader: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        base = loader.from_config(AutoConfig.from_pretrained(path, trust_remote_code=code), trust_remote_code=code)
+    settings: Any = AutoConfig.from_pretrained(path, trust_remote_code=code)
+    try:
+        with torch.device("meta"):
+            base = loader.from_config(settings, trust_remote_code=code)
+    except ValueError:
+        return None
     widths: dict[str, int] = {}
     for name, layer in base.named_modules():
         wanted = not targets or any(name == target or name.endswith(f".{target}") for target in targets)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from backprop.config import ONLY_OF_TRAIN, MergeMode, MultiRunConfig, RunSchedule, TrainConfig
 from backprop.core import slao
+from backprop.core.data.formats import Conversation
 from backprop.core.forgetting import Score, measure, over_trained
 from backprop.edges import rundir, stopping
-from backprop.errors import TrainingError, UsageError
+from backprop.errors import DataError, TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
 from backprop.verbs.forgetting import MOST_EVALUATED, Book, best_of
@@ -51,8 +52,7 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
     check_packages(config)
     _check(config)
     parts = parts_of(config, options)
-    general = (row for source in options.general_eval for row in rows_of(source, offline=config.offline))
-    lasting = judge_rows(islice(general, MOST_EVALUATED), config).conversations if options.general_eval else ()
+    lasting = _general_rows(config, options)
     mode = options.merge_mode or ("slao" if len(config.data) > 1 else "sequential")
     everything = chain(lasting, (row for part in parts for row in chain(part.judged.conversations, part.held_out)))
     with running(
@@ -90,6 +90,16 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
         session.claim(first, question=first_question(conversations), probes=probes_of(conversations, first.tokenizer))
         _fold(config, options, [part.name for part in parts], prepared, mode, session)
     return config.output
+
+
+def _general_rows(config: TrainConfig, options: MultiRunConfig) -> Sequence[Conversation]:
+    if not options.general_eval:
+        return ()
+    rows = (row for source in options.general_eval for row in rows_of(source, offline=config.offline))
+    try:
+        return judge_rows(islice(rows, MOST_EVALUATED), config).conversations
+    except DataError as error:
+        raise DataError(f"general rows: {error.message}", hint=error.hint) from error
 
 
 def _check(config: TrainConfig) -> None:
