@@ -139,7 +139,8 @@ def prepare(
         held_examples = with_mismatched(held_examples, rated, longest, keep=spill.examples())
     suited = map(Adapter(tokenizer).adapted, gate_rows)
     old_tasks = encode_all(suited, tokenizer, loss_on=config.loss_on, keep=spill.examples())
-    gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
+    longest = config.max_length or min(shape.max_positions, max(max_length.value, MEASURED_TOKENS))
+    gate_examples = _cut_held_out(old_tasks, longest, say, what="old tasks")
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
     plan, seconds = duration.plan_and_seconds(config, hardware, shape, sizes, model=chosen, max_length=max_length)
     plan = _slowed(plan, rate_share)
@@ -241,6 +242,8 @@ def lengths_of(train: Encoded) -> list[list[int]]:
     return [[bucket.low, bucket.high, bucket.count] for bucket in histogram(train.lengths)]
 
 
+# Rows of old tasks may be longer than those that are trained on: without a gradient, so many take little memory.
+MEASURED_TOKENS = 2048
 # More tokens lost than this is a fault of the settings, unless it is wanted.
 MOST_CUT = 0.05
 

@@ -221,42 +221,52 @@ def runs(tiny_model: Path, write: Callable[..., Path], tmp_path: Path, one_threa
     return runs
 
 
+def plainly_measured(model: Any, tokenizer: Any, path: Path) -> tuple[float, float]:
+    """Give the mean loss of the answers in a file, and the share that greedy decoding gives word for word."""
+    import torch
+
+    losses: list[float] = []
+    exact: list[bool] = []
+    for line in path.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        answer = whole[len(asked) : whole.rindex("<|im_end|>") + len("<|im_end|>")]
+        prompt, wanted = (tokenizer(text, return_tensors="pt").input_ids for text in (asked, answer))
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, wanted], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
+            said = model.generate(prompt, max_new_tokens=wanted.shape[1], do_sample=False)[0, prompt.shape[1] :]
+        losses += torch.nn.functional.cross_entropy(logits, wanted[0], reduction="none").tolist()
+        exact.append(said.tolist() == wanted[0].tolist())
+    return sum(losses) / len(losses), sum(exact) / len(exact)
+
+
 def test_what_is_measured_is_what_plain_peft_loads_from_the_delivered_folder(
     runs: Callable[..., Told], write: Callable[..., Path], tiny_model: Path
 ) -> None:
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # The first word decides: after eight steps, some answers are known by heart and some are not.
-    held = [write(rows(word)[:4], f"{word}-held.jsonl") for word in ("yes", "no")]
+    def same(word: str) -> list[dict[str, object]]:
+        return [chat(f"Now {n}?", f"{word}.") for n in range(8)]
+
+    held = [write(same(word)[:4], f"{word}-held.jsonl") for word in ("yes", "no")]
     general = write(rows("else")[:3], "general.jsonl")
-    told = runs("yes", "no", steps_per_run=12, eval_data=[str(one) for one in held], general_eval=[str(general)])
+    options = {"eval_data": [str(one) for one in held], "general_eval": [str(general)]}
+    told = runs("yes", "no", of=same, steps_per_run=16, lora_r=16, **options)
     assert told.error is None, told.error
     tokenizer: Any = AutoTokenizer.from_pretrained(told.folder / "lora")
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     model: Any = PeftModel.from_pretrained(base, told.folder / "lora").eval()
-    found: list[tuple[float, float]] = []
-    for path in (*held, general):
-        losses: list[float] = []
-        exact = 0
-        for line in path.read_text().splitlines():
-            messages = json.loads(line)["messages"]
-            asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
-            whole = tokenizer.apply_chat_template(messages, tokenize=False)
-            answer = whole[len(asked) : whole.rindex("<|im_end|>") + len("<|im_end|>")]
-            prompt, wanted = (tokenizer(text, return_tensors="pt").input_ids for text in (asked, answer))
-            with torch.no_grad():
-                logits = model(torch.cat([prompt, wanted], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
-                said = model.generate(prompt, max_new_tokens=wanted.shape[1], do_sample=False)[0, prompt.shape[1] :]
-            losses += torch.nn.functional.cross_entropy(logits, wanted[0], reduction="none").tolist()
-            exact += said.tolist() == wanted[0].tolist()
-        found.append((sum(losses) / len(losses), exact / len(path.read_text().splitlines())))
+    found = [plainly_measured(model, tokenizer, path) for path in (*held, general)]
+    with model.disable_adapter():
+        before, _ = plainly_measured(model, tokenizer, general)
+    assert 0 < sum(exact for _, exact in found) < 3, "some are known by heart, and some are not"
     written = json.loads((told.folder / "forgetting.json").read_text())
     assert written["loss"][-1] == pytest.approx([loss for loss, _ in found[:2]], abs=1e-3)
     assert written["exact_match"][-1] == [exact for _, exact in found[:2]]
     assert written["general_loss"][-1] == pytest.approx(found[2][0], abs=1e-3)
-    assert written["general_loss_before"] != pytest.approx(written["general_loss"][-1], abs=0.1)
+    assert written["general_loss_before"] == pytest.approx(before, abs=1e-3)
     assert told.result["adapter_sha256"] == rundir.sha256_of(told.folder / "lora" / "adapter_model.safetensors")
     assert told.result["forgetting"] == written["measures"][-1]["forgetting"]
     assert len((told.folder / "forgetting.csv").read_text().splitlines()) == 1 + 1 + 2 + 3
@@ -271,15 +281,24 @@ def test_a_run_that_fails_changes_nothing_and_is_told(
     from backprop.core import slao
     from backprop.verbs import multi_run as verb
 
-    real = verb.train_one
+    real, result, begun = verb.train_one, verb._Fold.result, []
+
+    def killed(fold: Any) -> Any:
+        monkeypatch.setattr(verb._Fold, "result", result)
+        raise SystemExit(9)
 
     def failing(config: Any, prepared: Any, **options: Any) -> Any:
+        begun.append(options["run"])
         if options["run"] == 2:
             raise TrainingError("the loss is not finite")
         return real(config, prepared, **options)
 
     monkeypatch.setattr(verb, "train_one", failing)
+    monkeypatch.setattr(verb._Fold, "result", killed)
+    with pytest.raises(SystemExit):
+        runs("a", "b", "c")
     told = runs("a", "b", "c")
+    assert begun == [1, 2, 3], "a run that failed is not tried again"
     assert told.error is None
     assert "run 2 failed and changes nothing: the loss is not finite" in told.warned
     assert told.result["failed_runs"] == [{"run": 2, "why": "the loss is not finite"}]
@@ -290,10 +309,8 @@ def test_a_run_that_fails_changes_nothing_and_is_told(
         state = slao.step(state, one, mode="slao", init="function-preserving")
     assert state is not None
     assert slao.fingerprint(adapter(told.folder)) == slao.fingerprint(state.merged)
-    assert told.all(events.Forgetting)[-1].parts == ("1 a.jsonl", "3 c.jsonl")
-    again = runs("a", "b", "c")  # done is done: also the run that failed
-    assert again.error is None
-    assert again.result == told.result
+    assert json.loads((told.folder / "forgetting.json").read_text())["parts"] == ["1 a.jsonl", "3 c.jsonl"]
+    assert "Learnt and forgotten" in (told.folder / "report.html").read_text()
 
 
 @pytest.mark.slow
