@@ -10,6 +10,7 @@ from typing import IO, Any, Literal, Self
 from backprop.events import (
     Checked,
     Checkpointed,
+    Continued,
     DataRead,
     Eval,
     Event,
@@ -17,6 +18,7 @@ from backprop.events import (
     Exported,
     Failed,
     Gated,
+    Paused,
     Phase,
     PlanMade,
     Proved,
@@ -168,6 +170,10 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"asked: {_line(event.prompt)}\n  before: {_line(event.before)}\n  after:  {_line(event.after)}"
         case Warned():
             return f"warning: {event.message}"
+        case Paused():
+            return f"pausing: {event.reason}"
+        case Continued():
+            return f"going on after {event.seconds:.0f} s: {event.temperature_c} °C"
         case Examples():
             return event.text
         case Phase():

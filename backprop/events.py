@@ -195,6 +195,34 @@ class Warned:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Paused:
+    """Training waits between two steps for a GPU to cool."""
+
+    reason: str
+    temperature_c: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Continued:
+    """Training goes on after `seconds` of waiting."""
+
+    seconds: float
+    temperature_c: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spent:
+    """What a run has spent since its last event of this kind: the sum of all is that of the whole run."""
+
+    seconds: float
+    energy_wh: float | None = None
+    """Of its GPUs, from their own counters; None if there are none that tell."""
+    hottest_c: int | None = None
+    paused_seconds: float = 0.0
+    """Of `seconds`, those in which it waited for a GPU to cool."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
     """A phase began that may take a while."""
 
@@ -288,6 +316,9 @@ Event = (
     | RolledBack
     | Repeated
     | Warned
+    | Paused
+    | Continued
+    | Spent
     | Phase
     | Tried
     | Exported
@@ -313,6 +344,9 @@ KINDS: dict[type, str] = {
     RolledBack: "rolled_back",
     Repeated: "repeated",
     Warned: "warning",
+    Paused: "paused",
+    Continued: "continued",
+    Spent: "spent",
     Phase: "phase",
     Tried: "tried",
     Exported: "exported",

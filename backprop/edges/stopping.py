@@ -42,6 +42,7 @@ if hasattr(signal, "SIGALRM"):  # not on Windows
 @dataclass
 class _State:
     armed: bool = False
+    ends_process: bool = False
     asked: type[KeyboardInterrupt] | None = None
     rescue: Callable[[], None] | None = None
     last_words: list[LastWords] = field(default_factory=list[LastWords])
@@ -73,7 +74,7 @@ def armed(*, end_process: bool = True) -> Generator[None]:
     if _state.armed or not _is_main():
         yield
         return
-    _state, _here.ending = _State(armed=True), False
+    _state, _here.ending = _State(armed=True, ends_process=end_process), False
     heard = [number for number in KINDS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _hear) for number in heard}
     reader, writer = os.pipe()
@@ -252,7 +253,19 @@ def _end(state: _State, number: int, *, save: bool) -> None:
         with contextlib.suppress(Exception):
             if state.rescue is not None:
                 state.rescue()
-    error = _error_of(KINDS[number])
+    _end_with(state, _error_of(KINDS[number]))
+
+
+def end_process(error: BackpropError) -> None:
+    """End the process with ``error``, from another thread, since the program will not come to an end by itself.
+
+    Not in a notebook, which has more to do.
+    """
+    if _state.ends_process:
+        _end_with(_state, error)
+
+
+def _end_with(state: _State, error: BackpropError) -> None:
     for say in reversed(state.last_words):
         with contextlib.suppress(Exception):
             say(error)

@@ -22,7 +22,7 @@ from backprop.config import TrainConfig
 from backprop.core.data.render import Example
 from backprop.core.plan import Plan, sides_of
 from backprop.core.schedule import schedule_of
-from backprop.edges import stopping
+from backprop.edges import cards, stopping
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
 from backprop.engine.layers import layers_of
@@ -169,6 +169,7 @@ class Watch(TrainerCallback):
         stopping.release()
         control.should_training_stop = self.evaluate_if_due()
         self._saver.save_if_due(evaluated=self._validation.evaluated(self.progress.step))
+        cards.rest(self._saver.save)
 
     def _count(self, loss: float) -> None:
         done = self.progress
