@@ -241,6 +241,7 @@ def test_an_interrupt_is_heard_while_it_waits(watched: Callable[..., Any], monke
     def over() -> None:
         raise stopping.OutOfTime
 
+    monkeypatch.setattr(cards, "PAUSE_MOST_S", 1)
     with watched(Card(going(70, 90))) as run:
         time.sleep(0.1)
         monkeypatch.setattr(stopping, "check", over)
