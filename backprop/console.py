@@ -185,8 +185,7 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Registered():
             return f"{'replaced' if event.replaced else 'registered'} {event.name} at {event.server}{_asked(event)}"
         case Checked():
-            needed = "" if event.ok else f"  (needed: {event.needed})\n      mend: {event.mend}"
-            return f"{'ok  ' if event.ok else 'FAIL'}  {event.name}: {event.found}{needed}"
+            return _checked(event)
         case RunFinished() if event.result.get("dry_run"):
             return "dry run: nothing was trained or written"
         case RunFinished():
@@ -206,6 +205,14 @@ def _evaluated(event: Eval) -> str:
         f"held-out loss {event.loss:.3f}, {event.accuracy:.0%} preferred rightly, by {event.margin:.3f} nats on average, "
         f"after step {event.step}"
     )
+
+
+def _checked(event: Checked) -> str:
+    line = f"{'note' if event.ok and event.needed else 'ok  ' if event.ok else 'FAIL'}  {event.name}: {event.found}"
+    needed = (
+        f"  ({'better' if event.ok else 'needed'}: {event.needed})\n      mend: {event.mend}" if event.needed else ""
+    )
+    return line + needed
 
 
 def _tried(event: Tried) -> str:

@@ -10,13 +10,13 @@ from backprop.core.hardware import Gpu, Hardware
 from backprop.edges import nvml
 
 
-def probe() -> Hardware:
+def probe(*, without_gpus: bool = False) -> Hardware:
     """Look at this machine.
 
     Raises:
         HardwareError: If there is an NVIDIA driver that answers with an error.
     """
-    gpus, driver = _gpus()
+    gpus, driver = ((), "") if without_gpus else _gpus()
     return Hardware(
         gpus=gpus,
         driver=driver,

@@ -33,14 +33,17 @@ class ModelSource:
         return preset.hub_id if preset else self.name
 
 
-def find_model(name: str, *, offline: bool) -> ModelSource:
+def find_model(name: str, *, offline: bool, weights: bool = True) -> ModelSource:
     """Resolve a preset, hub id or folder, and look at it as far as that needs no network.
+
+    Args:
+        weights: Whether they are needed; if not, none are downloaded.
 
     Raises:
         ModelError: If it cannot be, may not be read, or a local folder has no safe weights.
     """
     try:
-        return _found(name, offline=offline)
+        return _found(name, offline=offline, weights=weights)
     except PermissionError as error:
         raise ModelError(
             f"`{error.filename}` may not be read by this user ({os.getuid()})",
@@ -48,7 +51,7 @@ def find_model(name: str, *, offline: bool) -> ModelSource:
         ) from error
 
 
-def _found(name: str, *, offline: bool) -> ModelSource:
+def _found(name: str, *, offline: bool, weights: bool) -> ModelSource:
     if name == DEMO.name:
         gguf = demo_model.packaged_gguf()
         if gguf is not None:
@@ -59,7 +62,7 @@ def _found(name: str, *, offline: bool) -> ModelSource:
         return _source(name, folder.resolve())
     preset = PRESETS.get(name)
     hub_id = preset.hub_id if preset else name
-    return _source(name, Path(fetch_model(hub_id, offline=offline)))
+    return _source(name, Path(fetch_model(hub_id, offline=offline, weights=weights)))
 
 
 def _source(name: str, folder: Path) -> ModelSource:
@@ -92,11 +95,11 @@ def check_name(name: str) -> None:
         raise ModelError(f"no such model: `{name}`", hint=_nearest(name))
 
 
-WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
 
 
-def fetch_model(hub_id: str, *, offline: bool) -> str:
-    """Bring a model's safetensors, configuration and tokenizer into the hub's own cache; return the folder.
+def fetch_model(hub_id: str, *, offline: bool, weights: bool = True) -> str:
+    """Bring a model's safetensors (unless they are not needed), configuration and tokenizer into the hub's own cache; return the folder.
 
     Raises:
         ModelError: If the hub does not have it, does not give it, or cannot be reached.
@@ -107,7 +110,7 @@ def fetch_model(hub_id: str, *, offline: bool) -> str:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        path = snapshot_download(hub_id, allow_patterns=list(WEIGHTS), local_files_only=offline)
+        path = snapshot_download(hub_id, allow_patterns=list(FILES[0 if weights else 1 :]), local_files_only=offline)
     except GatedRepoError as error:
         raise ModelError(
             f"`{hub_id}` is gated: its licence must be accepted",
@@ -124,7 +127,8 @@ def fetch_model(hub_id: str, *, offline: bool) -> str:
             f"`{hub_id}` is not here, and the hub cannot be reached",
             hint=f"go online once, give a local folder, or use `--model {DEMO.name}` after `pip install 'backprop[demo]'`",
         ) from error
-    _check_folder(Path(path))
+    if weights:
+        _check_folder(Path(path))
     return path
 
 

@@ -1,12 +1,13 @@
 """The NVIDIA driver's own account of its GPUs, through NVML. Asks only; what a card does not support is left out."""
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from backprop.core.checkup import CardState
 from backprop.core.hardware import Gpu
 from backprop.core.heat import Reading
 from backprop.errors import HardwareError
@@ -61,17 +62,34 @@ def _told(what: str, error: Exception) -> HardwareError:
 
 
 def visible_handles() -> list[Any]:
-    """Give the GPUs that CUDA_VISIBLE_DEVICES names, by index or UUID; all of them where it is not set."""
+    """Give the GPUs that CUDA_VISIBLE_DEVICES names, by index, UUID or the beginning of one; all where it is not set.
+
+    Raises:
+        HardwareError: If it names one that is not here.
+    """
     import pynvml
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    names = [name.strip() for name in visible.split(",")]
-    return [
-        pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
-        for name in names
-    ]
+    every = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    return every if visible is None else [_named(name.strip(), every) for name in visible.split(",")]
+
+
+def _named(name: str, every: Sequence[Any]) -> Any:
+    import pynvml
+
+    if name.isdecimal() and int(name) < len(every):
+        return every[int(name)]
+    if name.startswith("GPU-"):
+        found = [handle for handle in every if str(pynvml.nvmlDeviceGetUUID(handle)).startswith(name)]
+    else:
+        found = [handle for handle in [asked(lambda: pynvml.nvmlDeviceGetHandleByUUID(name))] if handle is not None]
+    if len(found) != 1:
+        known = ", ".join(f"{number} ({pynvml.nvmlDeviceGetUUID(one)})" for number, one in enumerate(every))
+        raise HardwareError(
+            f"CUDA_VISIBLE_DEVICES names a GPU that is not here: `{name}`",
+            hint=f"unset it, or name one of: {known}" if known else "unset it",
+        )
+    return found[0]
 
 
 def gpu_of(handle: Any) -> Gpu:
@@ -250,3 +268,53 @@ def _field_value(handle: Any, field: int) -> Any:
 
     found = asked(lambda: pynvml.nvmlDeviceGetFieldValues(handle, [field]))
     return found[0].value if found is not None and found[0].nvmlReturn == pynvml.NVML_SUCCESS else None
+
+
+def state_of(handle: Any, *, whole: bool = True) -> CardState:
+    """Ask a card all that doctor looks at.
+
+    Args:
+        whole: Whether the whole card is to compute, and not an instance of it.
+
+    Raises:
+        GpuLostError: If the driver has lost it.
+    """
+    import pynvml
+
+    now = read(handle)
+    limit = asked(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle))
+    remapped = asked(lambda: pynvml.nvmlDeviceGetRemappedRows(handle)) or (0, 0, 0, 0)
+    mig = asked(lambda: pynvml.nvmlDeviceGetMigMode(handle)) or (0, 0)
+    persistence = asked(lambda: pynvml.nvmlDeviceGetPersistenceMode(handle))
+    lanes = asked(lambda: pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle))
+    most = asked(lambda: pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle))
+    uncorrected = asked(
+        lambda: pynvml.nvmlDeviceGetTotalEccErrors(
+            handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+        )
+    )
+    return CardState(
+        temperature_c=now.temperature_c,
+        slowdown_c=slowdown_c(handle),
+        power_w=now.power_w,
+        power_limit_w=None if limit is None else limit / 1000,
+        clock_mhz=asked(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+        max_clock_mhz=asked(lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+        slowed_by=now.slowed_by,
+        others=tuple((_program(pid), held) for pid, held in others(handle)),
+        uncorrected=uncorrected,
+        remap_pending=bool(remapped[2]),
+        remap_failed=bool(remapped[3]),
+        mig=whole and bool(mig[0]),
+        persistence=None if persistence is None else bool(persistence),
+        prohibited=asked(lambda: pynvml.nvmlDeviceGetComputeMode(handle)) == pynvml.NVML_COMPUTEMODE_PROHIBITED,
+        link=(lanes, most) if lanes and most else None,
+    )
+
+
+def _program(pid: int) -> str:
+    """Name another user's program, by what the system shows of it."""
+    try:
+        return f"{Path(f'/proc/{pid}/comm').read_text().strip()} ({pid})"
+    except OSError:
+        return f"process {pid}"

@@ -100,9 +100,10 @@ def prepare(
     held_out: Sequence[Conversation],
     *,
     gate_rows: Sequence[Conversation] = (),
+    weights: bool = True,
     say: Sink,
 ) -> Prepared:
-    """Choose the model, render the data with its template, and make the plan."""
+    """Choose the model, render the data with its template, and make the plan; ``weights`` is whether they are to be here."""
     for warning in judged.warnings:
         say(Warned(message=warning))
     say(Phase(name="looking at the data"))
@@ -112,7 +113,7 @@ def prepare(
     hardware = device.use_one_gpu(device.probe())
     chosen = choose_model(config.model, replace(hardware, gpus=hardware.gpus[:1]))
     say(Phase(name=f"finding the model {chosen.value}"))
-    source = hub.find_model(chosen.value, offline=config.offline)
+    source = hub.find_model(chosen.value, offline=config.offline, weights=weights)
     rows = len(judged.conversations) + len(held_out)
     spill.check_room(spill_bytes(config, rows=rows, characters=judged.characters))
     say(Phase(name="rendering the data"))

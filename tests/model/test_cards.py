@@ -98,7 +98,7 @@ def test_a_run_that_waited_for_its_card_ends_with_the_same_adapter(
     ("now", "saved", "why"),
     [
         (Now(core=95), 5, "its limit is 93"),
-        (Now(lost=True), 4, "the driver has lost a card"),
+        pytest.param(Now(lost=True), 4, "the driver has lost a card", marks=pytest.mark.slow),
     ],
     ids=["too hot", "lost"],
 )
