@@ -15,7 +15,18 @@ from backprop.config import DoctorConfig
 from backprop.core import checkup
 from backprop.core.checkup import LEAST_DISK_BYTES, LEAST_TEMPORARY_BYTES, CardState, Finding
 from backprop.core.hardware import Gpu, Hardware
-from backprop.edges import demo_model, device, llama_cpp, nvml, ollama, ollama_http, places, process, surroundings
+from backprop.edges import (
+    demo_model,
+    device,
+    llama_cpp,
+    network,
+    nvml,
+    ollama,
+    ollama_http,
+    places,
+    process,
+    surroundings,
+)
 from backprop.engine import trials
 from backprop.errors import (
     BackpropError,
@@ -48,6 +59,11 @@ def doctor(config: DoctorConfig, *, say: Sink) -> list[Finding]:
     Raises:
         BackpropError: The error of the first finding that is wrong.
     """
+    with network.limited(offline=False):
+        return _doctor(config, say)
+
+
+def _doctor(config: DoctorConfig, say: Sink) -> list[Finding]:
     started = time.monotonic()
     findings: list[Finding] = []
     for finding in _findings(config):

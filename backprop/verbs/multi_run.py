@@ -16,7 +16,7 @@ from backprop.core.data.formats import Conversation
 from backprop.core.data.judge import Judged
 from backprop.core.data.sequences import pick
 from backprop.core.data.split import hold_out
-from backprop.edges import rundir, stopping
+from backprop.edges import network, rundir, stopping
 from backprop.errors import DataError, UsageError
 from backprop.events import JSON, Eval, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
@@ -58,7 +58,7 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
     Returns:
         The run directory; the merged adapter is in its `lora/`, each run's own in `runs/NNN/lora/`.
     """
-    with stopping.time_limit(config.max_minutes):
+    with network.limited(offline=config.offline), stopping.time_limit(config.max_minutes):
         return _multi_run(config, options, say)
 
 
