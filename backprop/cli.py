@@ -354,7 +354,7 @@ def _yaml_of(tokens: Sequence[str]) -> list[Any]:
         options = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check the path of `--config`") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(
             f"`{path}` is not YAML: {' '.join(str(error).split())}", hint="write `option: value`"
         ) from error

@@ -116,7 +116,7 @@ def _damage(folder: Path) -> str:
         return "" if STATE in files else f"it has no {STATE}"
     except OSError as error:
         return f"{error.strerror}: `{Path(str(error.filename)).name}`"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"`{MANIFEST}` cannot be read"
 
 

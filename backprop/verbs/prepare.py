@@ -113,7 +113,7 @@ def prepare(
     hardware = device.use_one_gpu(device.probe())
     chosen = choose_model(config.model, replace(hardware, gpus=hardware.gpus[:1]))
     say(Phase(name=f"finding the model {chosen.value}"))
-    source = hub.find_model(chosen.value, offline=config.offline, weights=weights)
+    source = hub.find_model(chosen.value, offline=config.offline, weights=weights, code=config.trust_remote_code)
     rows = len(judged.conversations) + len(held_out)
     spill.check_room(spill_bytes(config, rows=rows, characters=judged.characters))
     say(Phase(name="rendering the data"))

@@ -9,7 +9,7 @@ from typing import Any
 from backprop.config import ExportConfig
 from backprop.core.data.formats import Message
 from backprop.core.probes import by_itself
-from backprop.edges import hub, rundir
+from backprop.edges import hub, model_files, rundir
 from backprop.errors import ExportError, UsageError
 
 DEFAULT_QUESTION = "Hello! Who are you?"
@@ -64,7 +64,8 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
             else "run its command again, to the end",
         )
     base = _base_of_run(manifest) if "model" in manifest else _base_of(folder)
-    model = hub.find_model(base, offline=config.offline)
+    model_files.check_adapter(folder)
+    model = hub.find_model(base, offline=config.offline, code=config.trust_remote_code)
     known = (manifest.get("model") or {}).get("sha256")
     if known not in (None, model.sha256):
         raise ExportError(
