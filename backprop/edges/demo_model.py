@@ -225,7 +225,10 @@ def check_header(gguf: Path) -> None:
 
 def read_fields(reader: "GGUFReader", gguf: Path) -> Fields:
     """Read the metadata and refuse a model whose weights or words would be misread."""
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    try:
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"`{gguf}` is damaged: {error}", hint=f"use the file from the package `{PACKAGE}`") from error
     kind = tuple(fields.get(key) for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"))
     if kind != ("llama", "gpt2", "smollm"):
         raise ModelError(

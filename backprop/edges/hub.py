@@ -63,7 +63,7 @@ def _found(name: str, *, offline: bool, weights: bool, code: bool) -> ModelSourc
             return _source(name, demo_model.unpack(gguf, cache_dir() / "models" / name))
     check_name(name)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # `Path.is_dir` raises where a name is too long to be one
         return _source(name, folder.resolve())
     preset = PRESETS.get(name)
     hub_id, _, revision = (preset.hub_id if preset else name).partition("@")
@@ -100,8 +100,11 @@ def check_name(name: str) -> None:
     Raises:
         ModelError: If it is no preset, no folder with safe weights, and no hub id.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"no such model: `{name}`: {error}", hint=_nearest(name)) from error
+    if os.path.isdir(folder):
         _check_folder(folder)
     elif name not in PRESETS and not _is_hub_id(name):
         raise ModelError(f"no such model: `{name}`", hint=_nearest(name))
