@@ -153,7 +153,9 @@ def move_into_place(temporary: Path, folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY") and path.is_dir():  # Windows opens no folders, and syncs what may be written only
+        return
+    descriptor = os.open(path, os.O_RDONLY if hasattr(os, "O_DIRECTORY") else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

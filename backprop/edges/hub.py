@@ -50,8 +50,9 @@ def find_model(name: str, *, offline: bool, weights: bool = True, code: bool = F
             model_files.check_code(Path(found.path))
         return found
     except PermissionError as error:
+        user = f" ({os.getuid()})" if hasattr(os, "getuid") else ""
         raise ModelError(
-            f"`{error.filename}` may not be read by this user ({os.getuid()})",
+            f"`{error.filename}` may not be read by this user{user}",
             hint=f"let all read the model: `chmod -R a+rX {Path(str(error.filename)).parent}`",
         ) from error
 

@@ -167,11 +167,11 @@ def locked(directory: Path) -> Generator[None]:
     Raises:
         UsageError: If another process holds it.
     """
-    if os.name == "nt":
+    try:
+        import fcntl
+    except ImportError:
         yield
         return
-    import fcntl
-
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -338,7 +338,9 @@ def _sync_tree(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY") and path.is_dir():  # Windows opens no folders, and syncs what may be written only
+        return
+    descriptor = os.open(path, os.O_RDONLY if hasattr(os, "O_DIRECTORY") else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -4,7 +4,7 @@ The one module that imports torch and trl at its top, since it has classes of th
 """
 
 import math
-import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -372,4 +372,10 @@ def memory_bytes() -> int:
     """Give the peak of memory: the GPU's if one is in use, else this process's."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info()._asdict().get("peak_wset", 0))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -28,11 +28,13 @@ class Watched:
     def save(self) -> None:
         self.saved += 1
 
-    def steps(self) -> None:
-        """Train on, one step each hundredth of a second, until the cards have come to their last reading."""
-        deadline = time.monotonic() + 5
-        while any(card.position <= len(card.readings) + 1 for card in self.double.cards):
-            assert time.monotonic() < deadline, "the cards are not read"
+    def steps(self, *, until: type | None = None) -> None:
+        """Train on, one step each hundredth of a second, until the cards have come to their last reading, or an event."""
+        deadline = time.monotonic() + 10
+        while not (
+            self.all(until) if until else all(one.position > len(one.readings) + 1 for one in self.double.cards)
+        ):
+            assert time.monotonic() < deadline, "it did not come to that"
             time.sleep(0.01)
             cards.rest(self.save)
         cards.rest(self.save)
@@ -45,6 +47,22 @@ class Watched:
         return "\n".join(event.message for event in self.all(Warned))
 
 
+class Warming:
+    """A card that is at first cool, then too warm until that is seen, and then cools."""
+
+    def __init__(self, *cooling: int, cool: Now | None = None, hot: Now | None = None) -> None:
+        self.said: list[Any] = []
+        self._cool, self._hot, self._cooling = cool or Now(core=70), hot or Now(core=91), list(cooling)
+        self._warm_at = time.monotonic() + 0.1
+
+    def __call__(self) -> Now:
+        if time.monotonic() < self._warm_at:
+            return self._cool
+        if not any(isinstance(event, Paused) for event in self.said):
+            return self._hot
+        return replace(self._cool, core=self._cooling.pop(0) if len(self._cooling) > 1 else self._cooling[0])
+
+
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(cards, "EVERY_S", 0.01)
@@ -52,7 +70,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     @contextmanager
     def watched(*doubles: Card, asked_c: int | None = None) -> Iterator[Watched]:
         double = install(monkeypatch, *doubles)
-        said: list[Any] = []
+        sensor = doubles[0].sensor
+        said: list[Any] = sensor.said if isinstance(sensor, Warming) else []
         with cards.watching(said.append, asked_c=asked_c, started=time.monotonic()) as all_cards:
             cards.look_after([card.gpu for card in doubles])
             yield Watched(all_cards, said, double)
@@ -76,8 +95,8 @@ def test_a_warm_card_is_told_of_once_and_trains_on(watched: Callable[..., Any]) 
 
 
 def test_above_the_pause_limit_training_waits_until_it_has_cooled(watched: Callable[..., Any]) -> None:
-    with watched(Card(going(70, 88, 91, 90, 87, 85, 83, 82, 79, 75))) as run:
-        run.steps()
+    with watched(Card(sensor=Warming(90, 87, 85, 83, 82, 79, 75))) as run:
+        run.steps(until=Continued)
     (paused,), (continued,) = run.all(Paused), run.all(Continued)
     assert paused.reason.startswith("a card is at ")
     assert continued.temperature_c < 83, "it must cool by five degrees, or it pauses again at once"
@@ -86,9 +105,9 @@ def test_above_the_pause_limit_training_waits_until_it_has_cooled(watched: Calla
 
 
 def test_memory_at_its_limit_is_let_cool_too(watched: Callable[..., Any]) -> None:
-    readings = [Now(core=60, memory=one) for one in (80, 96, 105, 104, 101, 99)]
-    with watched(Card(readings, memory_most=105)) as run:
-        run.steps()
+    warming = Warming(60, cool=Now(core=60, memory=80), hot=Now(core=60, memory=105))
+    with watched(Card(sensor=warming, memory_most=105)) as run:
+        run.steps(until=Continued)
     assert run.all(Paused)
     assert run.all(Continued)
     assert "its memory at 105 °C" in run.all(Paused)[0].reason
@@ -117,10 +136,10 @@ def test_a_card_that_does_not_cool_ends_the_run(watched: Callable[..., Any], mon
 
 
 def test_the_limit_that_was_asked_for_comes_first(watched: Callable[..., Any]) -> None:
-    with watched(Card(going(50, 66, 71, 69, 66, 64)), asked_c=70) as run:
-        run.steps()
+    with watched(Card(sensor=Warming(69, 66, 64, cool=Now(core=50), hot=Now(core=71))), asked_c=70) as run:
+        run.steps(until=Continued)
     assert "from 70 °C on" in run.warned
-    assert len(run.all(Continued)) == 1
+    assert run.all(Continued)[0].temperature_c < 65
 
 
 def test_a_limit_above_the_cards_own_is_refused(watched: Callable[..., Any]) -> None:
@@ -130,10 +149,11 @@ def test_a_limit_above_the_cards_own_is_refused(watched: Callable[..., Any]) -> 
 
 def test_a_newer_card_tells_its_limit_as_a_distance(watched: Callable[..., Any]) -> None:
     # As an H100 does: 30 °C is 57 degrees from its reference, and it slows down 2 above that.
-    with watched(Card(going(30, 30, 83, 86, 82, 70), margin=57)) as run:
-        run.steps()
-    assert run.all(Paused)
-    assert limits_of(nvml.slowdown_c(replace(run.double.cards[0], position=0)), asked_c=None).stop_c == 89
+    with watched(Card(sensor=Warming(70, cool=Now(core=30), hot=Now(core=85)), margin=57)) as run:
+        run.steps(until=Continued)
+    limits = limits_of(nvml.slowdown_c(Card(going(30), margin=57)), asked_c=None)
+    assert limits is not None
+    assert limits.stop_c == 89
 
 
 def test_a_card_that_tells_no_temperature_is_trained_on(watched: Callable[..., Any]) -> None:
