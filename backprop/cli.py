@@ -21,7 +21,8 @@ from backprop.config import ONLY_OF_TRAIN, DoctorConfig, ExportConfig, MultiRunC
 from backprop.console import Console, without_escapes
 from backprop.edges import stopping
 from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
-from backprop.events import Event, Failed, Sink, schema, tee
+from backprop.events import Event, Failed, Sink, tee
+from backprop.schema import schema
 
 OUTPUT = Group.create_ordered("Output")
 
@@ -354,7 +355,7 @@ def _yaml_of(tokens: Sequence[str]) -> list[Any]:
         options = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check the path of `--config`") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(
             f"`{path}` is not YAML: {' '.join(str(error).split())}", hint="write `option: value`"
         ) from error

@@ -177,6 +177,10 @@ class TrainConfig:
     """Checkpoints that stay."""
     max_minutes: Annotated[float | None, Bounds(above=0, most=525_600), Parameter(group=RUN)] = None
     """Stop in time, saved; run the same again to go on."""
+    gpu_max_temp: Annotated[int | None, Bounds(least=30, most=120), Parameter(group=RUN)] = None
+    """Pause at so many °C. Default: 5 below the GPU's own limit."""
+    price_per_hour: Annotated[float | None, Bounds(least=0, most=1_000_000), Parameter(group=RUN)] = None
+    """What the machine costs; the run's cost is reported."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Leave out what takes time; the manifest says so."""
     from_run: Annotated[Path | None, Parameter(group=RUN)] = None

@@ -10,6 +10,7 @@ from typing import IO, Any, Literal, Self
 from backprop.events import (
     Checked,
     Checkpointed,
+    Continued,
     DataRead,
     Eval,
     Event,
@@ -18,6 +19,7 @@ from backprop.events import (
     Failed,
     Forgetting,
     Gated,
+    Paused,
     Phase,
     PlanMade,
     Proved,
@@ -138,12 +140,7 @@ def told(event: Event, *, verbose: bool = False) -> str:
     """Give ``event`` as text; empty if it is not worth a line."""
     match event:
         case PlanMade():
-            width = max(len(name) for name in event.choices)
-            rows = [
-                f"  {name.replace('_', ' '):<{width}}  {_short(value):<14}  {event.reasons[name]}"
-                for name, value in event.choices.items()
-            ]
-            return "\n".join(["plan", *rows])
+            return _planned(event)
         case DataRead():
             told_data = {**event.ledger, "lengths": event.ledger.get("lengths", ()) if verbose else ()}
             sizes = {"tokens": event.tokens, "trained_tokens": event.trained_tokens, "longest": event.longest}
@@ -172,6 +169,10 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"asked: {_line(event.prompt)}\n  before: {_line(event.before)}\n  after:  {_line(event.after)}"
         case Warned():
             return f"warning: {event.message}"
+        case Paused():
+            return f"pausing: {event.reason}"
+        case Continued():
+            return f"going on after {event.seconds:.0f} s: {event.temperature_c} °C"
         case Examples():
             return event.text
         case Phase():
@@ -183,8 +184,7 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Registered():
             return f"{'replaced' if event.replaced else 'registered'} {event.name} at {event.server}{_asked(event)}"
         case Checked():
-            needed = "" if event.ok else f"  (needed: {event.needed})\n      mend: {event.mend}"
-            return f"{'ok  ' if event.ok else 'FAIL'}  {event.name}: {event.found}{needed}"
+            return _checked(event)
         case RunFinished() if event.result.get("dry_run"):
             return "dry run: nothing was trained or written"
         case RunFinished():
@@ -193,6 +193,15 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"backprop {event.version} {event.command}" if verbose else ""
         case _:
             return ""
+
+
+def _planned(event: PlanMade) -> str:
+    width = max(len(name) for name in event.choices)
+    rows = [
+        f"  {name.replace('_', ' '):<{width}}  {_short(value):<14}  {event.reasons[name]}"
+        for name, value in event.choices.items()
+    ]
+    return "\n".join(["plan", *rows])
 
 
 def _remembered(event: Forgetting) -> str:
@@ -216,6 +225,14 @@ def _evaluated(event: Eval) -> str:
         f"held-out loss {event.loss:.3f}, {event.accuracy:.0%} preferred rightly, by {event.margin:.3f} nats on average, "
         f"after step {event.step}"
     )
+
+
+def _checked(event: Checked) -> str:
+    line = f"{'note' if event.ok and event.needed else 'ok  ' if event.ok else 'FAIL'}  {event.name}: {event.found}"
+    needed = (
+        f"  ({'better' if event.ok else 'needed'}: {event.needed})\n      mend: {event.mend}" if event.needed else ""
+    )
+    return line + needed
 
 
 def _tried(event: Tried) -> str:

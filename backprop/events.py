@@ -1,12 +1,10 @@
 """Events: what a run says, as data. A sink decides how it looks.
 
-Kinds and keys are only ever added; `schema()` is the contract with those who read them.
+Kinds and keys are only ever added; `schema` is the contract with those who read them.
 """
 
 import dataclasses
 import math
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -220,6 +218,34 @@ class Warned:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Paused:
+    """Training waits between two steps for a GPU to cool."""
+
+    reason: str
+    temperature_c: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Continued:
+    """Training goes on after `seconds` of waiting."""
+
+    seconds: float
+    temperature_c: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spent:
+    """What a run has spent since its last event of this kind: the sum of all is that of the whole run."""
+
+    seconds: float
+    energy_wh: float | None = None
+    """Of its GPUs, from their own counters; None if there are none that tell."""
+    hottest_c: int | None = None
+    paused_seconds: float = 0.0
+    """Of `seconds`, those in which it waited for a GPU to cool."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
     """A phase began that may take a while."""
 
@@ -314,6 +340,9 @@ Event = (
     | RolledBack
     | Repeated
     | Warned
+    | Paused
+    | Continued
+    | Spent
     | Phase
     | Tried
     | Exported
@@ -340,6 +369,9 @@ KINDS: dict[type, str] = {
     RolledBack: "rolled_back",
     Repeated: "repeated",
     Warned: "warning",
+    Paused: "paused",
+    Continued: "continued",
+    Spent: "spent",
     Phase: "phase",
     Tried: "tried",
     Exported: "exported",
@@ -378,48 +410,3 @@ def tee(*sinks: Sink) -> Sink:
             sink(event)
 
     return say
-
-
-def schema() -> dict[str, JSON]:
-    """Give the JSON Schema (2020-12) of one line of `--json` or `events.jsonl`."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "backprop event",
-        "oneOf": [_schema_of(cls, kind) for cls, kind in KINDS.items()],
-    }
-
-
-def _schema_of(cls: type, kind: str) -> dict[str, JSON]:
-    hints = typing.get_type_hints(cls)
-    properties: dict[str, JSON] = {
-        "v": {"const": EVENT_VERSION},
-        "t": {"type": "string", "format": "date-time"},
-        "event": {"const": kind},
-    }
-    for name, hint in hints.items():
-        properties[name] = _schema_of_type(hint)
-    return {
-        "title": kind,
-        "description": (cls.__doc__ or "").strip(),
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-    }
-
-
-_PRIMITIVES: dict[object, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
-
-
-def _schema_of_type(hint: object) -> dict[str, JSON]:
-    if hint in _PRIMITIVES:
-        return {"type": _PRIMITIVES[hint]}
-    if isinstance(hint, types.UnionType):
-        return {"type": ["null" if one is type(None) else _PRIMITIVES[one] for one in typing.get_args(hint)]}
-    if typing.get_origin(hint) is Sequence:
-        return {"type": "array"}
-    if typing.get_origin(hint) is Mapping:
-        value = typing.get_args(hint)[1]
-        if isinstance(value, types.UnionType) or value not in _PRIMITIVES:
-            return {"type": "object"}
-        return {"type": "object", "additionalProperties": _schema_of_type(value)}
-    raise TypeError(f"no JSON Schema for {hint}")

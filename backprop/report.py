@@ -55,6 +55,7 @@ def page(manifest: Mapping[str, object], events: Sequence[Event]) -> str:
     parts += ["<h2>Plan</h2>", _plan_table(manifest)]
     parts += _data(manifest, [event for event in events if isinstance(event, DataRead)])
     parts += ["<h2>Result</h2>", _table(_mapping(manifest.get("result")).items())]
+    parts += _spent(_mapping(manifest.get("spent")))
     parts += ["<h2>Versions</h2>", _table(_mapping(manifest.get("versions")).items())]
     body = "\n".join(parts)
     return (
@@ -282,6 +283,20 @@ def _data_rows(data: DataRead) -> list[tuple[str, object]]:
         ("examples dropped", data.examples_dropped),
         ("longest example", data.longest),
     ]
+
+
+SPENT_NAMES = {
+    "seconds": "time, s",
+    "paused_seconds": "of it, waiting for a GPU to cool, s",
+    "energy_wh": "energy of the GPUs, Wh",
+    "hottest_c": "hottest, °C",
+    "cost": "cost, by `--price-per-hour`",
+}
+
+
+def _spent(spent: Mapping[str, object]) -> list[str]:
+    rows = [(name, spent[key]) for key, name in SPENT_NAMES.items() if spent.get(key) is not None]
+    return ["<h2>Spent</h2>", _table(rows)] if rows else []
 
 
 def _table(rows: Iterable[tuple[object, object]]) -> str:

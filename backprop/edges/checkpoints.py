@@ -1,6 +1,7 @@
 """Checkpoints of a run: complete or absent, and never believed unread."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -98,7 +99,8 @@ def read(folder: Path) -> Checkpoint:
     Raises:
         UsageError: If it is none, or damaged.
     """
-    if not (folder / STATE).exists() and not (folder / MANIFEST).exists():
+    # Not `Path.exists`, which raises where a name is too long to be one.
+    if not any(os.path.exists(folder / name) for name in (STATE, MANIFEST)):
         raise UsageError(f"`{folder}` is no checkpoint", hint="give `auto`, `never`, or a folder like step-000120")
     damage = _damage(folder)
     if damage:
@@ -116,7 +118,7 @@ def _damage(folder: Path) -> str:
         return "" if STATE in files else f"it has no {STATE}"
     except OSError as error:
         return f"{error.strerror}: `{Path(str(error.filename)).name}`"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"`{MANIFEST}` cannot be read"
 
 

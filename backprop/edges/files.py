@@ -6,15 +6,16 @@ Nothing heavy is imported, so that a typo is answered at once.
 import codecs
 import csv
 import gzip
+import io
 import json
 import os
 import re
 import shlex
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from backprop.core.data.formats import Row, has_known_shape
 from backprop.core.data.shapes import is_turn
@@ -50,6 +51,7 @@ def data_files(source: str) -> list[Path]:
     path = expanded(source)
     if path.is_dir():
         files = sorted(child for child in path.rglob("*") if child.is_file() and _is_data(child.relative_to(path)))
+        _refuse_links_out_of(path, files)
         if not files:
             raise DataError(f"the folder `{source}` holds no data files", hint=f"known kinds: {', '.join(SUFFIXES)}")
         return files
@@ -64,6 +66,22 @@ def data_files(source: str) -> list[Path]:
     if path.stat().st_size == 0:
         raise DataError(f"`{source}` is empty", hint="it needs at least one row")
     return [path]
+
+
+def _refuse_links_out_of(folder: Path, files: Sequence[Path]) -> None:
+    """Let no folder of others bring files of this machine into the training.
+
+    Raises:
+        DataError: If one of its files is a link that leads out of it.
+    """
+    # The hub's own cache keeps the files of all revisions of a data set in one folder beside these.
+    home = folder.resolve().parent.parent if folder.resolve().parent.name == "snapshots" else folder.resolve()
+    out = next((file for file in files if not file.resolve().is_relative_to(home)), None)
+    if out is not None:
+        raise DataError(
+            f"`{out}` is a link that leads out of `{folder}`, to `{out.resolve()}`",
+            hint="if you mean that file, give it itself",
+        )
 
 
 def expanded(source: str) -> Path:
@@ -197,8 +215,40 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
+# Text becomes a twentieth at best; what becomes a thousandth, as deflate can make it, was made to fill a memory.
+EXPANDS_MOST, EXPANDED_ALWAYS_BYTES = 200, 32 * 2**20
+
+
+class _Expanded(io.RawIOBase):
+    """A gzip file that is not believed to expand without end.
+
+    Raises:
+        DataError: When it has grown to more than 200 times its size, and beyond 32 MiB.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, gzip.open(path, "rb")  # noqa: SIM115 - closed with this one
+        self._left = max(EXPANDED_ALWAYS_BYTES, EXPANDS_MOST * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise DataError(
+                f"{self._path} expands to more than {EXPANDS_MOST} times its size", hint="unpack it, and look at it"
+            )
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+    return io.BufferedReader(_Expanded(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _text_lines(path: Path, file: IO[bytes]) -> Iterator[str]:

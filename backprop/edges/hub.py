@@ -2,14 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from backprop.core.data.formats import Row
-from backprop.edges import demo_model, rundir
+from backprop.edges import demo_model, model_files, rundir
 from backprop.edges.places import cache_dir
-from backprop.errors import DataError, DiskError, ModelError
+from backprop.errors import DataError, DiskError, ModelError, UsageError
 from backprop.presets import DEMO, PRESETS
 
 
@@ -30,40 +30,56 @@ class ModelSource:
         if Path(self.path).parent.name != "snapshots":
             return self.path
         preset = PRESETS.get(self.name)
-        return preset.hub_id if preset else self.name
+        return preset.hub_id if preset else self.name.partition("@")[0]
 
 
-def find_model(name: str, *, offline: bool) -> ModelSource:
+def find_model(name: str, *, offline: bool, weights: bool = True, code: bool = False) -> ModelSource:
     """Resolve a preset, hub id or folder, and look at it as far as that needs no network.
+
+    Args:
+        weights: Whether they are needed; if not, none are downloaded.
+        code: Whether code that it brings may run.
 
     Raises:
         ModelError: If it cannot be, may not be read, or a local folder has no safe weights.
+        UsageError: If code of the hub may run, and no revision is named.
     """
     try:
-        return _found(name, offline=offline)
+        found = _found(name, offline=offline, weights=weights, code=code)
+        if code:
+            model_files.check_code(Path(found.path))
+        return found
     except PermissionError as error:
+        user = f" ({os.getuid()})" if hasattr(os, "getuid") else ""
         raise ModelError(
-            f"`{error.filename}` may not be read by this user ({os.getuid()})",
+            f"`{error.filename}` may not be read by this user{user}",
             hint=f"let all read the model: `chmod -R a+rX {Path(str(error.filename)).parent}`",
         ) from error
 
 
-def _found(name: str, *, offline: bool) -> ModelSource:
+def _found(name: str, *, offline: bool, weights: bool, code: bool) -> ModelSource:
     if name == DEMO.name:
         gguf = demo_model.packaged_gguf()
         if gguf is not None:
             return _source(name, demo_model.unpack(gguf, cache_dir() / "models" / name))
     check_name(name)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # `Path.is_dir` raises where a name is too long to be one
         return _source(name, folder.resolve())
     preset = PRESETS.get(name)
-    hub_id = preset.hub_id if preset else name
-    return _source(name, Path(fetch_model(hub_id, offline=offline)))
+    hub_id, _, revision = (preset.hub_id if preset else name).partition("@")
+    if code and not revision:
+        raise UsageError(
+            f"`--trust-remote-code` would run whatever code `{hub_id}` holds today",
+            hint=f"name the revision that you have read: `--model {hub_id}@COMMIT`",
+        )
+    patterns = [*FILES[0 if weights else 1 :], *(["*.py"] if code else [])]
+    return _source(name, Path(fetch_model(hub_id, offline=offline, patterns=patterns, revision=revision or None)))
 
 
 def _source(name: str, folder: Path) -> ModelSource:
     """Describe a model folder with a fingerprint: its configuration, and each weight file's size, head and tail."""
+    model_files.check_model(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
@@ -85,18 +101,21 @@ def check_name(name: str) -> None:
     Raises:
         ModelError: If it is no preset, no folder with safe weights, and no hub id.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"no such model: `{name}`: {error}", hint=_nearest(name)) from error
+    if os.path.isdir(folder):
         _check_folder(folder)
     elif name not in PRESETS and not _is_hub_id(name):
         raise ModelError(f"no such model: `{name}`", hint=_nearest(name))
 
 
-WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
 
 
-def fetch_model(hub_id: str, *, offline: bool) -> str:
-    """Bring a model's safetensors, configuration and tokenizer into the hub's own cache; return the folder.
+def fetch_model(hub_id: str, *, offline: bool, patterns: Sequence[str], revision: str | None = None) -> str:
+    """Bring a model's files of these names into the hub's own cache; return the folder.
 
     Raises:
         ModelError: If the hub does not have it, does not give it, or cannot be reached.
@@ -104,10 +123,15 @@ def fetch_model(hub_id: str, *, offline: bool) -> str:
     """
     import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        path = snapshot_download(hub_id, allow_patterns=list(WEIGHTS), local_files_only=offline)
+        path = snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), local_files_only=offline)
     except GatedRepoError as error:
         raise ModelError(
             f"`{hub_id}` is gated: its licence must be accepted",
@@ -117,6 +141,8 @@ def fetch_model(hub_id: str, *, offline: bool) -> str:
         raise ModelError(
             f"the hub has no model `{hub_id}`", hint="check its name; a private one needs `hf auth login`"
         ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"`{hub_id}` has no revision `{revision}`", hint="look at its list of commits") from error
     except PermissionError as error:
         raise DiskError(f"`{error.filename}` may not be written", hint=rundir.whose_it_is()) from error
     except (LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
@@ -124,7 +150,8 @@ def fetch_model(hub_id: str, *, offline: bool) -> str:
             f"`{hub_id}` is not here, and the hub cannot be reached",
             hint=f"go online once, give a local folder, or use `--model {DEMO.name}` after `pip install 'backprop[demo]'`",
         ) from error
-    _check_folder(Path(path))
+    if FILES[0] in patterns:
+        _check_folder(Path(path))
     return path
 
 
@@ -145,7 +172,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _is_hub_id(name: str) -> bool:
-    owner, _, model = name.partition("/")
+    owner, _, model = name.partition("@")[0].partition("/")
     return bool(owner and model) and "/" not in model and not name.startswith((".", "~", "/"))
 
 

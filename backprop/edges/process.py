@@ -59,11 +59,11 @@ def running(
     """
     name, me = Path(argv[0]).name, os.getpid()
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    apart: dict[str, Any] = {"pass_fds": inherited, "start_new_session": bool(inherited)}
+    apart: dict[str, Any] = {}
+    if hasattr(os, "fork"):  # not on Windows
+        apart = {"pass_fds": inherited, "start_new_session": bool(inherited), "preexec_fn": lambda: _end_with(me)}
     try:
-        child = subprocess.Popen(
-            argv, cwd=cwd, env=env, text=True, errors="replace", preexec_fn=lambda: _end_with(me), **pipes, **apart
-        )
+        child = subprocess.Popen(argv, cwd=cwd, env=env, text=True, errors="replace", **pipes, **apart)
     except FileNotFoundError as error:
         raise ToolError(f"`{name}` is not installed", hint="run `backprop doctor`") from error
     heard = [_Reader(stream) for stream in (child.stdout, child.stderr)]

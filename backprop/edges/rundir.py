@@ -27,6 +27,8 @@ RUN_FILES = (
 # What a write that did not end leaves; no other program names files so.
 MARK = ".backprop-"
 LEFTOVERS = (f"{MARK}*.part", f"{MARK}*.old", f"{MARK}export-*")
+# https://learn.microsoft.com/windows/win32/fileio/naming-a-file: with any ending.
+RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 Found = Literal["nothing", "unfinished", "finished"]
 
 
@@ -37,9 +39,13 @@ def check(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -
         identity: What makes a run the same one: its config, and the fingerprint of its data.
 
     Raises:
-        UsageError: If it holds another run, or files that are not of a run; or if another process is at work in it.
+        UsageError: If it holds another run, or files that are not of a run; if another process is at work in it; or if
+            it cannot be a folder on Windows.
         DiskError: If it cannot be looked at, or is a file.
     """
+    reserved = next((part for part in directory.parts if os.name == "nt" and RESERVED.fullmatch(part)), None)
+    if reserved is not None:
+        raise UsageError(f"`{reserved}` is a device on Windows, not a folder", hint="choose another `--output`")
     try:
         if directory.exists() and not directory.is_dir():
             raise DiskError(f"`{directory}` is a file, not a folder", hint="choose another `--output`")
@@ -97,6 +103,7 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool, k
         try:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(directory))
+            _refuse_links(directory)
             goes_on = keep and _found(directory, identity, overwrite=overwrite) != "nothing"
             for name in ("crash.txt",) if goes_on else RUN_FILES:
                 remove(directory / name)
@@ -107,6 +114,24 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool, k
         except OSError as error:
             raise _unusable(directory, error) from error
         yield goes_on
+
+
+def _refuse_links(directory: Path) -> None:
+    """Let no run that was handed over lead its writes and removals out of its own folder.
+
+    Raises:
+        UsageError: If something of it is a link.
+    """
+    runs = directory / "runs"
+    folders = [directory, *(runs.iterdir() if runs.is_dir() and not runs.is_symlink() else ())]
+    ours = [folder / name for folder in folders for name in RUN_FILES]
+    ours += [*folders[1:], *(step for folder in folders for step in (folder / "checkpoints").glob("*"))]
+    link = next((path for path in ours if path.is_symlink()), None)
+    if link is not None:
+        raise UsageError(
+            f"`{link}` is a link to `{os.readlink(link)}`, and a run writes into its own folder only",
+            hint="put what it leads to in its place, or choose another `--output`",
+        )
 
 
 def tidy(directory: Path) -> None:
@@ -142,11 +167,11 @@ def locked(directory: Path) -> Generator[None]:
     Raises:
         UsageError: If another process holds it.
     """
-    if os.name == "nt":
+    try:
+        import fcntl
+    except ImportError:
         yield
         return
-    import fcntl
-
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -173,6 +198,14 @@ def _changed(manifest: Mapping[str, object], identity: Mapping[str, object]) -> 
     return ["the rows of the data" if one.startswith("data_sha256: ") else one for one in changed]
 
 
+SHAPE: Mapping[str, type] = {
+    "config versions plan model result error data spent": dict,
+    "proofs gates samples probes": list,
+    "status question examples_sha256": str,
+}
+"""What stands in `run.json`, where it stands there."""
+
+
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Read `run.json`; None if there is none.
 
@@ -184,11 +217,21 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"`{path}` is damaged: {error}", hint="choose another `--output`") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
         raise UsageError(f"`{path}` is not a manifest of a run", hint="choose another `--output`")
-    return cast(dict[str, Any], manifest)
+    found = cast(dict[str, Any], manifest)
+    for keys, kind in SHAPE.items():
+        wrong = next((key for key in keys.split() if not isinstance(found.get(key), kind | None)), None)
+        if wrong is not None:
+            raise UsageError(
+                f"`{path}` is damaged: `{wrong}` is {found[wrong]!r:.80}", hint="choose another `--output`"
+            )
+    model = found.get("model")
+    if model is not None and not all(isinstance(model.get(key), str) for key in ("name", "path")):
+        raise UsageError(f"`{path}` is damaged: `model` has no name or path", hint="choose another `--output`")
+    return found
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, object]) -> None:
@@ -295,7 +338,9 @@ def _sync_tree(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY") and path.is_dir():  # Windows opens no folders, and syncs what may be written only
+        return
+    descriptor = os.open(path, os.O_RDONLY if hasattr(os, "O_DIRECTORY") else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -341,7 +386,7 @@ def read_events(directory: Path) -> list[Event]:
     for line in path.read_text(encoding="ascii", errors="replace").splitlines() if path.is_file() else ():
         try:
             event = from_json(json.loads(line))
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             continue
         if event is not None:
             found.append(event)

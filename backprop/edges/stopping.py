@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -42,6 +43,7 @@ if hasattr(signal, "SIGALRM"):  # not on Windows
 @dataclass
 class _State:
     armed: bool = False
+    ends_process: bool = False
     asked: type[KeyboardInterrupt] | None = None
     rescue: Callable[[], None] | None = None
     last_words: list[LastWords] = field(default_factory=list[LastWords])
@@ -73,12 +75,12 @@ def armed(*, end_process: bool = True) -> Generator[None]:
     if _state.armed or not _is_main():
         yield
         return
-    _state, _here.ending = _State(armed=True), False
+    _state, _here.ending = _State(armed=True, ends_process=end_process), False
     heard = [number for number in KINDS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _hear) for number in heard}
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    reader, writer = socket.socketpair()  # for which Windows can wait, too
+    writer.setblocking(False)
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     if end_process:
         threading.Thread(target=_watch, args=(reader, _state), daemon=True).start()
     try:
@@ -88,9 +90,9 @@ def armed(*, end_process: bool = True) -> Generator[None]:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(writer)
+        writer.close()
         if not end_process:
-            os.close(reader)
+            reader.close()
         _state = _State()
 
 
@@ -218,7 +220,7 @@ def ends_with(last_words: LastWords) -> Generator[None]:
             _state.last_words.remove(last_words)
 
 
-def _watch(reader: int, state: _State) -> None:
+def _watch(reader: socket.socket, state: _State) -> None:
     """Wait for a signal, then for the program's own end; give it a time, and at a second Ctrl-C none."""
     try:
         number = _read(reader)
@@ -234,12 +236,12 @@ def _watch(reader: int, state: _State) -> None:
                     _end(state, number, save=False)
         _end(state, number, save=True)
     finally:
-        os.close(reader)
+        reader.close()
 
 
-def _read(reader: int) -> int | None:
+def _read(reader: socket.socket) -> int | None:
     """Give the next signal that is meant for us; None when the program has ended by itself."""
-    while data := os.read(reader, 1):
+    while data := reader.recv(1):
         if data[0] in KINDS:
             return data[0]
     return None
@@ -252,7 +254,19 @@ def _end(state: _State, number: int, *, save: bool) -> None:
         with contextlib.suppress(Exception):
             if state.rescue is not None:
                 state.rescue()
-    error = _error_of(KINDS[number])
+    _end_with(state, _error_of(KINDS[number]))
+
+
+def end_process(error: BackpropError) -> None:
+    """End the process with ``error``, from another thread, since the program will not come to an end by itself.
+
+    Not in a notebook, which has more to do.
+    """
+    if _state.ends_process:
+        _end_with(_state, error)
+
+
+def _end_with(state: _State, error: BackpropError) -> None:
     for say in reversed(state.last_words):
         with contextlib.suppress(Exception):
             say(error)

@@ -12,6 +12,7 @@ from backprop.core.data.formats import Message
 from backprop.core.data.render import Token
 from backprop.core.memory import ModelShape
 from backprop.core.plan import Plan
+from backprop.engine import templates
 from backprop.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -35,19 +36,20 @@ class HfTokenizer:
 
         Raises:
             DataError: If the template refuses these turns.
+            ModelError: If it takes too long, or makes too much of them.
         """
         from jinja2 import TemplateError
 
         template: Any = self.inner
         try:
-            return str(
-                template.apply_chat_template(
+            with templates.limited():
+                text = template.apply_chat_template(
                     list(messages),
                     tools=list(tools) or None,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
                 )
-            )
+            return templates.hold(str(text))
         except (TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
             raise DataError(
                 f"this model's chat template refuses a conversation: {error}; turns: "
@@ -113,36 +115,15 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
         tokenizer.pad_token = tokenizer.eos_token
     wrapped = HfTokenizer(tokenizer)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = plain_template(begins=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
+        tokenizer.chat_template = templates.plain(begins=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
         wrapped.template_added = True
+    for source in _templates_of(tokenizer.chat_template):
+        templates.check(source)
     return wrapped
 
 
-# In words that every base model has read, and with the one token that it knows to end a text.
-TURNS = """{%- for message in messages -%}
-{%- if message.role == 'assistant' -%}
-{{- 'Assistant:\n' + message.content + eos_token + '\n\n' -}}
-{%- elif message.role == 'system' -%}
-{{- 'System:\n' + message.content + '\n\n' -}}
-{%- elif message.role == 'user' -%}
-{{- 'User:\n' + message.content + '\n\n' -}}
-{%- else -%}
-{{- raise_exception('this template knows no role ' + message.role) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- 'Assistant:\n' -}}
-{%- endif -%}
-"""
-
-
-def plain_template(*, begins: bool) -> str:
-    """Give the chat template for a base model that has none: `User:`, `Assistant:`, and the end-of-text token.
-
-    Args:
-        begins: Whether the model's texts begin with a token of their own.
-    """
-    return ("{{- bos_token -}}\n" if begins else "") + TURNS
+def _templates_of(template: "str | Mapping[str, str]") -> Sequence[str]:
+    return [template] if isinstance(template, str) else list(template.values())
 
 
 def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
@@ -151,13 +132,23 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
     Raises:
         ModelError: If its architecture is not known.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     loader: Any = AutoConfig
     try:
         config = loader.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"`{path}` is of an unsupported architecture: {error}", hint=_code_hint(error)) from error
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
+        told = " ".join(str(error).split())[:300]
+        raise ModelError(f"`{path}` is of an unsupported architecture: {told}", hint=_code_hint(error)) from error
     try:
         return ModelShape(
             hidden_size=int(config.hidden_size),
@@ -176,6 +167,8 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
             f"`{path}` is of an unsupported architecture: its configuration has no {error.name}",
             hint="choose a model with attention and positions, such as a preset",
         ) from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(f"`{path}` has a configuration that cannot be: {error}", hint="fetch it again") from error
 
 
 CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")

@@ -87,7 +87,7 @@ def wrap(model: Any, adapter: Path, *, of: str) -> Any:
 
     try:
         wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise ExportError(
             f"the adapter in `{adapter}` does not fit `{of}`: {str(error)[:300]}", hint="give the run it came from"
         ) from error

@@ -17,13 +17,6 @@ from backprop.config import TrainConfig
 from backprop.events import Sink, Warned
 
 PROJECT = "backprop"
-# What these libraries would send home of their own accord.
-SILENT = {
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "WANDB_ERROR_REPORTING": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
 
 
 class Trackers:
@@ -41,8 +34,6 @@ class Trackers:
             self._guard(name, lambda name=name: self._start(name, config, folder))
 
     def _start(self, name: str, config: TrainConfig, folder: Path) -> None:
-        for variable, value in SILENT.items():
-            os.environ.setdefault(variable, value)
         tracker = _tracker(name, config, folder, first=self._first)
         tracker.start()
         self._open[name] = tracker

@@ -4,7 +4,7 @@ The one module that imports torch and trl at its top, since it has classes of th
 """
 
 import math
-import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ from backprop.config import TrainConfig
 from backprop.core.data.render import Example
 from backprop.core.plan import Plan, sides_of
 from backprop.core.schedule import schedule_of
-from backprop.edges import stopping
+from backprop.edges import cards, stopping
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
 from backprop.engine.layers import layers_of
@@ -169,6 +169,7 @@ class Watch(TrainerCallback):
         stopping.release()
         control.should_training_stop = self.evaluate_if_due()
         self._saver.save_if_due(evaluated=self._validation.evaluated(self.progress.step))
+        cards.rest(self._saver.save)
 
     def _count(self, loss: float) -> None:
         done = self.progress
@@ -371,4 +372,10 @@ def memory_bytes() -> int:
     """Give the peak of memory: the GPU's if one is in use, else this process's."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info()._asdict().get("peak_wset", 0))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backprop.config import TrainConfig
-from backprop.edges import rundir
+from backprop.edges import cards, rundir
 from backprop.errors import TrainingError
 from backprop.events import JSON, Phase, Sink
 from backprop.verbs.prepare import Prepared, digest
@@ -28,6 +28,7 @@ def train_one(
     from backprop.engine import load, loop, ranks
 
     plan = prepared.plan
+    cards.look_after(prepared.hardware.gpus[: plan.gpus.value])
     with ranks.started(prepared.model.path, config, plan, prepared.hardware) as all_ranks:
         model = load.load_model(prepared.model.path, config, plan)
         load.name_base(model, prepared.model.public_name)

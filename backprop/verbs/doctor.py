@@ -1,39 +1,56 @@
-"""`backprop doctor`: facts through the edges, then a pure check of each, then what would mend it."""
+"""`backprop doctor`: facts through the edges, a pure check of each, trials that run, and what would mend what is wrong."""
 
 import importlib.metadata
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from backprop.config import OUTPUT, DoctorConfig
-from backprop.core.data.judge import judge
-from backprop.core.hardware import Hardware
-from backprop.core.plan import choose_model
-from backprop.edges import demo_model, device, hub, llama_cpp, places, rundir
-from backprop.errors import BackpropError, DiskError, HardwareError, ToolError
+from backprop.config import DoctorConfig
+from backprop.core import checkup
+from backprop.core.checkup import LEAST_DISK_BYTES, LEAST_TEMPORARY_BYTES, CardState, Finding
+from backprop.core.hardware import Gpu, Hardware
+from backprop.edges import (
+    demo_model,
+    device,
+    llama_cpp,
+    network,
+    nvml,
+    ollama,
+    ollama_http,
+    places,
+    process,
+    surroundings,
+)
+from backprop.engine import trials
+from backprop.errors import (
+    BackpropError,
+    DataError,
+    DiskError,
+    ExportError,
+    HardwareError,
+    ModelError,
+    OllamaError,
+    PackageError,
+    ToolError,
+)
 from backprop.events import Checked, RunFinished, Sink
-from backprop.presets import DEMO, GIB, PRESETS
-from backprop.verbs.prepare import rows_of
+from backprop.presets import DEMO, GIB
+from backprop.verbs import fits
 
 OLDEST_PYTHON = (3, 11)
-# A run of the smallest preset with its export: checkpoint, merged copy, GGUF files.
-LEAST_DISK_BYTES = 3 * GIB
 # CUDA itself takes half of it. A check beside a run, as of a container's health, must not be what ends the run.
 LEAST_FREE_BYTES = 1 * GIB
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One check: what was found, and the error it stands for when it is not good enough."""
-
-    name: str
-    found: str
-    error: BackpropError | None = None
+TRIALS_MOST_S = 90.0
+BY_CODE = {
+    kind.code: kind for kind in (PackageError, DataError, ModelError, HardwareError, ToolError, OllamaError, DiskError)
+}
 
 
 def doctor(config: DoctorConfig, *, say: Sink) -> list[Finding]:
@@ -42,21 +59,18 @@ def doctor(config: DoctorConfig, *, say: Sink) -> list[Finding]:
     Raises:
         BackpropError: The error of the first finding that is wrong.
     """
+    with network.limited(offline=False):
+        return _doctor(config, say)
+
+
+def _doctor(config: DoctorConfig, say: Sink) -> list[Finding]:
     started = time.monotonic()
     findings: list[Finding] = []
     for finding in _findings(config):
         findings.append(finding)
         error = finding.error
-        mend = (error.hint or "") if error else ""
-        say(
-            Checked(
-                name=finding.name,
-                ok=error is None,
-                found=finding.found,
-                needed=error.message if error else "",
-                mend=mend,
-            )
-        )
+        needed, mend = (error.message, error.hint or "") if error else finding.advice or ("", "")
+        say(Checked(name=finding.name, ok=error is None, found=finding.found, needed=needed, mend=mend))
     wrong = [finding.error for finding in findings if finding.error]
     if wrong:
         raise wrong[0]
@@ -66,16 +80,27 @@ def doctor(config: DoctorConfig, *, say: Sink) -> list[Finding]:
 
 def _findings(config: DoctorConfig) -> Iterator[Finding]:
     yield _python()
-    hardware = device.probe()
-    yield from check_hardware(hardware, config)
+    facts, torch = surroundings.look(), surroundings.installed_torch()
+    hardware, states, broken = _look_at_gpus()
+    yield from checkup.check_machine(facts, hardware)
+    yield from [broken] if broken else checkup.check_driver(facts, hardware, torch)
+    for number, (gpu, state) in enumerate(zip(hardware.gpus, states, strict=True)):
+        free = f"{gpu.memory_free_bytes / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} GiB free"
+        yield from checkup.check_card(number, gpu.name, free, state)
+    yield from _check_vram(hardware, config)
     yield from (_package(name) for name in PACKAGES)
-    yield _attempt("torch product", lambda: check_product(hardware))
-    yield from (_disk(name, path) for name, path in (("output", OUTPUT.absolute()), ("cache", places.cache_dir())))
+    yield from _trials(hardware, states)
+    for volume in facts.volumes:
+        least = LEAST_TEMPORARY_BYTES if volume.name == "temporary files" else LEAST_DISK_BYTES
+        yield checkup.check_volume(volume, least_bytes=least)
+    yield from checkup.check_network(facts)
     yield _demo()
     yield _attempt("llama.cpp converter", lambda: str(llama_cpp.converter()))
     yield _attempt("llama.cpp quantizer", _quantize_tiny)
+    yield _attempt("ollama", _ollama)
+    yield _attempt("model", lambda: fits.fit_told(config, hardware))
     if config.data:
-        yield _attempt("data", lambda: _data(config.data))
+        yield _attempt("data", lambda: fits.data_told(config.data))
 
 
 def _attempt(name: str, check: Callable[[], str]) -> Finding:
@@ -94,83 +119,124 @@ def _python() -> Finding:
     return Finding(name="python", found=found)
 
 
-def check_hardware(hardware: Hardware, config: DoctorConfig) -> Iterator[Finding]:
-    """Judge the machine: memory, GPUs, and whether the model fits."""
-    yield Finding(
-        name="machine",
-        found=f"{hardware.platform}, {hardware.num_cpus} CPUs, {hardware.memory_bytes / GIB:.0f} GiB of memory",
-    )
-    if not hardware.gpus:
-        yield Finding(name="gpu", found="none: the CPU trains, which suits models up to about 0.5B")
-    for number, gpu in enumerate(hardware.gpus):
-        free = f"{gpu.memory_free_bytes / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} GiB free"
-        yield Finding(name=f"gpu {number}", found=f"{gpu.name}, {free}, driver {hardware.driver}")
+def _look_at_gpus() -> tuple[Hardware, list[CardState], Finding | None]:
+    """Ask the driver for the GPUs and how each is; where it does not answer as it should, that is a finding, and there are none."""
+    try:
+        hardware = device.probe()
+        if not hardware.gpus:
+            return hardware, [], None
+        with nvml.opened():
+            return hardware, [_state_of(gpu) for gpu in hardware.gpus], None
+    except HardwareError as error:
+        found = Finding(name="gpu", found="the driver does not answer as it should", error=error)
+        return device.probe(without_gpus=True), [], found
+
+
+def _state_of(gpu: Gpu) -> CardState:
+    try:
+        return nvml.state_of(nvml.card_of(gpu.uuid), whole=not gpu.uuid.startswith("MIG-"))
+    except nvml.GpuLostError as error:
+        raise HardwareError(
+            f"the driver has lost {gpu.name}: {error}",
+            hint="look at `dmesg | grep Xid`; restart the machine, or `sudo nvidia-smi --gpu-reset`",
+        ) from error
+
+
+def _check_vram(hardware: Hardware, config: DoctorConfig) -> Iterator[Finding]:
+    if config.min_vram is None:
+        return
     largest = max((gpu.memory_bytes for gpu in hardware.gpus), default=0) / GIB
-    if config.min_vram is not None:
-        error = None
-        if largest < config.min_vram:
-            error = HardwareError(
-                f"the largest GPU has {largest:.1f} GiB, and `--min-vram` asks for {config.min_vram:g}",
-                hint="use a larger GPU",
-            )
-        yield Finding(name="gpu memory", found=f"{largest:.1f} GiB", error=error)
-    yield _attempt("model", lambda: _model(config.model, hardware))
-
-
-def _model(name: str | None, hardware: Hardware) -> str:
-    choice = choose_model(name, hardware)
-    hub.check_name(choice.value)
-    preset = PRESETS.get(choice.value)
-    if preset is None:
-        return f"{choice.value}: not a preset, so its needs are not known before it is loaded"
-    return f"{choice.value}: about {preset.lora_gib:.1f} GiB for LoRA, {preset.qlora_gib:.1f} GiB in 4 bits"
+    error = None
+    if largest < config.min_vram:
+        error = HardwareError(
+            f"the largest GPU has {largest:.1f} GiB, and `--min-vram` asks for {config.min_vram:g}",
+            hint="use a larger GPU",
+        )
+    yield Finding(name="gpu memory", found=f"{largest:.1f} GiB", error=error)
 
 
 def _package(name: str) -> Finding:
+    """Hold a package to the versions that this program was made for."""
     try:
-        return Finding(name=name, found=importlib.metadata.version(name))
+        version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         error = ToolError(f"the package `{name}`", hint=f"pip install {name}")
         return Finding(name=name, found="missing", error=error)
+    wanted = _wanted(name)
+    from packaging.specifiers import SpecifierSet
+
+    if wanted and not SpecifierSet(wanted).contains(version.partition("+")[0], prereleases=True):
+        error = ToolError(f"{name}{wanted}", hint=f"pip install '{name}{wanted}'")
+        return Finding(name=name, found=version, error=error)
+    return Finding(name=name, found=version)
 
 
-def check_product(hardware: Hardware) -> str:
-    """Multiply with torch, on the GPU if there is one, and compare with a product made by hand."""
-    on_gpu = bool(hardware.gpus)
-    free = max((gpu.memory_free_bytes for gpu in hardware.gpus), default=0)
-    if on_gpu and free < LEAST_FREE_BYTES:
-        return f"not tried: only {free / GIB:.1f} GiB of the GPU's memory are free, which a run may be about to need"
+def _wanted(name: str) -> str:
+    """Give the versions of a package that this one asks for; empty if it is not installed, or asks for none."""
+    from packaging.requirements import Requirement
+
     try:
-        import torch
-    except ImportError as error:
-        raise ToolError(
-            f"torch cannot be imported: {error}", hint="install it again: `pip install --force-reinstall torch`"
-        ) from error
-    if on_gpu and not torch.cuda.is_available():
-        raise HardwareError(
-            f"torch {torch.__version__} does not see the GPU that the driver shows",
-            hint="install a CUDA build of torch that fits the driver",
+        asked = importlib.metadata.requires("backprop") or ()
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    found = (one for one in map(Requirement, asked) if one.name == name and one.marker is None)
+    return next((str(one.specifier) for one in found), "")
+
+
+def _trials(hardware: Hardware, states: Sequence[CardState]) -> Iterator[Finding]:
+    """Run what a training is made of, in a process that may break, on GPUs that nobody else uses."""
+    free = min((gpu.memory_free_bytes for gpu in hardware.gpus), default=LEAST_FREE_BYTES)
+    if free < LEAST_FREE_BYTES:
+        found = f"not tried: only {free / GIB:.1f} GiB of the GPU's memory are free, which a run may be about to need"
+        yield Finding(name="torch product", found=found)
+        return
+    busy = next((state.others[0][0] for state in states if state.others), "")
+    if busy:
+        yield Finding(name="torch product", found=f"not tried: {busy} computes on the GPU, and would be slowed down")
+        return
+    machine = trials.Machine(
+        gpus=[gpu.uuid for gpu in hardware.gpus], clocks_mhz=[state.max_clock_mhz for state in states]
+    )
+    names = trials.names_for(
+        num_gpus=len(hardware.gpus),
+        with_bitsandbytes=find_spec("bitsandbytes") is not None,
+        with_triton=hardware.platform.startswith("Linux"),
+    )
+    while names:
+        ended, names = try_all(names, machine)
+        yield from ended
+
+
+def try_all(names: Sequence[str], machine: trials.Machine) -> tuple[list[Finding], list[str]]:
+    """Run trials in a process of their own, until one ends it; give findings, and the names that are left."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "trials.jsonl"
+        argv = [sys.executable, "-m", "backprop.engine.trials", str(file), json.dumps(asdict(machine)), *names]
+        hidden = {} if machine.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **hidden}
+        broken: ToolError | None = None
+        try:
+            process.run(argv, env=environment, timeout_s=TRIALS_MOST_S)
+        except ToolError as error:
+            broken = error
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    findings = [_finding_of(trials.Tried(**line)) for line in lines if "name" in line]
+    left = list(names[len(findings) :])
+    if left and broken is not None:
+        why = broken.message.splitlines()
+        error = ToolError(
+            f"a process that comes to its end: {why[0]} {why[-1] if len(why) > 1 else ''}".strip(),
+            hint="install the packages again; `illegal instruction` (-4) means that they are built for another CPU",
         )
-    where = "cuda" if on_gpu else "cpu"
-    rows = [[float(4 * i + j) for j in range(4)] for i in range(4)]
-    expected = [[sum(rows[i][k] * rows[k][j] for k in range(4)) for j in range(4)] for i in range(4)]
-    matrix = torch.tensor(rows, device=where)
-    if (matrix @ matrix).tolist() != expected:
-        raise HardwareError(f"torch multiplies wrongly on {where}", hint="run a memory test")
-    return f"multiplies rightly on {where}, {torch.get_num_threads()} threads"
+        findings.append(Finding(name=left.pop(0), found="broke off", error=error))
+    return findings, left
 
 
-def _disk(name: str, path: Path) -> Finding:
-    free = device.disk_free_bytes(path)
-    found = f"{free / GIB:.0f} GiB free at {path}"
-    if free < LEAST_DISK_BYTES:
-        error = DiskError(f"at least {LEAST_DISK_BYTES / GIB:.0f} GiB", hint=f"make room at {path}")
-        return Finding(name=f"disk for {name}", found=found, error=error)
-    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not os.access(nearest, os.W_OK):
-        error = DiskError("a folder that may be written", hint=rundir.whose_it_is())
-        return Finding(name=f"disk for {name}", found=f"{nearest} may not be written", error=error)
-    return Finding(name=f"disk for {name}", found=found)
+def _finding_of(tried: trials.Tried) -> Finding:
+    if not tried.code:
+        return Finding(name=tried.name, found=tried.found)
+    error = BY_CODE.get(tried.code, ExportError)(tried.needed, hint=tried.mend)
+    return Finding(name=tried.name, found="not usable", error=error)
 
 
 def _demo() -> Finding:
@@ -190,7 +256,13 @@ def _quantize_tiny() -> str:
     return f"llama-cpp-python {places.LLAMA_CPP_VERSION} wrote a tiny model of {size} bytes"
 
 
-def _data(sources: tuple[str, ...]) -> str:
-    judged = judge(row for source in sources for row in rows_of(source, offline=False))
-    shapes = ", ".join(f"{count} {shape}" for shape, count in judged.shapes.items())
-    return f"{len(judged.conversations)} rows that can be trained on: {shapes}"
+def _ollama() -> str:
+    """Ask the server for its version, if it is named or listens; only `export --ollama` needs one."""
+    server = ollama_http.find_server()
+    try:
+        version = ollama.check(server)
+    except OllamaError:
+        if os.environ.get("OLLAMA_HOST"):
+            raise
+        return f"none at {server.url}: only `export --ollama` needs it"
+    return f"{version} at {server.url}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import backprop
 from backprop.config import ExportConfig
-from backprop.edges import device, llama_cpp, rundir, stopping
+from backprop.edges import device, llama_cpp, network, rundir, stopping
 from backprop.errors import BackpropError, DiskError
 from backprop.events import Event, Exported, Failed, Phase, Registered, RunFinished, RunStarted, Sink, tee
 from backprop.verbs import bases, budget, gguf, importance
@@ -42,7 +42,7 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
         ExportError: If a step fails, or the exported model gives no answer.
         Stopped: If the time of `--max-minutes` is over.
     """
-    with stopping.time_limit(config.max_minutes):
+    with network.limited(offline=config.offline), stopping.time_limit(config.max_minutes):
         return _export(source, config, say)
 
 

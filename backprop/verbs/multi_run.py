@@ -14,7 +14,7 @@ from backprop.config import ONLY_OF_TRAIN, MergeMode, MultiRunConfig, RunSchedul
 from backprop.core import slao
 from backprop.core.data.formats import Conversation
 from backprop.core.forgetting import Score, measure, over_trained
-from backprop.edges import rundir, stopping
+from backprop.edges import network, rundir, stopping
 from backprop.errors import DataError, TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
@@ -44,7 +44,7 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
     Returns:
         The run directory; the merged adapter is in its `lora/`, each run's own in `runs/NNN/lora/`.
     """
-    with stopping.time_limit(config.max_minutes):
+    with network.limited(offline=config.offline), stopping.time_limit(config.max_minutes):
         return _multi_run(config, options, say)
 
 

@@ -15,7 +15,7 @@ import backprop
 from backprop import report
 from backprop.config import MultiRunConfig, TrainConfig
 from backprop.core.data.formats import Message
-from backprop.edges import checkpoints, rundir, stopping
+from backprop.edges import cards, checkpoints, rundir, stopping
 from backprop.edges.hub import ModelSource
 from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
 from backprop.events import (
@@ -33,6 +33,7 @@ from backprop.events import (
     RunStarted,
     Sampled,
     Sink,
+    Spent,
     Step,
     Warned,
 )
@@ -44,6 +45,7 @@ VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "
 NOT_IDENTITY = (
     *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch", "recompute"),
     *("resume", "save_steps", "keep_checkpoints", "max_minutes", "gate", "gate_data", "from_run"),
+    *("gpu_max_temp", "price_per_hour"),
 )
 
 
@@ -69,6 +71,8 @@ class Session:
         self._kept: list[Event] = []
         """Of earlier processes, what was not done again."""
         self._overwrite = config.overwrite
+        self._gpu_max_temp, self._price_per_hour = config.gpu_max_temp, config.price_per_hour
+        self._cards: cards.Cards | None = None
         self._command = command
         self._manifest = manifest
         self._say = say
@@ -130,6 +134,9 @@ class Session:
         self._log = self.stack.enter_context(rundir.event_log(self.directory))
         for event in self._own:
             self._log(event)
+        self._cards = self.stack.enter_context(
+            cards.watching(self.say, asked_c=self._gpu_max_temp, started=self._started)
+        )
 
     @property
     def events(self) -> list[Event]:
@@ -184,9 +191,13 @@ class Session:
 
     def finish(self, result: Mapping[str, JSON]) -> None:
         """Write the report, then the manifest as finished, then say so."""
+        if self._cards is not None:
+            self._cards.refuse_if_lost()
         seconds = round(time.monotonic() - self._started, 1)
         stopping.finished()
         if self.claimed:
+            if self._cards is not None:
+                self.say(self._cards.spent())
             self._manifest |= {"status": "finished", "seconds": seconds, "result": dict(result), **self._told()}
             # The manifest last: a run that says it is finished has its page.
             self._write_report()
@@ -194,7 +205,7 @@ class Session:
         self.say(RunFinished(command=self._command, output=str(self.directory), seconds=seconds, result=result))
 
     def _told(self) -> dict[str, Any]:
-        """Collect what the data held, what proofs found and what the model answered."""
+        """Collect what the data held, what proofs found, what the model answered and what the run cost."""
         ledgers = [event.ledger for event in self.events if isinstance(event, DataRead)]
         return {
             "data": dict(ledgers[0]) if ledgers else {},
@@ -202,6 +213,21 @@ class Session:
             "proofs": [asdict(proof) for proof in self._last_proofs()],
             "gates": [asdict(event) for event in self.events if isinstance(event, Gated)],
             "samples": [asdict(event) for event in self.events if isinstance(event, Sampled)],
+            "spent": self._spent(),
+        }
+
+    def _spent(self) -> dict[str, JSON]:
+        """Sum up what the run has spent in all its processes, what was done again included."""
+        parts = [event for event in (*self._earlier, *self._own) if isinstance(event, Spent)]
+        seconds = sum(one.seconds for one in parts)
+        energies = [one.energy_wh for one in parts if one.energy_wh is not None]
+        price = self._price_per_hour
+        return {
+            "seconds": round(seconds, 1),
+            "paused_seconds": round(sum(one.paused_seconds for one in parts), 1),
+            "energy_wh": round(sum(energies), 3) if energies else None,
+            "hottest_c": max((one.hottest_c for one in parts if one.hottest_c is not None), default=None),
+            "cost": None if price is None else round(price * seconds / 3600, 4),
         }
 
     def _last_proofs(self) -> list[Proved]:
@@ -213,11 +239,14 @@ class Session:
         """Write down how the run ended early. The caller's sink hears of it from the caller."""
         if self._log is None:
             return
+        spent = self._cards.spent() if self._cards else None
+        self._own += [spent] if spent else []
         self._manifest |= {"status": status, "error": {"code": code, "message": message}, **self._told()}
         # What cannot be written any more, on a full disk, must not hide what happened.
         for write in (
             lambda: rundir.write_manifest(self.directory, self._manifest),
             self._write_report,
+            lambda: self._log and spent and self._log(spent),
             lambda: self._log and self._log(Failed(code=code, message=message, hint=hint or "")),
         ):
             with suppress(DiskError):

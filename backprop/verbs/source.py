@@ -1,6 +1,7 @@
 """What is exported: an adapter on disk, its base model, and what is known of how it was trained."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from backprop.config import ExportConfig
 from backprop.core.data.formats import Message
 from backprop.core.probes import by_itself
-from backprop.edges import hub, rundir
+from backprop.edges import hub, model_files, rundir
 from backprop.errors import ExportError, UsageError
 
 DEFAULT_QUESTION = "Hello! Who are you?"
@@ -63,8 +64,9 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
             if manifest.get("status") == "failed"
             else "run its command again, to the end",
         )
-    base = _base_of_run(manifest) if "model" in manifest else _base_of(folder)
-    model = hub.find_model(base, offline=config.offline)
+    base = _base_of_run(manifest) if manifest.get("model") else _base_of(folder)
+    model_files.check_adapter(folder)
+    model = hub.find_model(base, offline=config.offline, code=config.trust_remote_code)
     known = (manifest.get("model") or {}).get("sha256")
     if known not in (None, model.sha256):
         raise ExportError(
@@ -77,7 +79,7 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
     return Adapter(
         folder=folder,
         base=model.path,
-        base_name=str(manifest["model"]["name"]) if "model" in manifest else base,
+        base_name=str(manifest["model"]["name"]) if manifest.get("model") else base,
         data_sha256=(manifest.get("identity") or {}).get("data_sha256"),
         output=output,
         name=name,
@@ -115,7 +117,7 @@ def _adapter_hash(folder: Path) -> str:
 def _base_of_run(manifest: Mapping[str, Any]) -> str:
     """Give the folder that was trained on while it is there; else its name, which may be found again."""
     model = manifest["model"]
-    return str(model["path"] if Path(model["path"]).is_dir() else model["name"])
+    return str(model["path"] if os.path.isdir(model["path"]) else model["name"])
 
 
 def _base_of(folder: Path) -> str:

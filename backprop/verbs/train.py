@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from backprop.config import TrainConfig
-from backprop.edges import checkpoints, device, rundir, stopping
+from backprop.edges import checkpoints, device, network, rundir, stopping
 from backprop.errors import DiskError, PackageError, UsageError
 from backprop.events import Sink
 from backprop.verbs.adapter import measures, train_one
@@ -35,7 +35,7 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
     Raises:
         BackpropError: Of the kind that names what the user can mend.
     """
-    with stopping.time_limit(config.max_minutes):
+    with network.limited(offline=config.offline), stopping.time_limit(config.max_minutes):
         return _train(config, say)
 
 

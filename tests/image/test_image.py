@@ -226,7 +226,7 @@ def test_an_export_is_registered_in_the_ollama_beside_it(stopped_and_killed: Pat
 def test_doctor_finds_nothing_wrong_and_nothing_can_be_written_elsewhere(project: Path) -> None:
     told = compose(project, "run", "--rm", "--no-deps", "cpu", "doctor", "--json")
     checks = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
-    assert all(check["ok"] for check in checks if check["event"] == "checked"), told
+    assert all(check["ok"] for check in checks if check["event"] == "check"), told
     trying = "import pathlib; pathlib.Path('/opt/app/x').touch()"
     compose(project, "run", "--rm", "--no-deps", "--entrypoint", "python", "cpu", "-c", trying, code=1)
 

@@ -103,11 +103,76 @@ def test_multi_run_merges_on_the_gpu(tiny_model: Path, write: Callable[..., Path
     assert result(tmp_path / "output")["result"]["runs"] == 2
 
 
-def test_doctor_finds_the_gpu_and_multiplies_on_it(tmp_path: Path) -> None:
+def test_doctor_finds_the_gpu_and_all_that_it_runs_there_is_right(tmp_path: Path) -> None:
+    started = time.monotonic()
     done = backprop_process("doctor", "--json", cwd=tmp_path)
+    print(f"doctor took {time.monotonic() - started:.1f} s")
     found = {event["name"]: event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "check"}
+    print(*(f"{one['name']}: {one['found']} {one['needed']}" for one in found.values()), sep="\n")
     assert found["gpu 0"]["ok"]
     assert "cuda" in found["torch product"]["found"]
+    for name in ("torch product", "fp8 product", "packed attention", "triton kernel", "compiled function"):
+        assert found[name]["ok"], found[name]
+    assert found.get("4-bit product", {"ok": True})["ok"], found["4-bit product"]
+
+
+def test_doctor_says_how_a_model_would_be_trained_here(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    done = backprop_process("doctor", "--model", tiny_model, "--data", write(ROWS), "--json", cwd=tmp_path)
+    found = {event["name"]: event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "check"}
+    print(found["model"]["found"])
+    assert "fits: lora in bfloat16 on" in found["model"]["found"]
+
+
+def test_the_card_is_read_in_milliseconds_and_its_energy_is_told(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backprop.edges import nvml
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with nvml.opened():
+        handle = nvml.card_of(device.probe().gpus[0].uuid)
+        started = time.perf_counter()
+        readings = [nvml.read(handle) for _ in range(20)]
+        each = (time.perf_counter() - started) / 20
+        print(
+            f"{1000 * each:.2f} ms for {readings[-1]}; slows down at {nvml.slowdown_c(handle)} °C, "
+            f"memory at most {nvml.memory_limit_c(handle)} °C; {nvml.state_of(handle)}"
+        )
+    assert each < 0.1
+    assert readings[-1].temperature_c is not None
+    steps_of("--data", write(ROWS), "--model", tiny_model, *OPTIONS, cwd=tmp_path)
+    spent = result(tmp_path / "output")["spent"]
+    print(spent)
+    assert spent["energy_wh"] > 0
+    assert 10 < spent["hottest_c"] < 110
+
+
+def test_a_real_card_above_its_limit_is_waited_for_and_the_time_limit_is_heard(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Any card in use is warmer than 30 °C, or gets so.
+    options = [
+        "--data",
+        write(ROWS),
+        "--model",
+        tiny_model,
+        "--steps",
+        "100000",
+        "--gpu-max-temp",
+        "30",
+        "--max-minutes",
+        "1",
+    ]
+    options += ["--skip-proofs", "--no-rehearse", "--no-compile"]
+    done = backprop_process("train", *options, "--json", cwd=tmp_path)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    paused = [event for event in told if event["event"] == "paused"]
+    print(paused[:1], told[-1])
+    assert paused
+    assert done.returncode == 75
+    assert result(tmp_path / "output")["spent"]["paused_seconds"] > 0
 
 
 def steps_of(*options: str | Path, cwd: Path, **environment: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

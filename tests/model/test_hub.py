@@ -20,7 +20,7 @@ def test_the_demo_preset_comes_from_the_hub_where_the_package_is_absent(
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr("backprop.edges.demo_model.packaged_gguf", lambda: None)
-    monkeypatch.setattr(hub, "fetch_model", lambda hub_id, *, offline: asked.append(hub_id) or str(tiny_model))
+    monkeypatch.setattr(hub, "fetch_model", lambda hub_id, **_: asked.append(hub_id) or str(tiny_model))
     source = hub.find_model("smollm2-135m", offline=False)
     assert (source.name, source.path) == ("smollm2-135m", str(tiny_model))
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]

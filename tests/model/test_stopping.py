@@ -110,6 +110,17 @@ with stopping.armed(), stopping.ends_with(lambda error: say("last words", error.
     assert ran(program) == (75, "saved\nlast words 75\n")
 
 
+@pytest.mark.parametrize(("armed", "expected"), [("", (5, "last words 5\n")), ("end_process=False", (0, "goes on\n"))])
+def test_a_thread_that_has_given_up_ends_the_program_but_no_notebook(armed: str, expected: tuple[int, str]) -> None:
+    program = f"""
+from backprop.errors import HardwareError
+with stopping.armed({armed}), stopping.ends_with(lambda error: say("last words", error.code)):
+    threading.Thread(target=stopping.end_process, args=[HardwareError("lost", hint="")]).start()
+    time.sleep(0.5); say("goes on")
+"""
+    assert ran(program) == expected
+
+
 def test_last_words_are_heard_while_a_library_is_silenced() -> None:
     program = """
 from backprop.edges import llama_cpp

@@ -10,6 +10,7 @@ from backprop import events
 from backprop.cli import main
 from backprop.console import Console, told
 from backprop.edges.rundir import json_lines
+from backprop.schema import schema
 
 ONE_OF_EACH: list[events.Event] = [
     events.RunStarted(command="train", output="o", version="1"),
@@ -59,6 +60,9 @@ ONE_OF_EACH: list[events.Event] = [
     events.RolledBack(step=3, rate_share=0.5, reason="r"),
     events.Repeated(kind="close", found="f", path="p", largest=1e-5),
     events.Warned(message="careful"),
+    events.Paused(reason="a card is at 90 °C", temperature_c=90),
+    events.Continued(seconds=12.5, temperature_c=80),
+    events.Spent(seconds=60.0, energy_wh=5.5, hottest_c=90, paused_seconds=12.5),
     events.Phase(name="loading"),
     events.Tried(quantization="q4_k_m", size_bytes=3, mean_kl=0.1, p99_kl=1.0, top1=0.9),
     events.Exported(path="p", format="gguf", quantization="f16", size_bytes=3, question="q", answer="a"),
@@ -78,7 +82,7 @@ def test_what_is_written_fits_the_schema_and_only_its_own_kind(event: events.Eve
     file = io.StringIO()
     json_lines(file)(event)
     written = json.loads(file.getvalue())
-    jsonschema.Draft202012Validator(events.schema()).validate(written)
+    jsonschema.Draft202012Validator(schema()).validate(written)
     assert written["event"] == events.KINDS[type(event)]
 
 
@@ -96,11 +100,11 @@ def test_what_another_version_wrote_is_no_event() -> None:
 
 
 def test_the_schema_is_one() -> None:
-    jsonschema.Draft202012Validator.check_schema(events.schema())
+    jsonschema.Draft202012Validator.check_schema(schema())
 
 
 def test_the_schema_refuses_a_wrong_type_and_a_missing_key() -> None:
-    validator = jsonschema.Draft202012Validator(events.schema())
+    validator = jsonschema.Draft202012Validator(schema())
     written = events.to_json(next(event for event in ONE_OF_EACH if isinstance(event, events.Step)))
     assert validator.is_valid(written)
     assert not validator.is_valid({**written, "loss": "low"})
@@ -111,7 +115,7 @@ def test_json_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["--json-schema"])
     assert exit.value.code == 0
-    assert json.loads(capsys.readouterr().out) == events.schema()
+    assert json.loads(capsys.readouterr().out) == schema()
 
 
 @pytest.mark.parametrize("event", ONE_OF_EACH, ids=lambda event: events.KINDS[type(event)])

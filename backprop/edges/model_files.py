@@ -1,0 +1,109 @@
+"""Models and adapters come from strangers: what is refused of their files before any library reads them."""
+
+import json
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from backprop.errors import ModelError
+
+CONFIG_MOST_BYTES = 16 * 2**20
+LAYERS_MOST = 10_000
+NUMBER_MOST = 2**31
+RANK_MOST = 2**16
+INDEX = "model.safetensors.index.json"
+# Kinds of adapters that bring no weights to merge, and whose settings make PEFT load other models and tokenizers.
+OTHER_ADAPTERS = (
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT"),
+    *("XLORA", "POLY"),
+)
+# By these, PEFT imports a module of the adapter's choice, or makes as many layers as it says.
+REFUSED_SETTINGS = ("megatron_config", "layer_replication")
+HINT = "use a model from a source that you trust"
+
+
+def check_model(folder: Path) -> None:
+    """Refuse a model folder whose files are no plain files, whose weights lie elsewhere, or whose numbers are absurd.
+
+    Raises:
+        ModelError: Saying what.
+    """
+    for path in folder.iterdir():
+        if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise ModelError(f"`{path}` is no plain file", hint=HINT)
+    for name, number in _numbers(read_object(folder / "config.json")):
+        most = LAYERS_MOST if "layer" in name else NUMBER_MOST
+        if abs(number) > most:
+            raise ModelError(f"`{folder / 'config.json'}` says {name}: {number}, and {most} is the most", hint=HINT)
+    if (folder / INDEX).is_file():
+        shards = read_object(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ModelError(f"`{folder / INDEX}` names no weights", hint="fetch it again")
+        for shard in set(map(str, cast(Mapping[str, object], shards).values())):
+            if shard != Path(shard).name or not shard.endswith(".safetensors") or "\\" in shard:
+                raise ModelError(f"`{folder / INDEX}` names weights outside of the folder: `{shard}`", hint=HINT)
+
+
+def check_code(folder: Path) -> None:
+    """Refuse a model whose code stands in another repository, from which transformers would take what is there today.
+
+    Raises:
+        ModelError: Naming it.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        named = json.dumps(read_object(folder / name).get("auto_map")) if (folder / name).is_file() else ""
+        if "--" in named:
+            raise ModelError(
+                f"`{folder / name}` takes code from another repository: {named[:200]}",
+                hint="copy that code into a folder with the model, and name it there without `--`",
+            )
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse an adapter that would make PEFT do more than add it to a model.
+
+    Raises:
+        ModelError: Saying what.
+    """
+    path = folder / "adapter_config.json"
+    settings = read_object(path)
+    kind = str(settings.get("peft_type", "")).upper()
+    if kind in OTHER_ADAPTERS:
+        raise ModelError(f"`{path}` is of the kind {kind}, which cannot be merged", hint="train a LoRA adapter")
+    asked = next((name for name in REFUSED_SETTINGS if settings.get(name)), None)
+    if asked is not None:
+        raise ModelError(f"`{path}` sets `{asked}`, which is not supported", hint="train a plain LoRA adapter")
+    for name, number in _numbers({key: settings.get(key) for key in ("r", "rank_pattern", "lora_alpha")}):
+        if abs(number) > RANK_MOST:
+            raise ModelError(f"`{path}` says {name}: {number}, and {RANK_MOST} is the most", hint=HINT)
+
+
+def read_object(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object of a reasonable size.
+
+    Raises:
+        ModelError: If it is none.
+    """
+    try:
+        if path.stat().st_size > CONFIG_MOST_BYTES and path.name != INDEX:
+            raise ModelError(f"`{path}` is larger than {CONFIG_MOST_BYTES // 2**20} MiB", hint=HINT)
+        found: object = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"`{path}` is no JSON: {error}", hint="fetch it again") from error
+    except OSError as error:
+        raise ModelError(f"`{path}` cannot be read: {error.strerror}", hint="give a complete folder") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"`{path}` is no JSON object", hint="fetch it again")
+    return cast(Mapping[str, Any], found)
+
+
+def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, inner in cast(Mapping[str, object], value).items():
+            yield from _numbers(inner, str(key))
+    elif isinstance(value, list):
+        for inner in cast(list[object], value):
+            yield from _numbers(inner, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value

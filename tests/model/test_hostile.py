@@ -1,0 +1,429 @@
+"""Data sets, models, adapters, run directories and settings of someone who means harm. SECURITY.md names each."""
+
+import gzip
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HERE, Run, backprop, backprop_process, chat
+
+from backprop.edges import files, model_files, rundir
+from backprop.engine import templates
+from backprop.engine.load import load_tokenizer
+from backprop.errors import DataError, ModelError, UsageError
+from backprop.verbs.source import find_adapter
+
+pytestmark = pytest.mark.model
+
+# What shows that code of a stranger has run.
+TOUCH = "__import__('pathlib').Path({path!r}).touch()"
+
+
+class Bomb:
+    """What pickle would run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self._path),))
+
+
+def copy_of(model: Path, folder: Path, **config: Any) -> Path:
+    """Copy a model, with other settings."""
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+def refused(model: Path, data: Path, *options: str, cwd: Path) -> str:
+    """Give what a dry run says of a model that it must refuse as one (exit 4), soon."""
+    started = time.monotonic()
+    done = backprop("train", "--data", data, "--model", model, "--dry-run", *options, cwd=cwd)
+    assert done.returncode == 4, done.stderr
+    assert time.monotonic() - started < 10
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+# --- the data set
+
+
+@pytest.mark.slow
+def test_a_file_that_expands_without_end_is_refused(tmp_path: Path) -> None:
+    for name, row in (
+        ("lines.jsonl.gz", b"\n" * 2**20),
+        ("list.json.gz", b"[" + b" " * 2**20),
+        ("t.txt.gz", b"a\n" * 2**19),
+    ):
+        path = tmp_path / name
+        with gzip.open(path, "wb") as file:
+            for _ in range(40):
+                file.write(row)
+        started = time.monotonic()
+        with pytest.raises(DataError, match=r"expands to more than 200 times its size"):
+            list(files.read_rows(str(path)))
+        assert time.monotonic() - started < 20
+
+
+def test_well_packed_data_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(chat("a", "b " * 200)) + "\n" for _ in range(20_000))
+    assert sum(1 for _ in files.read_rows(str(path))) == 20_000
+
+
+def test_a_folder_of_data_brings_no_files_of_this_machine(tmp_path: Path, write: Callable[..., Path]) -> None:
+    secret = write([chat("my", "secret")], "secret.jsonl")
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    shutil.copy(secret, folder / "good.jsonl")
+    assert len(list(files.read_rows(str(folder)))) == 1
+    (folder / "inside.jsonl").symlink_to("good.jsonl")
+    assert len(list(files.read_rows(str(folder)))) == 2
+    (folder / "outside.jsonl").symlink_to(secret)
+    with pytest.raises(DataError, match="a link that leads out of"):
+        list(files.read_rows(str(folder)))
+
+
+def test_the_hubs_own_cache_may_link_to_its_files(tmp_path: Path, write: Callable[..., Path]) -> None:
+    blob = tmp_path / "datasets--a--b" / "blobs" / "0123"
+    blob.parent.mkdir(parents=True)
+    shutil.move(write([chat("a", "b")]), blob)
+    folder = tmp_path / "datasets--a--b" / "snapshots" / "main"
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").symlink_to(blob)
+    assert len(list(files.read_rows(str(folder)))) == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="is not a file"):
+        list(files.read_rows(str(path)))
+
+
+def test_escapes_of_a_terminal_in_data_are_shown_and_not_sent(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m<script>alert(1)</script>"
+    done = backprop("train", "--data", write([chat(evil, evil)] * 4), "--model", tiny_model, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not set("\x1b\x07\x9b") & set(done.stdout + done.stderr)
+
+
+# --- the model's repository
+
+
+def test_pickled_weights_are_not_opened(tiny_model: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+    import pickle
+
+    model = copy_of(tiny_model, tmp_path / "model")
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    done = backprop("train", "--data", write(HERE), "--model", model, "--steps", "1", "--skip-proofs", cwd=tmp_path)
+    assert done.returncode == 0, "the safetensors beside them are enough"
+    (model / "model.safetensors").unlink()
+    assert "can run code when opened" in refused(model, write(HERE), cwd=tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def with_code(model: Path, ran: Path, *, where: str = "") -> Path:
+    """Let a model bring code of its own, or name code elsewhere."""
+    names = {"AutoConfig": f"{where}code.Config", "AutoModelForCausalLM": f"{where}code.Model"}
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": names, "model_type": "their_own"}))
+    (model / "code.py").write_text(TOUCH.format(path=str(ran)) + "\n")
+    return model
+
+
+def test_code_of_a_model_does_not_run_unasked(tiny_model: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+    model = with_code(copy_of(tiny_model, tmp_path / "model"), tmp_path / "ran")
+    said = refused(model, write(HERE), cwd=tmp_path)
+    assert "--trust-remote-code" in said
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_another_repository_never_runs(tiny_model: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+    model = with_code(copy_of(tiny_model, tmp_path / "model"), tmp_path / "ran", where="owner/evil--")
+    said = refused(model, write(HERE), "--trust-remote-code", cwd=tmp_path)
+    assert "takes code from another repository" in said
+
+
+def test_code_of_the_hub_needs_a_revision(write: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["train", "--data", write(HERE), "--trust-remote-code", "--offline", "--dry-run", "--model"]
+    done = backprop(*options, "owner/name", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--model owner/name@COMMIT" in done.stderr
+    done = backprop(*options, "owner/name@0123abc", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "is not here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, and 10000"),
+        ({"vocab_size": 10**15}, "vocab_size: 1000000000000000"),
+        ({"text_config": {"hidden_size": 10**12}}, "hidden_size"),
+    ],
+    ids=["layers", "words", "inside"],
+)
+def test_absurd_numbers_are_refused(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, config: dict[str, Any], said: str
+) -> None:
+    assert said in refused(copy_of(tiny_model, tmp_path / "model", **config), write(HERE), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../../other/model.safetensors", "/etc/passwd", "..\\x.safetensors", "x.bin"])
+def test_weights_stay_in_their_folder(tiny_model: Path, tmp_path: Path, shard: str) -> None:
+    model = copy_of(tiny_model, tmp_path / "model")
+    (model / model_files.INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": shard}}))
+    with pytest.raises(ModelError, match="names weights outside of the folder"):
+        model_files.check_model(model)
+
+
+def test_files_of_a_model_are_plain(tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_of(tiny_model, tmp_path / "model")
+    model_files.check_model(model)
+    os.mkfifo(model / "README.md")
+    with pytest.raises(ModelError, match="is no plain file"):
+        model_files.check_model(model)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "nul", "[" * 100_000, '{"a": NaN'])
+def test_a_configuration_that_is_none_is_refused(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, content: str
+) -> None:
+    model = copy_of(tiny_model, tmp_path / "model")
+    (model / "config.json").write_text(content)
+    assert "config.json" in refused(model, write(HERE), cwd=tmp_path)
+
+
+# --- the chat template
+
+LOOP = "{%- for a in range(90000) -%}{%- for b in range(90000) -%}{%- endfor -%}{%- endfor -%}"
+DOUBLING = (
+    "{%- set n = namespace(s='ab') -%}{%- for a in range(60) -%}{%- set n.s = n.s + n.s -%}{%- endfor -%}{{ n.s }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (LOOP, "works for more than"),
+        (DOUBLING, "asks for too much: memory"),
+        ("{{ 'a' * 999 * 999 * 999 * 999 }}", "asks for too much"),
+        ("{% for a in range(10 ** 2) %}{% endfor %}", "computes a power"),
+        ("{% set n = namespace(x=9) %}{% for a in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}", "product of two"),
+        ("{{ ('x' * 999 * 9) | replace('x', 'xxxxxxxxxx' * 100) }}", "characters of one conversation"),
+        ("{{ messages", "cannot be read"),
+        (" " * (2**20 + 1), "1,048,577 characters"),
+    ],
+    ids=["a loop", "doubling", "a product", "a power", "squares", "a long text", "no template", "a long template"],
+)
+def test_a_template_without_end_is_stopped(
+    tiny_model: Path,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 1.0)
+    monkeypatch.setattr(templates, "MEMORY_MOST", 2**28)
+    monkeypatch.setattr(templates, "TEXT_MOST", 2**22)
+    model = copy_of(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template)
+    assert said in refused(model, write(HERE), cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{% set x = messages.append(1) %}",
+    ],
+)
+def test_a_template_stays_in_its_sandbox(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, template: str
+) -> None:
+    model = copy_of(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template)
+    done = backprop("train", "--data", write(HERE), "--model", model, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "uid=" not in done.stderr + done.stdout
+    assert "Popen" not in done.stderr + done.stdout
+
+
+@templates.limited()
+def endless() -> None:
+    while True:
+        pass
+
+
+def test_a_slow_template_does_not_stop_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    with pytest.raises(ModelError):
+        endless()
+    for _ in range(3):
+        with templates.limited():
+            pass
+        time.sleep(0.1)
+
+
+def test_templates_of_the_presets_kinds_are_not_refused(taught: Callable[[str], Path]) -> None:
+    load_tokenizer(str(taught("llama-tied") / "lora"), trust_remote_code=False)
+    templates.check("{{ '  ' * depth }}{{ 2 * loop.index0 }}{% generation %}x{% endgeneration %}{% break %}")
+
+
+# --- the adapter
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING, which cannot be merged"),
+        ({"peft_type": "XLORA"}, "XLORA, which cannot be merged"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication"),
+        ({"r": 10**9}, "r: 1000000000"),
+        ({"rank_pattern": {"q": 10**9}}, "q: 1000000000"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_an_adapter_does_no_more_than_adapt(
+    taught: Callable[[str], Path], tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    from backprop.config import ExportConfig
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(taught("llama-tied") / "lora", folder)
+    path = folder / "adapter_config.json"
+    assert find_adapter(folder, ExportConfig()).folder == folder
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(ModelError) as caught:
+        find_adapter(folder, ExportConfig())
+    assert said in caught.value.message
+
+
+def test_a_pickled_adapter_is_not_opened(taught: Callable[[str], Path], tmp_path: Path) -> None:
+    import pickle
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(taught("llama-tied") / "lora", folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    done = backprop("export", folder, "--no-verify", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+# --- the run directory
+
+
+@pytest.mark.parametrize(
+    "name", ["events.jsonl", "run.json", "lora", "checkpoints", "checkpoints/step-000002", "runs", "report.html"]
+)
+def test_a_run_that_was_handed_over_leads_nowhere_else(train: Callable[..., Run], tmp_path: Path, name: str) -> None:
+    run = train(steps=2, save_steps=1, skip_proofs=True)
+    state = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps({**state, "status": "running"}))
+    ours = tmp_path / "ours"
+    target = run.folder / name
+    if name == "runs":
+        ours.mkdir()
+    else:
+        shutil.move(target, ours)
+    target.symlink_to(ours)
+    before = {path: path.read_bytes() for path in tmp_path.glob("ours*/**/*") if path.is_file()}
+    again = train(steps=2, save_steps=1, skip_proofs=True, overwrite=False, resume="auto")
+    assert "is a link to" in again.failed.message
+    assert again.failed.code == 2
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("name", ["CON", "nul.txt", "Com1", "a/LPT9/b", "aux.", "com¹"])
+def test_devices_of_windows_are_no_folders_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)
+    assert rundir.check(path, {}, overwrite=False) == "nothing"
+    monkeypatch.setattr("backprop.edges.rundir.os.name", "nt")
+    try:
+        with pytest.raises(UsageError, match="is a device on Windows"):
+            rundir.check(path, {}, overwrite=False)
+    finally:
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "state", ['{"identity": {}, "result": 3}', '{"identity": {"steps": []}}', '{"identity": {}, "status": {}}', "\x00"]
+)
+def test_a_forged_manifest_is_refused_in_words(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, state: str
+) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "run.json").write_text(state)
+    done = backprop("train", "--data", write(HERE), "--model", tiny_model, "--steps", "1", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "steps: !!python/object/apply:os.mkdir ['ran']",
+        "a: &a [x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+        + "data: *i\n",
+        "? [a]\n: 1",
+        "steps: 1" + "0" * 5000,
+        "- " * 5000,
+    ],
+    ids=["an object", "a billion laughs", "a list as key", "a huge number", "deep"],
+)
+def test_a_config_file_runs_nothing_and_ends_soon(tiny_model: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    started = time.monotonic()
+    done = backprop_process("train", "--config", "run.yaml", "--model", tiny_model, cwd=tmp_path, timeout_s=20)
+    assert done.returncode in (2, 3), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - started < 10
+    assert not (tmp_path / "ran").exists()
+
+
+# --- secrets
+
+SECRETS = {
+    "HF_TOKEN": "hf_secret0123456789",
+    "OLLAMA_API_KEY": "ollama-secret-0123",
+    "WANDB_API_KEY": "wandb-secret-0123",
+    "HTTPS_PROXY": "http://me:proxy-secret@127.0.0.1:9",
+}
+
+
+@pytest.mark.slow
+def test_no_secret_is_written_or_told(tiny_model: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["--data", write(HERE), "--model", tiny_model, "--steps", "2", "--skip-proofs", "--save-steps", "1"]
+    said = [backprop_process("train", *options, "--json", "--verbose", cwd=tmp_path, **SECRETS)]
+    said += [
+        backprop_process("train", *options[:-4], "--overwrite", "--lr", "1", "--steps", "3", cwd=tmp_path, **SECRETS)
+    ]
+    said += [backprop_process("doctor", "--json", cwd=tmp_path, **SECRETS)]
+    said += [backprop_process("train", *options[:2], "--model", "owner/none", "--offline", cwd=tmp_path, **SECRETS)]
+    told = "".join(one.stdout + one.stderr for one in said)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file())
+    for secret in ("secret0123456789", "ollama-secret", "wandb-secret", "proxy-secret"):
+        assert secret not in told
+        assert secret.encode() not in written
