@@ -146,7 +146,7 @@ def _advise(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> None:
     elif len(config.data) > 1 and not options.replay:
         say(
             Warned(
-                message="rows of earlier parts among those of each run keep more of them, however runs are merged: add `--replay 0.1`"
+                message="a tenth of each run from rows of earlier parts keeps more than a merge alone: add `--replay 0.1`"
             )
         )
 
