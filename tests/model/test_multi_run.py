@@ -1,6 +1,7 @@
 """multi-run for real: what is delivered is the merge, whatever the mode."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -383,7 +384,7 @@ def test_auto_delivers_the_merge_that_does_best_on_rows_of_every_part(
     monkeypatch.setattr(forgetting, "score", watched)
     told = runs("left", "right", **options)
     assert told.error is None
-    compared = [one.value for one in seen[1:-2]]  # one measurement after the first run, two after the second
+    compared = [math.exp(-one.loss) for one in seen[1:-2]]  # one measurement after the first run, two after the second
     sums = [sum(compared[n : n + 2]) for n in range(0, len(compared), 2)]
     assert len(sums) == len(slao.EXPONENTS)
     best = slao.EXPONENTS[sums.index(max(sums))]
