@@ -29,6 +29,9 @@ def score(model: Any, examples: Sequence[Example], size: PassSize) -> Score:
     from backprop.engine.objectives import Supervised, exact_match, measure
 
     asked = examples[:MOST_EVALUATED]
+    longest = max(len(example.ids) for example in asked)
+    # These may be longer than any that is trained on.
+    size = replace(size, examples=max(1, min(size.examples, size.tokens // longest)))
     short = statistics.median(example.num_trained for example in asked) <= SHORT_ANSWER_TOKENS
     fewer = replace(size, tokens=min(size.tokens, EXACT_MATCH_TOKENS), examples=1)
     return Score(
@@ -50,7 +53,7 @@ def best_of(
     measured: list[list[Score]] = []
     for state in candidates.values():
         set_adapter_state(model, state)
-        measured.append([score(model, part.train.examples[:MOST_COMPARED], size) for part in seen])
+        measured.append([score(model, part.own[:MOST_COMPARED], size) for part in seen])
     return best_exponent(list(candidates), measured)
 
 
@@ -79,7 +82,7 @@ class Book:
             self._tell_if_none_is_exact(self.general_before, "general", run=0)
         row: list[Score] = []
         for name, part in seen:
-            row.append(score(model, part.held_out or part.train.examples, size))
+            row.append(score(model, part.held_out or part.own, size))
             self._tell(row[-1], f"part {name}" if part.held_out else f"part {name} (its training rows)", run=run)
         self._tell_if_none_is_exact(row[-1], f"part {seen[-1][0]}", run=run)
         if general:

@@ -6,13 +6,13 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backprop.config import ONLY_OF_TRAIN, MergeMode, MultiRunConfig, RunSchedule, TrainConfig
 from backprop.core import slao
-from backprop.core.data.formats import Conversation
+from backprop.core.data.judge import Judged
 from backprop.core.forgetting import Score, measure, over_trained
 from backprop.edges import network, rundir, stopping
 from backprop.errors import DataError, TrainingError, UsageError
@@ -54,7 +54,9 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
     parts = parts_of(config, options)
     lasting = _general_rows(config, options)
     mode = options.merge_mode or ("slao" if len(config.data) > 1 else "sequential")
-    everything = chain(lasting, (row for part in parts for row in chain(part.judged.conversations, part.held_out)))
+    everything = chain(
+        lasting.conversations, (row for part in parts for row in chain(part.judged.conversations, part.held_out))
+    )
     with running(
         config, command="multi-run", fingerprint=fingerprint_of(everything), say=say, extra=options
     ) as session:
@@ -62,13 +64,15 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             session.end_again()
             return config.output
         _advise(config, options, say=session.say)
+        for warning in lasting.warnings:
+            session.say(Warned(message=f"general rows: {warning}"))
         prepared: list[Prepared] = []
         for number, part in enumerate(parts):
             one = prepare(
                 seeded(config, number),
                 part.judged,
                 part.held_out,
-                gate_rows=() if number else lasting,
+                gate_rows=() if number else lasting.conversations,
                 rate_share=rate_share(options.schedule, number, len(parts)),
                 say=session.say,
             )
@@ -96,12 +100,13 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
     return config.output
 
 
-def _general_rows(config: TrainConfig, options: MultiRunConfig) -> Sequence[Conversation]:
+def _general_rows(config: TrainConfig, options: MultiRunConfig) -> Judged:
     if not options.general_eval:
-        return ()
-    rows = (row for source in options.general_eval for row in rows_of(source, offline=config.offline))
+        return Judged(conversations=(), shapes={}, warnings=())
+    in_turn = zip_longest(*(rows_of(source, offline=config.offline) for source in options.general_eval))
+    rows = (row for one_of_each in in_turn for row in one_of_each if row is not None)
     try:
-        return judge_rows(islice(rows, MOST_EVALUATED), config).conversations
+        return judge_rows(islice(rows, MOST_EVALUATED), config)
     except DataError as error:
         raise DataError(f"general rows: {error.message}", hint=error.hint) from error
 

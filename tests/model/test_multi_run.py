@@ -462,13 +462,26 @@ def test_an_adapter_that_another_run_put_there_is_refused(
 
 
 @pytest.mark.slow
-def test_the_rate_falls_from_run_to_run_and_replay_adds_rows(runs: Callable[..., Told]) -> None:
+def test_the_rate_falls_from_run_to_run_and_replay_adds_rows_to_the_training_alone(
+    runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a part was measured on were also rows of earlier parts, drawn for the replay."""
+    from backprop.verbs import forgetting
+
+    real, measured = forgetting.score, []
+
+    def watched(model: Any, examples: Any, size: Any) -> Any:
+        measured.append(len(examples))
+        return real(model, examples, size)
+
+    monkeypatch.setattr(forgetting, "score", watched)
     told = runs("a", "b", schedule="linear", replay=0.5, merge_mode="stack")
     assert told.error is None
     peaks = {run: max(one.learning_rate for one in told.all(events.Step) if one.run == run) for run in (1, 2)}
     assert peaks[2] == pytest.approx(peaks[1] / 2)
     assert [event.rows for event in told.all(events.DataRead)] == [8, 16]
     assert told.result["merge_mode"] == "stack"
+    assert measured == [8, 8, 8]
 
 
 def test_advice_comes_before_the_training(runs: Callable[..., Told]) -> None:
@@ -487,6 +500,36 @@ def test_a_run_with_nothing_left_to_learn_is_told(runs: Callable[..., Told], mon
     )  # a tiny model does not come below 0.05 in a second
     told = runs("a", num_runs=1, steps_per_run=8)
     assert "run 1 had nothing left to learn" in told.warned
+
+
+def test_general_rows_are_of_every_source_and_what_is_wrong_with_them_is_told(
+    runs: Callable[..., Told], write: Callable[..., Path]
+) -> None:
+    many = write([*rows("many") * 40], "many.jsonl")
+    few = write([*rows("few"), {"messages": [{"role": "user", "content": "and?"}]}], "few.jsonl")
+    told = runs("a", num_runs=1, general_eval=[str(many), str(few)], dry_run=True)
+    assert told.error is None
+    assert f"general rows: 1 rows without an assistant turn are left out, first: {few}, line 9" in told.warned
+
+
+def test_measuring_rows_longer_than_any_that_is_trained_on_takes_no_more_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from backprop.core.data.render import Example
+    from backprop.engine.batches import PassSize, passes
+    from backprop.verbs.forgetting import score
+
+    lengths = [20] * 8 + [100] * 8
+    examples = [Example(ids=(1,) * length, mask=(False, *(True,) * (length - 1))) for length in lengths]
+    taken: list[int] = []
+
+    def measured(model: Any, asked: Any, size: PassSize, objective: Any) -> objectives.Measured:
+        taken.extend(one["input_ids"].numel() for one in passes(asked, size))
+        return objectives.Measured(loss=1.0)
+
+    monkeypatch.setattr(objectives, "measure", measured)
+    score(None, examples, PassSize(examples=8, tokens=8 * 20, packing=False))
+    assert max(taken) <= 8 * 20
 
 
 def test_samples_reads_no_more_rows_than_it_needs(runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch) -> None:
