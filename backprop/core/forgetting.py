@@ -107,13 +107,14 @@ class Ledger:
     general: Sequence[Score] = ()
     """On the same rows, after each run."""
 
-    def lost(self) -> float:
-        """Give what is forgotten after the last run: F, or what the general rows lost, whichever is more."""
-        of_parts = measure(self.scores).forgetting
+    def lost(self, run: int) -> float:
+        """Give what is forgotten after a run that finished: F, or what the general rows lost, whichever is more."""
+        number = self.runs.index(run)
+        of_parts = measure(self.scores[: number + 1]).forgetting
         if self.general_before is None:
             return of_parts
         before, *after = values_of([self.general_before, *self.general])
-        return max(of_parts, before - after[-1])
+        return max(of_parts, before - after[number])
 
     def to_json(self) -> dict[str, JSON]:
         """Give everything, matrices with a row for each run."""

@@ -131,7 +131,7 @@ def test_slao_on_chunks_of_one_data_set_is_told_to_be_neutral(
     data = ["--data", str(write(rows("x"), "big.jsonl"))]
     run = multi_run("--runs", "2", "--merge-mode", "slao", data=data)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert "SLAO neither helps nor hurts" in next(event["message"] for event in events if event["event"] == "warning")
+    assert any("SLAO neither helps nor hurts" in event["name"] for event in events if event["event"] == "phase")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_rank_larger_than_a_layer_is_wide_is_refused_before_the_weights_are_lo
     done = backprop("multi-run", *data, "--model", tiny_model, "--lora-r", "65", "--dry-run", cwd=tmp_path)
     assert done.returncode == 2
     assert "rank 65 is larger than the width 64 of `model.layers.0.self_attn.q_proj`" in done.stderr
-    assert "give `--lora-r 64` or less" in done.stderr
+    assert "give `--lora-r 64` or less, or name wider layers alone by `--target-modules`" in done.stderr
     wide = ["--lora-r", "65", "--target-modules", "down_proj"]  # which is 128 wide
     assert backprop("multi-run", *data, "--model", tiny_model, *wide, "--dry-run", cwd=tmp_path).returncode == 0
 
@@ -291,7 +291,7 @@ def test_a_run_that_fails_changes_nothing_and_is_told(
     def failing(config: Any, prepared: Any, **options: Any) -> Any:
         begun.append(options["run"])
         if options["run"] == 2:
-            raise TrainingError("the loss is not finite")
+            raise TrainingError("the loss is not finite", hint="eat more fruit")
         return real(config, prepared, **options)
 
     monkeypatch.setattr(verb, "train_one", failing)
@@ -301,7 +301,7 @@ def test_a_run_that_fails_changes_nothing_and_is_told(
     told = runs("a", "b", "c")
     assert begun == [1, 2, 3], "a run that failed is not tried again"
     assert told.error is None
-    assert "run 2 failed and changes nothing: the loss is not finite" in told.warned
+    assert "run 2 failed and changes nothing: the loss is not finite (eat more fruit)" in told.warned
     assert told.result["failed_runs"] == [{"run": 2, "why": "the loss is not finite"}]
     assert told.result["runs"] == 2
     trained = [adapter(told.folder / "runs" / name) for name in ("001", "003")]
@@ -325,6 +325,9 @@ def test_no_run_that_finishes_is_an_error_and_the_same_command_tries_again(
     assert told.error is not None
     assert told.error.code == 6
     assert "none of the 2 runs finished" in told.error.message
+    assert "look at the rows of this step in crash.txt" in (told.error.hint or ""), "what the run itself advised"
+    assert "example" in (told.folder / "crash.txt").read_text()
+    assert (told.folder / "runs" / "002" / "crash.txt").is_file()
     assert not (told.folder / "lora").exists()
     assert json.loads((told.folder / "run.json").read_text())["status"] == "failed"
     assert runs("a", "b").error is None
@@ -344,12 +347,39 @@ def test_the_last_merge_that_forgot_little_enough_is_delivered(runs: Callable[..
     assert told.result["forgetting"] == 0
     assert told.all(events.Forgetting)[-1].forgetting > 0.05
     assert "the merge after run 1 is delivered" in told.warned
-    assert told.all(events.Gated)[-1].ok
+    gate = told.all(events.Gated)[-1]
+    assert (gate.ok, gate.found) == (True, "0.000 after run 1, which is delivered")
     assert adapter(told.folder).keys() == (first := adapter(told.folder / "runs" / "001")).keys()
     assert all(tensor.equal(first[name]) for name, tensor in adapter(told.folder).items())
-    kind = runs("left", "right", max_forgetting=0.99, folder="kind", **options)
+    kind = runs("left", "right", max_forgetting=0.99, **options)
+    assert kind.error is None
+    assert not kind.all(events.Step), "another gate trains nothing anew"
     assert kind.result["delivered_run"] == 2
+    assert [one["gate"] for one in json.loads((kind.folder / "run.json").read_text())["gates"]] == [
+        "forgetting at most 0.99"
+    ]
+    strict = runs("left", "right", max_forgetting=0.05, **options)
+    assert strict.result == told.result
+    assert all(tensor.equal(first[name]) for name, tensor in adapter(told.folder).items())
     assert kind.result["forgetting"] == told.all(events.Forgetting)[-1].forgetting
+
+
+@pytest.mark.slow
+def test_memory_that_is_full_while_a_merge_is_measured_is_told_as_such(
+    runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from backprop.verbs import forgetting
+
+    def full(*arguments: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(forgetting, "score", full)
+    told = runs("a", num_runs=1)
+    assert told.error is not None
+    assert told.error.code == 5
+    assert "the GPU's memory is full" in told.error.message
 
 
 @pytest.mark.slow
@@ -357,7 +387,7 @@ def test_where_every_merge_forgot_too_much_nothing_is_delivered(
     runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Only general rows can be lost by the first run already; a random model knows none to lose.
-    monkeypatch.setattr(Ledger, "lost", lambda ledger: 0.5)
+    monkeypatch.setattr(Ledger, "lost", lambda ledger, run: 0.5)
     told = runs("a", "b", max_forgetting=0.4)
     assert told.error is not None
     assert told.error.code == 6
@@ -416,7 +446,7 @@ def test_a_multi_run_that_is_killed_between_two_steps_of_its_own_ends_the_same(
     expected = runs("a", "b", "c", folder="undisturbed", **options).result
     kill = {
         "before it is measured": (forgetting.Book, "measure"),
-        "before it is delivered": (multi_run.shutil, "move"),
+        "before it is delivered": (multi_run.shutil, "copytree"),
         "at the end": (multi_run._Fold, "result"),
     }[place]
     real, calls = getattr(*kill), []
@@ -486,11 +516,15 @@ def test_the_rate_falls_from_run_to_run_and_replay_adds_rows_to_the_training_alo
 
 def test_advice_comes_before_the_training(runs: Callable[..., Told]) -> None:
     options = {"dry_run": True}
-    assert "add `--replay 0.1`" in runs("a", "b", **options).warned
-    assert "--replay" not in runs("a", "b", replay=0.1, **options).warned
-    chunks = runs("a", num_runs=2, **options)
-    assert "--replay" not in chunks.warned
-    assert any("merged by `sequential`" in event.name for event in chunks.all(events.Phase))
+
+    def advised(*words: str, **more: Any) -> str:
+        return "\n".join(event.name for event in runs(*words, **options, **more).all(events.Phase))
+
+    assert "add `--replay 0.1`" in advised("a", "b")
+    assert "--replay" not in advised("a", "b", replay=0.1)
+    chunks = advised("a", num_runs=2)
+    assert "--replay" not in chunks
+    assert "merged by `sequential`" in chunks
 
 
 @pytest.mark.slow

@@ -54,9 +54,9 @@ def test_what_is_forgotten_shows_where_no_answer_was_ever_exact() -> None:
     parts = Ledger(parts=["1 a", "2 b"], runs=[1, 2], scores=[[good], [bad, good]])
     assert measure(parts.scores).forgetting == pytest.approx(1 / 2 - 1 / 8)
     assert measure(parts.scores).backward_transfer == pytest.approx(1 / 8 - 1 / 2)
-    assert parts.lost() == pytest.approx(1 / 2 - 1 / 8)
+    assert parts.lost(2) == pytest.approx(1 / 2 - 1 / 8)
     general = Ledger(parts=["1 a"], runs=[1], scores=[[good]], general_before=good, general=[bad])
-    assert general.lost() == pytest.approx(1 / 2 - 1 / 8)
+    assert general.lost(1) == pytest.approx(1 / 2 - 1 / 8)
     assert general.to_csv().splitlines()[-1] == f"1,general,{bad.loss},0.0,{math.exp(-bad.loss)}"
     assert json.loads(json.dumps(parts.to_json()))["score"][1] == pytest.approx([1 / 8, 1 / 2])
 
@@ -104,9 +104,10 @@ def test_the_table_has_a_line_for_each_run_and_part_and_the_base_model_is_run_0(
 
 def test_what_is_lost_is_the_worse_of_old_parts_and_general_rows() -> None:
     whole = ledger()
-    assert whole.lost() == pytest.approx(1 - 0.25)  # general: likelihood 1 before, 1/4 now
+    assert whole.lost(3) == pytest.approx(1 - 0.25)  # general: likelihood 1 before, 1/4 now
+    assert whole.lost(1) == pytest.approx(1 - 0.5), "of the run that is asked for, not of the last"
     parts_alone = Ledger(parts=whole.parts, runs=whole.runs, scores=whole.scores)
-    assert parts_alone.lost() == pytest.approx(0.9 - 0.6)
+    assert parts_alone.lost(3) == pytest.approx(0.9 - 0.6)
     told = json.loads(json.dumps(whole.to_json()))
     assert told["measures"][-1]["forgetting"] == pytest.approx(0.9 - 0.6)
     assert told["general_loss"] == [math.log(2), math.log(4)]
