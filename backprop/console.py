@@ -148,7 +148,7 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Eval():
             return _evaluated(event)
         case RunMerged():
-            chosen = f", weight 1/i^{event.exponent:g}" if event.mode == "auto" else ""
+            chosen = f", weight 1/i^{event.exponent:g}" if event.exponent is not None else ""
             return f"run {event.run}/{event.num_runs} merged ({event.mode}{chosen})"
         case Forgetting():
             return _remembered(event)

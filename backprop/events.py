@@ -113,7 +113,7 @@ class RunMerged:
     num_runs: int
     mode: str
     exponent: float | None = None
-    """p of the merge weight i^-p."""
+    """p of the merge weight i^-p, where it was chosen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from backprop.verbs.prepare import (
     show_examples,
 )
 from backprop.verbs.rehearsal import rehearse_if_due
-from backprop.verbs.session import Session, running
+from backprop.verbs.session import running
 from backprop.verbs.train import check_disk, check_packages
 
 if TYPE_CHECKING:
@@ -88,7 +88,11 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             return config.output
         conversations = parts[0].judged.conversations
         session.claim(first, question=first_question(conversations), probes=probes_of(conversations, first.tokenizer))
-        _fold(config, options, [part.name for part in parts], prepared, mode, session)
+        named = [(part.name, one) for part, one in zip(parts, prepared, strict=True)]
+        fold = _Fold(config, options, named, mode, session.say)
+        for number in range(1, len(parts) + 1):
+            fold.run(number)
+        session.finish(fold.result())
     return config.output
 
 
@@ -140,7 +144,11 @@ def _advise(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> None:
     elif len(config.data) == 1 and options.merge_mode == "slao":
         say(Warned(message="on chunks of one data set SLAO neither helps nor hurts; `sequential` is simpler"))
     elif len(config.data) > 1 and not options.replay:
-        say(Warned(message="a few rows of earlier parts keep more than any merge does: add `--replay 0.1`"))
+        say(
+            Warned(
+                message="a tenth of each run from rows of earlier parts keeps more than a merge alone: add `--replay 0.1`"
+            )
+        )
 
 
 def seeded(config: TrainConfig, number: int) -> TrainConfig:
@@ -152,20 +160,6 @@ def rate_share(schedule: RunSchedule, number: int, num_runs: int) -> float:
     """Give the share of the peak rate that a run has; the first, number 0, has all of it."""
     gone = number / num_runs
     return {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}[schedule]
-
-
-def _fold(
-    config: TrainConfig,
-    options: MultiRunConfig,
-    names: Sequence[str],
-    parts: Sequence[Prepared],
-    mode: MergeMode,
-    session: Session,
-) -> None:
-    fold = _Fold(config, options, list(zip(names, parts, strict=True)), mode, session.say)
-    for number in range(1, len(parts) + 1):
-        fold.run(number)
-    session.finish(fold.result())
 
 
 @dataclass
@@ -217,8 +211,7 @@ class _Fold:
         if "failed" in figures:
             self._note_failure(number, figures["failed"])
             return
-        sha256 = rundir.sha256_of(folder / "lora" / "adapter_model.safetensors")
-        if figures.get("format") != FORMAT or sha256 != figures["adapter_sha256"]:
+        if figures.get("format") != FORMAT or not _is(folder / "lora", figures["adapter_sha256"]):
             raise UsageError(
                 f"the adapter in `{folder}` is not what this run wrote, or of an earlier version of backprop",
                 hint="choose another `--output`, or add `--overwrite`",
@@ -252,7 +245,8 @@ class _Fold:
         self.finished.append(number)
         seen = [self.parts[one - 1] for one in self.finished]
         exponent = self._choose(model, [part for _, part in seen], fit.size)
-        self.say(RunMerged(run=number, num_runs=len(self.parts), mode=self.mode, exponent=exponent))
+        chosen = exponent if self.mode == "auto" else None
+        self.say(RunMerged(run=number, num_runs=len(self.parts), mode=self.mode, exponent=chosen))
         load.set_adapter_state(model, self.states[exponent].merged)
         with rundir.whole(folder / "merged") as beside:
             load.save_adapter(model, part.tokenizer, beside)
@@ -329,8 +323,8 @@ class _Fold:
         self._tell_gate()
         assert self.delivered is not None
         run, sha256 = self.delivered
-        delivered = self.config.output / "lora" / "adapter_model.safetensors"
-        if not delivered.is_file() or rundir.sha256_of(delivered) != sha256:
+        delivered = self.config.output / "lora"
+        if not _is(delivered, sha256):
             raise UsageError(
                 f"`{delivered}` is not what run {run} wrote", hint="choose another `--output`, or add `--overwrite`"
             )
@@ -366,3 +360,8 @@ class _Fold:
 
 FORMAT = 2
 """Of `metrics.json`."""
+
+
+def _is(adapter: Path, sha256: str) -> bool:
+    weights = adapter / "adapter_model.safetensors"
+    return weights.is_file() and rundir.sha256_of(weights) == sha256

@@ -73,12 +73,12 @@ def _chunks(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
             f"{len(numbers)} rows cannot be cut into {runs} runs", hint=f"give `--runs {len(numbers)}` or less"
         )
     random.Random(config.seed).shuffle(numbers)
-    evaluation = read_data(replace(config, data=config.eval_data, eval_data=()))[0] if config.eval_data else None
+    evaluation = [judge_rows(rows_of(source, offline=config.offline), config) for source in config.eval_data]
     parts: list[Part] = []
     for number in range(runs):
         kept = pick(judged.conversations, numbers[number::runs])
-        held_out: Sequence[Conversation] = evaluation.conversations if evaluation else ()
-        if evaluation is None:
+        held_out: Sequence[Conversation] = evaluation[0].conversations if evaluation else ()
+        if not evaluation:
             kept, held_out = hold_out(kept, fraction=config.eval_fraction)
             check_held_out(config, held_out)
         share = replace(judged, conversations=kept, characters=judged.characters // runs)
