@@ -70,7 +70,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     @contextmanager
     def watched(*doubles: Card, asked_c: int | None = None) -> Iterator[Watched]:
         double = install(monkeypatch, *doubles)
-        sensor = doubles[0].sensor
+        sensor = doubles[0].sensor if doubles else None
         said: list[Any] = sensor.said if isinstance(sensor, Warming) else []
         with cards.watching(said.append, asked_c=asked_c, started=time.monotonic()) as all_cards:
             cards.look_after([card.gpu for card in doubles])
@@ -160,6 +160,35 @@ def test_a_card_that_tells_no_temperature_is_trained_on(watched: Callable[..., A
     with watched(Card([Now(core=None)] * 4, slowdown=None)) as run:
         run.steps()
     assert run.said == []
+
+
+def test_a_limit_that_cannot_be_kept_is_told(watched: Callable[..., Any]) -> None:
+    with watched(Card([Now(core=None)] * 4, slowdown=None), asked_c=70) as run:
+        run.steps()
+    assert run.warned == "a card tells no temperature: `--gpu-max-temp` is not kept"
+
+
+def test_a_card_that_the_driver_does_not_show_is_trained_on(
+    watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an instance of a card in a container that may not look at the card itself."""
+    with watched() as run:
+        install(monkeypatch)
+        cards.look_after([Card().gpu])
+        cards.rest(run.save)
+    assert run.said == []
+
+
+def test_a_driver_that_hangs_holds_up_no_training(watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "CLOSE_MOST_S", 0.1)
+    with watched(Card()) as run:
+        run.steps()
+        monkeypatch.setattr(nvml, "read", lambda handle: time.sleep(2) or Reading())
+        time.sleep(0.1)
+        started = time.monotonic()
+        cards.rest(run.save)
+        run.cards.spent()
+    assert time.monotonic() - started < 1
 
 
 def test_slow_clocks_are_told_of_once_with_the_reason(watched: Callable[..., Any]) -> None:
