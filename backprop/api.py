@@ -46,13 +46,15 @@ class Trainer:
         merge_mode: Any = None,
         **options: Any,
     ) -> Path:
-        """Train run after run, merge, and return the run directory."""
+        """Train run after run, merge, and return the run directory; ``options`` are those of `backprop multi-run`."""
         from backprop.verbs.multi_run import multi_run
 
         if steps_per_run is not None:
             options["steps"] = steps_per_run
+        own = {field.name: options.pop(field.name) for field in fields(MultiRunConfig) if field.name in options}
         config = self._config(dataset, options)
-        runs = MultiRunConfig(runs=num_runs, samples=samples_per_run, merge_mode=merge_mode)
+        named = {"runs": num_runs, "samples": samples_per_run, "merge_mode": merge_mode}
+        runs = _build(MultiRunConfig, {**named, **own})
         with stopping.armed(end_process=False), Console() as console:
             return self._kept(multi_run(config, runs, say=self._say or console), config)
 

@@ -28,8 +28,9 @@ RUN = Group.create_ordered("Run")
 Method = Literal["lora", "qlora", "dora", "full"]
 Objective = Literal["sft", "dpo", "orpo", "kto"]
 Scheduler = Literal["cosine", "linear", "constant"]
+RunSchedule = Literal["constant", "linear", "cosine"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-MergeMode = Literal["slao", "sequential", "average", "ema"]
+MergeMode = Literal["slao", "auto", "sequential", "average", "ema", "stack"]
 Quantization = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
     "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_s", "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs",
@@ -115,7 +116,9 @@ class TrainConfig:
     recompute: Annotated[int | None, Bounds(least=0, most=10_000), Parameter(group=TRAINING)] = None
     """Layers computed again on the way back. Default: as few as the GPU's memory allows."""
     compile: Annotated[bool | None, Parameter(group=TRAINING)] = None
-    """Compile the layers. Default: on a GPU, for long runs."""
+    """Compile the layers. Default: for long runs."""
+    fp8_backward: Annotated[bool, Parameter(group=TRAINING, negative="", show_default=False)] = False
+    """Gradients in 8 bits where layers are frozen."""
     learning_rate: Annotated[
         float | None, Bounds(above=0, most=1), Parameter(group=TRAINING, name=["--learning-rate", "--lr"])
     ] = None
@@ -165,7 +168,7 @@ class TrainConfig:
     dry_run: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Plan, data ledger, three examples; no training."""
     rehearse: Annotated[bool | None, Parameter(group=RUN)] = None
-    """First go to a GGUF with a small copy. Default: if over 30 minutes are estimated."""
+    """First with a small copy. Default: if long."""
     resume: Annotated[str, Parameter(group=RUN)] = "auto"
     """`auto`, `never`, or the folder of a checkpoint."""
     save_steps: Annotated[int | None, Count, Parameter(group=RUN)] = None
@@ -175,9 +178,9 @@ class TrainConfig:
     max_minutes: Annotated[float | None, Bounds(above=0, most=525_600), Parameter(group=RUN)] = None
     """Stop in time, saved; run the same again to go on."""
     gpu_max_temp: Annotated[int | None, Bounds(least=30, most=120), Parameter(group=RUN)] = None
-    """Pause at so many °C. Default: 5 below the GPU's own limit."""
+    """Pause at so many °C."""
     price_per_hour: Annotated[float | None, Bounds(least=0, most=1_000_000), Parameter(group=RUN)] = None
-    """What the machine costs; the run's cost is reported."""
+    """To tell what it costs."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Leave out what takes time; the manifest says so."""
     from_run: Annotated[Path | None, Parameter(group=RUN)] = None
@@ -202,6 +205,10 @@ class TrainConfig:
             raise UsageError("`--method full` has no adapter to refine", hint="leave out the options of LoRA")
         if self.pissa and self.method in ("qlora", "dora"):
             raise UsageError(f"`--pissa` cannot begin `--method {self.method}`", hint="leave out one of them")
+        if self.fp8_backward and (self.method != "lora" or self.pissa or self.objective != "sft"):
+            raise UsageError(
+                "`--fp8-backward` is for plain `--method lora` and `--objective sft`", hint="leave out one of them"
+            )
         if self.eval_data and self.eval_fraction is not None:
             raise UsageError("both `--eval-data` and `--eval-fraction` are given", hint="give one of them")
         if self.objective != "sft" and self.loss_on == "all":
@@ -213,13 +220,12 @@ class TrainConfig:
 
 
 ONLY_OF_TRAIN: Mapping[str, str] = {
-    "eval_data": "each part is measured on rows of its own: use `--eval-fraction`",
     "objective": "multi-run learns from answers only: give preferences to `backprop train`",
     "beta": "multi-run learns from answers only: give preferences to `backprop train`",
     "pissa": "multi-run begins each run from the last: leave it out",
     "from_run": "give the data",
-    "gate": "train the parts one by one, or without gates",
-    "gate_data": "train the parts one by one, or without gates",
+    "gate": "use `--max-forgetting`",
+    "gate_data": "use `--general-eval` and `--max-forgetting`",
 }
 """Options that `multi-run` does not have, and what to do instead."""
 
@@ -230,13 +236,21 @@ class MultiRunConfig:
     """Options of `multi-run` that `train` does not have."""
 
     runs: Annotated[int | None, Bounds(least=1, most=1000), Parameter(group=RUNS)] = None
-    """Number of runs. Default: one per `--data`; with one `--data`, 5 runs on chunks of it."""
+    """Default: one per `--data`; with only one, 5 chunks."""
     samples: Annotated[int | None, Count, Parameter(group=RUNS)] = None
     """Rows per run. Default: all rows of the part."""
     merge_mode: Annotated[MergeMode | None, Parameter(group=RUNS)] = None
-    """How runs become one adapter. Default: `slao` for several data sets, `sequential` for chunks of one."""
+    """How runs become one adapter. Default: `slao`; on chunks of one data set `sequential`."""
     init: Annotated[Literal["function-preserving", "literal"], Parameter(group=RUNS)] = "function-preserving"
     """How the next run starts from the last: with the same function, or as the paper of SLAO has it."""
+    replay: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=RUNS)] = 0.0
+    """Share of rows from earlier parts."""
+    schedule: Annotated[RunSchedule, Parameter(group=RUNS)] = "constant"
+    """How the rate falls from run to run."""
+    general_eval: Annotated[tuple[str, ...], Parameter(group=RUNS, negative="", show_default=False)] = ()
+    """Rows of none of them: what else is lost?"""
+    max_forgetting: Annotated[float | None, Bounds(least=0, most=1), Parameter(group=RUNS)] = None
+    """Deliver the last merge that forgot no more."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -10,13 +10,13 @@ from typing import IO, Any, Literal, Self
 from backprop.events import (
     Checked,
     Checkpointed,
-    Continued,
     DataRead,
     Eval,
     Event,
     Examples,
     Exported,
     Failed,
+    Forgetting,
     Gated,
     Paused,
     Phase,
@@ -152,7 +152,10 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Eval():
             return _evaluated(event)
         case RunMerged():
-            return f"run {event.run}/{event.num_runs} merged ({event.mode})"
+            chosen = f", weight 1/i^{event.exponent:g}" if event.mode == "auto" else ""
+            return f"run {event.run}/{event.num_runs} merged ({event.mode}{chosen})"
+        case Forgetting():
+            return _remembered(event)
         case Proved():
             detail = f" ({event.found})" if verbose or not event.ok else ""
             return f"{'proved' if event.ok else 'NOT PROVED'}: {event.name}{detail}"
@@ -172,8 +175,6 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"warning: {event.message}"
         case Paused():
             return f"pausing: {event.reason}"
-        case Continued():
-            return f"going on after {event.seconds:.0f} s: {event.temperature_c} °C"
         case Examples():
             return event.text
         case Phase():
@@ -196,9 +197,21 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return ""
 
 
+def _remembered(event: Forgetting) -> str:
+    general = ""
+    if event.general_loss is not None and event.general_loss_before is not None:
+        general = f"; general loss {event.general_loss:.3f}, {event.general_loss_before:.3f} before"
+    return (
+        f"after run {event.run}: average performance {event.average_performance:.3f}, learning accuracy "
+        f"{event.learning_accuracy:.3f}, backward transfer {event.backward_transfer:+.3f}, forgetting "
+        f"{event.forgetting:.3f}{general}"
+    )
+
+
 def _evaluated(event: Eval) -> str:
     if event.part != "eval":
-        return f"loss {event.loss:.3f} on {event.part} after run {event.run}"
+        exact = "" if event.exact_match is None else f", {event.exact_match:.0%} of the answers exact,"
+        return f"loss {event.loss:.3f}{exact} on {event.part} after run {event.run}"
     if event.accuracy is None or event.margin is None:
         return f"held-out loss {event.loss:.3f} (perplexity {event.perplexity:.3g}) after step {event.step}"
     return (

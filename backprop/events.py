@@ -97,6 +97,8 @@ class Eval:
     run: int = 1
     accuracy: float | None = None
     margin: float | None = None
+    exact_match: float | None = None
+    """Of a part of a multi-run with short answers: the share that is given word for word."""
     perplexity: float | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,6 +114,29 @@ class RunMerged:
     run: int
     num_runs: int
     mode: str
+    exponent: float | None = None
+    """p of the merge weight i^-p."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forgetting:
+    """How the merged adapter, read back from the disk, does on each part so far: scores from 0 to 1, larger is better.
+
+    A score is exact match where answers are short, else the inverse perplexity.
+    """
+
+    run: int
+    parts: Sequence[str]
+    scores: Sequence[float]
+    """Of each part."""
+    average_performance: float
+    learning_accuracy: float
+    backward_transfer: float
+    forgetting: float
+    general_loss: float | None = None
+    """On the rows of `--general-eval`, in nats."""
+    general_loss_before: float | None = None
+    """Of the base model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,17 +221,9 @@ class Warned:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Paused:
-    """Training waits between two steps for a GPU to cool."""
+    """Training waits between two steps for a GPU to cool; that it goes on is a `phase`."""
 
     reason: str
-    temperature_c: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Continued:
-    """Training goes on after `seconds` of waiting."""
-
-    seconds: float
     temperature_c: int | None = None
 
 
@@ -308,6 +325,7 @@ Event = (
     | Step
     | Eval
     | RunMerged
+    | Forgetting
     | Proved
     | Gated
     | Sampled
@@ -317,7 +335,6 @@ Event = (
     | Repeated
     | Warned
     | Paused
-    | Continued
     | Spent
     | Phase
     | Tried
@@ -336,6 +353,7 @@ KINDS: dict[type, str] = {
     Step: "step",
     Eval: "eval",
     RunMerged: "merged",
+    Forgetting: "forgetting",
     Proved: "proof",
     Gated: "gate",
     Sampled: "sample",
@@ -345,7 +363,6 @@ KINDS: dict[type, str] = {
     Repeated: "repeated",
     Warned: "warning",
     Paused: "paused",
-    Continued: "continued",
     Spent: "spent",
     Phase: "phase",
     Tried: "tried",

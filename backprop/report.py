@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from backprop.events import DataRead, Eval, Event, Step
+from backprop.events import DataRead, Eval, Event, Forgetting, Step
+from backprop.heat_map import heat_map
 
 WIDTH, HEIGHT, MARGIN = 720, 240, 60
 # Of a histogram; at most so many of its edges are labelled.
@@ -12,9 +13,9 @@ BARS_HEIGHT, LABELS_MOST = 180, 6
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #d0d5dd; --paper: #ffffff; --curve: #2563eb;
-  --other: #d97706; }
+  --other: #d97706; --third: #059669; --fourth: #be185d; --fifth: #7c3aed; --sixth: #64748b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #344054; --paper: #12161d;
-  --curve: #60a5fa; --other: #fbbf24; } }
+  --curve: #60a5fa; --other: #fbbf24; --third: #34d399; --fourth: #f472b6; --fifth: #a78bfa; --sixth: #94a3b8; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
   max-width: 760px; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
@@ -23,6 +24,7 @@ h3 { font-size: 1rem; } table.samples { table-layout: fixed; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td, th { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
+table.heat th { font-weight: 500; overflow-wrap: anywhere; } table.heat td.number { padding: .3rem .5rem; }
 td.said { white-space: pre-wrap; overflow-wrap: anywhere; } td.failed { color: var(--other); font-weight: 600; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; } svg .axis { stroke: var(--line); }
 """
@@ -44,6 +46,7 @@ def page(manifest: Mapping[str, object], events: Sequence[Event]) -> str:
     title = f"backprop {manifest['command']}: {manifest['status']}"
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(_headline(manifest, steps))}</p>']
     parts += _error(manifest)
+    parts += _forgetting([event for event in events if isinstance(event, Forgetting)])
     if steps:
         parts += _curves(steps, [event for event in events if isinstance(event, Eval)])
     parts += _samples(_mappings(manifest.get("samples")))
@@ -106,7 +109,30 @@ def _preferred(steps: Sequence[Step], measured: Sequence[tuple[int, Eval]]) -> l
     return ["<h2>Share of preferences on their right side</h2>", _chart(series)]
 
 
-def _chart(series: Sequence[Series]) -> str:
+COLORS = ("--curve", "--other", "--third", "--fourth", "--fifth", "--sixth")
+
+
+def _forgetting(told: Sequence[Forgetting]) -> list[str]:
+    if not told:
+        return []
+    shown = list(zip(told[-1].parts, COLORS, strict=False))
+    curves = [
+        Series(
+            name=name,
+            points=[(one.run, one.scores[number]) for one in told if number < len(one.scores)],
+            color=color,
+            dots=True,
+        )
+        for number, (name, color) in enumerate(shown)
+    ]
+    legend = " ".join(f'<span style="color: var({color})">&#9632;</span> {escape(name)}' for name, color in shown)
+    more = len(told[-1].parts) - len(shown)
+    legend += f"; {more} more are in the table only" if more else ""
+    title = "<h3>Score of each part, run by run</h3>"
+    return [*heat_map(told), title, _chart(curves, unit="run", legend=False), f'<p class="soft">{legend}</p>']
+
+
+def _chart(series: Sequence[Series], *, unit: str = "step", legend: bool = True) -> str:
     drawn = [one for one in series if one.points]
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points]
@@ -121,7 +147,7 @@ def _chart(series: Sequence[Series]) -> str:
         _, y = place(left, share * top)
         marks.append(f'<line class="axis" x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y}" y2="{y}"/>')
         marks.append(f'<text x="{MARGIN - 6}" y="{y + 4}" text-anchor="end">{_axis(share * top)}</text>')
-    marks.append(f'<text x="{MARGIN}" y="{HEIGHT - 4}">step {left:.0f}</text>')
+    marks.append(f'<text x="{MARGIN}" y="{HEIGHT - 4}">{unit} {left:.0f}</text>')
     marks.append(f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 4}" text-anchor="end">{right:.0f}</text>')
     for number, one in enumerate(drawn):
         placed = [place(x, y) for x, y in one.points]
@@ -129,7 +155,7 @@ def _chart(series: Sequence[Series]) -> str:
         marks.append(f'<polyline fill="none" stroke="var({one.color})" stroke-width="2" points="{line}"/>')
         if one.dots or len(placed) == 1:
             marks += [f'<circle cx="{x}" cy="{y}" r="4" fill="var({one.color})"/>' for x, y in placed]
-        if len(drawn) > 1:
+        if legend and len(drawn) > 1:
             x = WIDTH - MARGIN - 130
             marks.append(f'<rect x="{x}" y="{8 + 18 * number}" width="12" height="12" fill="var({one.color})"/>')
             marks.append(f'<text x="{x + 18}" y="{18 + 18 * number}">{escape(one.name)}</text>')

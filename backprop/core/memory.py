@@ -113,7 +113,7 @@ def step_memory(
     entry = tokens * shape.hidden_size * width
     kept = (shape.num_layers - recomputed) * layer + recomputed * entry
     # On the way back through a layer: the gradients of its widest part, and of what goes through it.
-    way_back = tokens * width * (3 * shape.intermediate_size + 8 * shape.hidden_size)
+    way_back = tokens * width * (2 * shape.intermediate_size + 6 * shape.hidden_size)
     if config.method == "qlora":
         way_back += shape.hidden_size * shape.intermediate_size * width
     in_parts = shape.plain_logits and not whole
@@ -123,6 +123,8 @@ def step_memory(
     # The first layers are those that are computed again: when their turn comes, the others have let go of theirs.
     if recomputed < shape.num_layers:
         again = max(0, again - (shape.num_layers - recomputed) * layer)
+    # Feed-forward weights once more in 8 bits.
+    held += shape.num_layers * 3 * shape.hidden_size * shape.intermediate_size if config.fp8_backward else 0
     # Weights that are trained in float32 are computed with in 16 bits, and kept so for the way back.
     held += trained * width if whole and width == BF16 else 0
     return StepMemory(weights=held + TRAINED * trained, kept=kept, working=WORKSPACE + max(loss, way_back + again))
@@ -132,12 +134,12 @@ def kept_per_token(config: TrainConfig, shape: ModelShape, *, compiled: bool) ->
     """Count the numbers that one layer keeps of each token for the way back."""
     hidden, (queries, keys) = shape.hidden_size, shape.widths
     # What goes into each product, both residual sums, and attention's queries, keys, values and output.
-    numbers = 5 * hidden + 2 * queries + 2 * keys + 3 * shape.intermediate_size
+    numbers = 4 * hidden + 2 * queries + 2 * keys + 3 * shape.intermediate_size
     if not compiled:
-        # Positions turned into queries and keys, and the gate before it was multiplied.
-        numbers += queries + keys + shape.intermediate_size
-        # PEFT makes a copy of an adapter's input for each, but not on 4-bit weights.
-        numbers += 0 if config.method == "qlora" else 4 * hidden
+        # Norms in float32, positions turned into queries and keys, and the gate before it was multiplied.
+        numbers += hidden + queries + keys + shape.intermediate_size
+        # PEFT's DoRA makes a copy of an adapter's input for each.
+        numbers += 4 * hidden if config.method == "dora" else 0
     if config.lora_dropout and config.method != "full":
         # Each input of an adapter once more, with a mask of one byte.
         numbers += (5 * hidden + queries + shape.intermediate_size) * 3 // 2

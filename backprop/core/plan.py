@@ -50,6 +50,8 @@ class Plan:
     recompute: Choice[int]
     """Layers whose activations are computed again on the way back."""
     compile: Choice[bool]
+    fp8_backward: Choice[bool] = Choice(False, "in 16 bits")
+    """Whether gradients go through frozen feed-forward layers in 8 bits."""
 
     def choices(self) -> dict[str, Choice[str | int | float | bool]]:
         """Give every choice by name, in the order they are shown."""
@@ -159,6 +161,7 @@ def make_plan(
     if config.method == "qlora" and not on_gpu:
         # bitsandbytes 0.50 multiplies 4-bit weights on a CPU without a gradient: most of the adapter would stand still.
         raise HardwareError("`--method qlora` needs an NVIDIA GPU, and none was found", hint="add `--method lora`")
+    fp8_backward = _choose_fp8_backward(config, hardware)
     batch = _choose_batch(config, data)
     micro, recompute = _choose_passes(
         config,
@@ -185,7 +188,28 @@ def make_plan(
         lora_alpha=_choose_alpha(config),
         recompute=recompute,
         compile=compiled or Choice(False, "nothing is known of how long it takes"),
+        fp8_backward=fp8_backward,
     )
+
+
+# Ada, Hopper and later: compute capability 8.9.
+FP8_CAPABILITY = (8, 9)
+
+
+def _choose_fp8_backward(config: TrainConfig, hardware: Hardware) -> Choice[bool]:
+    """Take it where it was asked for, until it is known on more than one kind of GPU.
+
+    Raises:
+        HardwareError: If the GPU does not multiply in 8 bits.
+    """
+    if not config.fp8_backward:
+        return Choice(False, "in 16 bits; `--fp8-backward` for 8")
+    if not hardware.gpus or hardware.gpus[0].capability < FP8_CAPABILITY:
+        raise HardwareError(
+            "`--fp8-backward` needs a GPU that multiplies in 8 bits, of compute capability 8.9 or more",
+            hint="leave it out",
+        )
+    return Choice(True, "set by `--fp8-backward`, if the gradient is proved")
 
 
 def _choose_alpha(config: TrainConfig) -> Choice[float]:
@@ -228,11 +252,11 @@ CPU_TOKENS_PER_PASS = 2048
 # Of the memory that is free, CUDA itself takes some; and what is estimated is not exact.
 CUDA_BYTES = 512 * 2**20
 SHARE_FOR_STEP = 0.95
-# A pass takes at least 7.5 ms for each layer, in which its kernels are started (docs/speed-notes.md); and a GPU computes,
+# A pass takes at least 5 ms for each layer, in which its kernels are started (docs/speed-notes.md); and a GPU computes,
 # by the data sheets from RTX 3060 to B200, 2 to 12 TFLOP/s in bfloat16 for each GiB of its memory.
-START_SECONDS = 7.5e-3
+START_SECONDS = 5e-3
 RATE_PER_GIB = 3e12
-# Going forward once more, against forward and back: 1.39 and 1.41 times the time were measured.
+# Going forward once more, against forward and back: 1.40 and 1.41 times the time were measured.
 COST_OF_RECOMPUTING = 0.4
 
 

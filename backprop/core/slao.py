@@ -6,6 +6,10 @@ computed in float32 or wider and keep the dtype and device of what came in.
 
 Two states live side by side. The next run starts from the last *fine-tuned* one (`next_start`); the *merged* one is
 what is evaluated and delivered. The merge never feeds back into the training.
+
+A and B mean something only together: T A beside B T^-1 is the same adapter in another basis of its ranks. A
+function-preserving start changes the basis, so the merged state is first carried over into it (`carried`): what is
+averaged are then factors in one basis. The paper keeps B as it is, in the basis of the run before.
 """
 
 from __future__ import annotations
@@ -32,6 +36,9 @@ Init = Literal["function-preserving", "literal"]
 
 # A choice of this project, without evidence for or against: half old, half new, however many runs there were.
 EMA_WEIGHT = 0.5
+PAPERS_EXPONENT = 0.5
+EXPONENTS = (0.0, 0.25, PAPERS_EXPONENT, 0.75, 1.0)
+"""What "auto" chooses from: from the last run alone to the mean of all."""
 
 # PEFT's names for A: `….lora_A.weight` of a linear layer, `….lora_embedding_A` of an embedding.
 _A_KEY = re.compile(r"\.lora_(embedding_)?A(?=\.|$)")
@@ -101,10 +108,8 @@ def next_start(fine_tuned: State, *, init: Init) -> dict[str, torch.Tensor]:
     _require_factors(fine_tuned)
     _require_finite(fine_tuned)
     start = {key: _copy(tensor) for key, tensor in fine_tuned.items()}
-    for a_key in filter(_A_KEY.search, fine_tuned):
-        a = fine_tuned[a_key]
-        b_key = _A_KEY.sub(lambda found: f".lora_{found[1] or ''}B", a_key)
-        b = fine_tuned[b_key]
+    for a_key, b_key in _pairs(fine_tuned):
+        a, b = fine_tuned[a_key], fine_tuned[b_key]
         if a.ndim != 2 or b.ndim != 2:
             raise ValueError(f"`{a_key}` and its B must be matrices: {tuple(a.shape)} and {tuple(b.shape)}")
         if a.shape[0] > a.shape[1]:
@@ -119,27 +124,52 @@ def next_start(fine_tuned: State, *, init: Init) -> dict[str, torch.Tensor]:
     return start
 
 
-def merge_weight(num_merges: int) -> float:
-    """Give lambda(i) = 1/sqrt(i), the share of the newest run in the merged B (arXiv:2512.23017).
+def carried(merged: State, fine_tuned: State, *, init: Init) -> dict[str, torch.Tensor]:
+    """Give the merged adapter in the basis that the run after ``fine_tuned`` has: the same weight change, B A.
+
+    With A^T = Q R of the fine-tuned A, the start of the next run is (R^-T A, B R^T); so is this of the merged. A merged A
+    that is the fine-tuned one becomes Q^T, however singular R is.
+
+    Args:
+        init: "literal" changes nothing: there, B is taken for what it is whatever A stands beside it.
+    """
+    moved = {key: _copy(tensor) for key, tensor in merged.items()}
+    if init == "literal":
+        return moved
+    for a_key, b_key in _pairs(fine_tuned):
+        q, upper = _signed_qr(fine_tuned[a_key])
+        a, b = merged[a_key].detach(), merged[b_key].detach()
+        moved_a = q if a.equal(fine_tuned[a_key]) else upper.T.pinverse() @ a.double()
+        moved |= {a_key: moved_a.to(a.dtype).contiguous(), b_key: (b.double() @ upper.T).to(b.dtype)}
+    return moved
+
+
+def merge_weight(num_merges: int, *, exponent: float = PAPERS_EXPONENT) -> float:
+    """Give lambda(i) = i^-p, the share of the newest run in the merged B; the paper has 1/sqrt(i) (arXiv:2512.23017).
 
     Args:
         num_merges: Successful merges, this one included: the first is 1.
+        exponent: p; 0 delivers the last run, 1 the mean of all.
     """
     if num_merges < 1:
         raise ValueError(f"merges are counted from 1: {num_merges}")
-    return 1 / math.sqrt(num_merges)
+    return 1 / math.sqrt(num_merges) if exponent == PAPERS_EXPONENT else num_merges**-exponent
 
 
-def merge(merged: State, fine_tuned: State, *, num_merges: int, mode: MergeMode) -> dict[str, torch.Tensor]:
+def merge(
+    merged: State, fine_tuned: State, *, num_merges: int, mode: MergeMode, exponent: float = PAPERS_EXPONENT
+) -> dict[str, torch.Tensor]:
     """Take one more fine-tuned adapter into the merged one.
 
     A share w of 1 takes the new value bit for bit; else it is old + w (new - old), which never leaves the interval
     between the two. With i = ``num_merges``:
 
-    - "slao": w = 1 for A, ``merge_weight(i)`` for B.
+    - "slao", and "auto" with the exponent that was chosen: w = 1 for A, ``merge_weight(i)`` for B.
     - "sequential": w = 1 for both: the last run as it is.
     - "average": w = 1/i for both: the mean of all runs.
     - "ema": w = 1 for A, ``EMA_WEIGHT`` for B.
+    - "stack": w = 1/i of B A itself: the two are stacked, which is exact, and cut to the nearest of their rank. Their
+      basis does not matter; the entries of its factors lie in no interval.
 
     What is not a factor goes with B; where it is not a floating-point number, the new value is taken. If the dtypes
     of the two differ, the result has the one that holds both. Merge in float32 where there is a choice: bfloat16
@@ -150,29 +180,41 @@ def merge(merged: State, fine_tuned: State, *, num_merges: int, mode: MergeMode)
         fine_tuned: The adapter to take in. It must come from a run that began at ``next_start`` of the one before.
         num_merges: Successful merges, this one included: the first is 1, and gives ``fine_tuned`` bit for bit.
         mode: One of the above.
+        exponent: Of `merge_weight`.
 
     Raises:
         UsageError: If the two differ in keys or shapes, or hold no LoRA factors.
         ValueError: If ``fine_tuned`` is not finite, or ``num_merges`` below 1.
     """
-    weight_a, weight_b = _weights(mode, num_merges)
+    weight_a, weight_b = _weights(mode, num_merges, exponent)
     _require_same_layout(merged, fine_tuned)
     _require_factors(fine_tuned)
     _require_finite(fine_tuned)
-    return {
+    blended = {
         key: _blend(merged[key], new, weight_a if _A_KEY.search(key) else weight_b) for key, new in fine_tuned.items()
     }
+    return blended | _stacked(merged, fine_tuned, weight_b) if mode == "stack" and weight_b != 1 else blended
 
 
-def step(state: MergeState | None, fine_tuned: State, *, mode: MergeMode, parent: str | None = None) -> MergeState:
+def step(
+    state: MergeState | None,
+    fine_tuned: State,
+    *,
+    mode: MergeMode,
+    init: Init,
+    parent: str | None = None,
+    exponent: float = PAPERS_EXPONENT,
+) -> MergeState:
     """Fold one successful run into the state. A failed or rejected run is not folded, and so counts for nothing.
 
     Args:
         state: The state after the run before; None before the first run.
         fine_tuned: The run's adapter as trained. It is copied, so a live model may go on training.
         mode: As in `merge`.
+        init: How this run began, as `next_start` was told.
         parent: `fingerprint` of the fine-tuned adapter whose `next_start` this run began from, as recorded when it
             began. None if the caller knows that it was ``state.fine_tuned``.
+        exponent: As in `merge`.
 
     Raises:
         UsageError: If ``parent`` is another adapter than ``state.fine_tuned``, or as in `merge`.
@@ -183,9 +225,9 @@ def step(state: MergeState | None, fine_tuned: State, *, mode: MergeMode, parent
             "this run began from another adapter than the last merged run: their factors have nothing in common",
             hint="run `backprop multi-run` again with a new `--output`",
         )
-    before = fine_tuned if state is None else state.merged
+    before = fine_tuned if state is None else carried(state.merged, state.fine_tuned, init=init)
     num_merges = 1 if state is None else state.num_merges + 1
-    merged = merge(before, fine_tuned, num_merges=num_merges, mode=mode)
+    merged = merge(before, fine_tuned, num_merges=num_merges, mode=mode, exponent=exponent)
     kept = {key: _copy(tensor) for key, tensor in fine_tuned.items()}
     return MergeState(merged=merged, fine_tuned=kept, num_merges=num_merges)
 
@@ -243,15 +285,15 @@ def _signed_qr(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (q * sign).T, upper * sign[:, None]
 
 
-def _weights(mode: MergeMode, num_merges: int) -> tuple[float, float]:
+def _weights(mode: MergeMode, num_merges: int, exponent: float) -> tuple[float, float]:
     """Give the share of the newest run in A, and in B and the rest."""
-    slao = merge_weight(num_merges)
+    slao = merge_weight(num_merges, exponent=exponent)
     match mode:
-        case "slao":
+        case "slao" | "auto":
             return 1.0, slao
         case "sequential":
             return 1.0, 1.0
-        case "average":
+        case "average" | "stack":
             return 1 / num_merges, 1 / num_merges
         case "ema":
             return 1.0, 1.0 if num_merges == 1 else EMA_WEIGHT
@@ -267,6 +309,38 @@ def _blend(old: torch.Tensor, new: torch.Tensor, weight: float) -> torch.Tensor:
         return _copy(new.to(dtype))
     wide = torch.promote_types(dtype, torch.float32)
     return torch.lerp(old.detach().to(wide), new.detach().to(wide), weight).to(dtype).contiguous()
+
+
+def _stacked(old: State, new: State, weight: float) -> dict[str, torch.Tensor]:
+    """Give the factors of rank r nearest to (1 - w) B A of ``old`` + w B A of ``new`` (Eckart-Young), without making either."""
+    import torch
+
+    found: dict[str, torch.Tensor] = {}
+    for a_key, b_key in _pairs(new):
+        a_KN = torch.cat([old[a_key].detach().double(), new[a_key].detach().double()])
+        b_MK = torch.cat([(1 - weight) * old[b_key].detach().double(), weight * new[b_key].detach().double()], dim=1)
+        left, down = torch.linalg.qr(b_MK)
+        right, up = torch.linalg.qr(a_KN.T)
+        u, sizes, v = torch.linalg.svd(down @ up.T, full_matrices=False)
+        r = min(len(new[a_key]), len(sizes))
+        roots = sizes[:r].sqrt()
+        found[a_key] = _filled(roots[:, None] * (v[:r] @ right.T), old[a_key], new[a_key])
+        found[b_key] = _filled(left @ u[:, :r] * roots, old[b_key], new[b_key])
+    return found
+
+
+def _filled(factor: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Fill a factor of a layer with fewer rows than ranks up with zeros."""
+    import torch
+
+    whole = torch.zeros(new.shape, dtype=torch.promote_types(old.dtype, new.dtype), device=new.device)
+    whole[tuple(map(slice, factor.shape))] = factor.to(whole.dtype)
+    return whole
+
+
+def _pairs(state: State) -> list[tuple[str, str]]:
+    """Give the keys of each A and its B."""
+    return [(key, _A_KEY.sub(lambda found: f".lora_{found[1] or ''}B", key)) for key in state if _A_KEY.search(key)]
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from backprop.core.hardware import Gpu
 from backprop.core.heat import Harm, Limits, Reading, Warmth, harm_of_xid, limits_of, warmth_of
 from backprop.edges import nvml, stopping
 from backprop.errors import DiskError, HardwareError, UsageError
-from backprop.events import Continued, Paused, Sink, Spent, Warned
+from backprop.events import Paused, Phase, Sink, Spent, Warned
 
 EVERY_S = 0.5
 # One reading above the stop limit may be a sensor's slip.
@@ -198,7 +198,7 @@ class Cards:
         finally:
             waited = time.monotonic() - started
             self._paused_s += waited
-        self._say(Continued(seconds=round(waited, 1), temperature_c=card.last.temperature_c))
+        self._say(Phase(name=f"going on after {waited:.0f} s, {card.name} is {card.temperature}"))
 
     def _warmer_than(self, warmth: Warmth) -> list[_Card]:
         milder = ("cool", "warm") if warmth == "warm" else ("cool",)

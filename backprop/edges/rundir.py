@@ -21,7 +21,7 @@ MANIFEST = "run.json"
 # What a run leaves in its directory; nothing else is ever removed.
 RUN_FILES = (
     *("lora", "runs", "checkpoints", "export", "events.jsonl", "report.html", "crash.txt", "tensorboard"),
-    *("wandb", "mlflow"),
+    *("wandb", "mlflow", "forgetting.json", "forgetting.csv"),
     MANIFEST,
 )
 # What a write that did not end leaves; no other program names files so.

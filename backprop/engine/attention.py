@@ -2,8 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -25,17 +24,20 @@ class Documents:
     """Tokens of each."""
     ends: Any
     """The same as 0 and running sums: int32, one more than documents."""
+    longest: int
+    """The largest of the lengths."""
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Documents":
         """Lay documents of these lengths one after the other."""
         import torch
 
-        return cls(tuple(lengths), torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32))
+        ends = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+        return cls(tuple(lengths), ends, max(lengths))
 
     def to(self, device: Any) -> "Documents":
         """Give the same for a row on ``device``."""
-        return Documents(self.lengths, self.ends.to(device))
+        return replace(self, ends=self.ends.to(device))
 
 
 class UnknownAttentionError(Exception):
@@ -71,7 +73,9 @@ def attend_within_documents(
     if unknown or attention_mask is not None:
         raise UnknownAttentionError(f"attention within documents does not know {', '.join(unknown) or 'a mask'}")
     if _varlen_fits(query, value, dropout):
-        return _varlen(query, key, value, documents, scaling, sliding_window), None
+        from backprop.engine import varlen
+
+        return varlen.attend(query, key, value, documents.ends, documents.longest, scaling, sliding_window), None
     return _one_by_one(query, key, value, documents, scaling, dropout, sliding_window), None
 
 
@@ -84,39 +88,17 @@ def _varlen_fits(query: Any, value: Any, dropout: float) -> bool:
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1] <= 256
         and dropout == 0.0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and torch.cuda.get_device_properties(query.device).major >= 8
     )
-
-
-def _varlen(query: Any, key: Any, value: Any, documents: Documents, scaling: float | None, window: int | None) -> Any:
-    from torch.nn.attention.varlen import varlen_attn
-
-    fewer: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    if fewer and "enable_gqa" not in signature(varlen_attn).parameters:  # torch 2.11
-        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
-        fewer = {}
-    query_THD, key_TGD, value_TGD = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    longest = max(documents.lengths)
-    output_THD: Any = varlen_attn(
-        query_THD,
-        key_TGD,
-        value_TGD,
-        documents.ends,
-        documents.ends,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        **fewer,
-    )
-    return output_THD[None]
 
 
 def _one_by_one(
     query: Any, key: Any, value: Any, documents: Documents, scaling: float | None, dropout: float, window: int | None
 ) -> Any:
     import torch
+    from torch._dynamo import graph_break
 
+    graph_break()  # compiled code would be one for each row, since lengths differ
     outputs: list[Any] = []
     parts = (tensor.split(documents.lengths, dim=2) for tensor in (query, key, value))
     for query_1HtD, key_1GtD, value_1GtD in zip(*parts, strict=True):
@@ -147,11 +129,9 @@ def _window_mask(length: int, window: int, device: Any) -> Any:
 @contextmanager
 def within_documents(model: Any) -> Generator[None]:
     """Let every layer of ``model`` attend within documents, for the length of the block."""
-    import torch
     from transformers import AttentionInterface
 
-    # Nothing in it is worth compiling: it ends in kernels of its own, and looks at lengths that differ from row to row.
-    AttentionInterface.register(DOCUMENTS, torch.compiler.disable(attend_within_documents))
+    AttentionInterface.register(DOCUMENTS, attend_within_documents)
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     configs = {key: config for key, config in configs.items() if hasattr(config, "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}

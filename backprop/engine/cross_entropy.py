@@ -22,16 +22,31 @@ def sum_of_losses(model: Any, one: Mapping[str, Any]) -> Any:
 
 def log_likelihoods(model: Any, one: Mapping[str, Any]) -> Any:
     """Sum the log-likelihood over the trained tokens of each document of a pass, in nats; of shape (D,)."""
+    losses_BK, keep_K = _cross_entropy(model, one)
+    return -_by_document(losses_BK, keep_K, one)
+
+
+def surprises(model: Any, one: Mapping[str, Any]) -> Any:
+    """Count the trained tokens of each document of a pass that are not the likeliest where they stand; of shape (D,).
+
+    Without any, they are what a greedy answer would be.
+    """
+    arguments, targets_BK, keep_K = _kept(one)
+    missed_BK = (model(**arguments).logits.argmax(dim=-1) != targets_BK) & (targets_BK != IGNORED)
+    return _by_document(missed_BK.int(), keep_K, one)
+
+
+def _by_document(values: Any, kept: Any, one: Mapping[str, Any]) -> Any:
+    """Sum what stands at the kept positions, of shape (B, K), over each document of a pass; of shape (D,)."""
     import torch
 
-    losses_BK, keep_K = _cross_entropy(model, one)
     if "documents" not in one:
-        return -losses_BK.sum(dim=1)
+        return values.sum(dim=1)
     # Sums by index are not the same bits each time on a GPU, and a product with ones would be one of 16 bits.
     documents = one["documents"]
-    documents_K = torch.bucketize(keep_K + 1, documents.ends[1:], right=True)
-    numbers_D = torch.arange(len(documents.lengths), device=keep_K.device)
-    return -torch.where(documents_K == numbers_D[:, None], losses_BK, 0).sum(dim=1)
+    documents_K = torch.bucketize(kept + 1, documents.ends[1:], right=True)
+    numbers_D = torch.arange(len(documents.lengths), device=kept.device)
+    return torch.where(documents_K == numbers_D[:, None], values, 0).sum(dim=1)
 
 
 def trained_by_document(one: Mapping[str, Any]) -> Any:
@@ -48,11 +63,7 @@ def _cross_entropy(model: Any, one: Mapping[str, Any]) -> tuple[Any, Any]:
     """Give the negative log-likelihood of each kept token, 0 where it is not trained, and which positions were kept."""
     import torch
 
-    targets_BT = one["labels"][:, 1:]
-    keep_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-    targets_BK = targets_BT[:, keep_K]
-    rest = {name: value for name, value in one.items() if name not in BESIDE}
-    arguments = {**rest, "logits_to_keep": keep_K, "use_cache": False}
+    arguments, targets_BK, keep_K = _kept(one)
     hidden = _before_the_head(model, arguments)
     made = model(**arguments).logits if hidden is None else hidden
     assert made.shape[1] == len(keep_K), "this architecture does not know `logits_to_keep`"
@@ -65,6 +76,14 @@ def _cross_entropy(model: Any, one: Mapping[str, Any]) -> tuple[Any, Any]:
             made.float().flatten(0, 1), targets_BK.flatten(), ignore_index=IGNORED, reduction="none"
         )
     return losses.view_as(targets_BK), keep_K
+
+
+def _kept(one: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
+    """Give the model's arguments for the positions where some row is trained, what comes next there, and which they are."""
+    targets_BT = one["labels"][:, 1:]
+    keep_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
+    rest = {name: value for name, value in one.items() if name not in BESIDE}
+    return {**rest, "logits_to_keep": keep_K, "use_cache": False}, targets_BT[:, keep_K], keep_K
 
 
 PLAIN_HEAD = "backprop_plain_head"

@@ -41,7 +41,8 @@ def recompute(model: Any, count: int) -> None:
 
 
 class Compiled:
-    """The layers of a model, compiled for rows of any length, where training asks for it; evaluation runs them as they are.
+    """The layers of a model and its loss, compiled for rows of any length, where training asks for it; evaluation runs them
+    as they are.
 
     Compiled code is kept in the cache folder: another run of the same kind finds it.
     """
@@ -49,19 +50,49 @@ class Compiled:
     def __init__(self, model: Any) -> None:
         import torch
 
-        for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-            os.environ.setdefault(name, str(cache_dir() / folder))
-        self._layers = [
-            (layer, torch.compile(layer.forward, dynamic=True, options=AS_UNCOMPILED)) for layer in layers_of(model)
-        ]
+        from backprop.engine import linear_cross_entropy
+
+        _keep_compiled_code()
+
+        def compiled(function: Any) -> Any:
+            return torch.compile(function, dynamic=True, options=AS_UNCOMPILED)
+
+        self._layers = [(layer, compiled(layer.forward)) for layer in layers_of(model)]
+        self._loss = linear_cross_entropy.losses_and_gradient, compiled(linear_cross_entropy.losses_and_gradient)
 
     @contextmanager
     def in_use(self) -> Generator[None]:
         """Let the model run compiled, for the length of the block."""
+        from torch._dynamo import config
+
+        from backprop.engine import linear_cross_entropy
+
         for layer, compiled in self._layers:
             layer.forward = compiled
+        plain, linear_cross_entropy.losses_and_gradient = self._loss
         try:
-            yield
+            # Layers of more kinds than torch compiles would run as they are without a word.
+            with config.patch(fail_on_recompile_limit_hit=True):
+                yield
         finally:
             for layer, _ in self._layers:
                 del layer.forward
+            linear_cross_entropy.losses_and_gradient = plain
+
+
+def failures_of_compiling() -> tuple[type[Exception], ...]:
+    """Give what is raised where layers cannot be compiled."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return (TorchDynamoException, FailOnRecompileLimitHit)
+
+
+def _keep_compiled_code() -> None:
+    """Let compilers keep what they make in the cache folder, unless the user has said where."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Importing transformers sets this one, to a folder that the next start of the machine empties.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == default_cache_dir():
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(name, str(cache_dir() / folder))

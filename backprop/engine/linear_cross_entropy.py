@@ -26,6 +26,28 @@ def linear_cross_entropy(hidden: torch.Tensor, head: torch.nn.Linear, targets: t
     return cast(torch.Tensor, _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets))
 
 
+def losses_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, *, wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Give each row's loss in float32, and if wanted the gradient of the losses' sum to the logits, in their precision.
+
+    Args:
+        logits: Of shape (C, V).
+        targets: Of shape (C,).
+    """
+    trained_C1 = (targets != IGNORED)[:, None]
+    targets_C1 = targets.clamp(min=0)[:, None]
+    wide_CV = logits.float()
+    normalizers_C1 = wide_CV.logsumexp(dim=1, keepdim=True)
+    losses_C = ((normalizers_C1 - wide_CV.gather(1, targets_C1)) * trained_C1)[:, 0]
+    if not wanted:
+        return losses_C, None
+    # Softmax less one at the target.
+    wide_CV = wide_CV.sub_(normalizers_C1).exp_()
+    wide_CV.scatter_add_(1, targets_C1, -torch.ones_like(targets_C1, dtype=wide_CV.dtype))
+    return losses_C, wide_CV.to(logits.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
@@ -36,16 +58,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_LOGITS // len(weight_VH))
         for start in range(0, len(hidden_KH), rows):
             part = slice(start, start + rows)
-            trained_C1 = (targets_K[part] != IGNORED)[:, None]
-            targets_C1 = targets_K[part].clamp(min=0)[:, None]
-            logits_CV = torch.nn.functional.linear(hidden_KH[part], weight_VH, bias_V).float()
-            normalizers_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            losses_K[part] = ((normalizers_C1 - logits_CV.gather(1, targets_C1)) * trained_C1)[:, 0]
-            if gradient_KH is not None:
-                # Softmax less one at the target, times the weights.
-                logits_CV = logits_CV.sub_(normalizers_C1).exp_()
-                logits_CV.scatter_add_(1, targets_C1, -torch.ones_like(targets_C1, dtype=logits_CV.dtype))
-                gradient_KH[part] = (logits_CV.to(weight_VH.dtype) @ weight_VH) * trained_C1
+            logits_CV = torch.nn.functional.linear(hidden_KH[part], weight_VH, bias_V)
+            losses_K[part], made_CV = losses_and_gradient(logits_CV, targets_K[part], wanted=wanted)
+            if gradient_KH is not None and made_CV is not None:
+                gradient_KH[part] = made_CV.to(weight_VH.dtype) @ weight_VH
+        if gradient_KH is not None:
+            gradient_KH *= (targets_K != IGNORED)[:, None]
         ctx.save_for_backward(gradient_KH)
         return losses_K
 

@@ -117,13 +117,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = plain_template(begins=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
         wrapped.template_added = True
-    for source in _templates_of(tokenizer.chat_template):
-        templates.check(source)
+    templates.check(tokenizer.chat_template)
     return wrapped
-
-
-def _templates_of(template: "str | Mapping[str, str]") -> Sequence[str]:
-    return [template] if isinstance(template, str) else list(template.values())
 
 
 # In words that every base model has read, and with the one token that it knows to end a text.
@@ -288,6 +283,8 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
+    from backprop.engine.adapters import narrow
+
     _check_targets(base, config.target_modules)
     set_seed(config.seed)
     model: Any = base
@@ -307,6 +304,7 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
         task_type="CAUSAL_LM",
     )
     adapted: Any = get_peft_model(model, lora)
+    narrow(adapted)
     if config.pissa:
         setattr(adapted, START, adapter_state(adapted))
     return adapted

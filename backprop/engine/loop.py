@@ -166,6 +166,8 @@ class _Training:
             refuse_other_future(checkpoint, schedule_of(len(self.examples), self.config, self.plan))
         if self.objective.needs_reference:
             self._refer(checkpoint)
+        if self.plan.fp8_backward.value and not self.config.skip_proofs:
+            self._prove_fp8()
         stand = self._stand(checkpoint)
         for left in reversed(range(MOST_ROLLBACKS + 1)):
             try:
@@ -184,6 +186,16 @@ class _Training:
         self.references = self._weighed() if checkpoint is None else snapshot.references_of(checkpoint)
         of_trained, of_held = self.references.split([len(trained), len(held)])
         self.examples, self.held_out = Weighed(trained, of_trained), Weighed(held, of_held)
+
+    def _prove_fp8(self) -> None:
+        """Go back in 8 bits only if that gives the gradient, of a model that has learnt nothing yet."""
+        from backprop.engine import fp8
+
+        self.ranks.meet(self.model)
+        proof = self.prove(lambda: fp8.prove(self.model, self.objective, self.examples, self.size))
+        if not proof.ok:
+            self.ranks.keep_16_bits()
+            self.say(Warned(message=f"gradients go back in 16 bits, which is slower: {proof.found}"))
 
     def _weighed(self) -> Any:
         """Find it, or the rest of it where that was interrupted."""

@@ -24,7 +24,7 @@ from backprop.engine.batches import (
     rows_of,
     to_device,
 )
-from backprop.engine.cross_entropy import log_likelihoods, sum_of_losses, trained_by_document
+from backprop.engine.cross_entropy import log_likelihoods, sum_of_losses, surprises, trained_by_document
 
 Pass = Mapping[str, Any]
 Totals = Mapping[str, float]
@@ -272,6 +272,15 @@ def measure(model: Any, examples: Sequence[Example], size: PassSize, objective: 
     if not margins:
         return Measured(loss=total)
     return Measured(loss=total, accuracy=accuracy_of(margins), margin=math.fsum(margins) / len(margins))
+
+
+def exact_match(model: Any, examples: Sequence[Example], size: PassSize) -> float:
+    """Give the share of examples whose answers a greedy model gives word for word, each of their turns after the true ones."""
+    found = 0
+    with _looking(model, size) as device:
+        for one in passes(examples, size):
+            found += int((surprises(model, to_device(one, device)) == 0).sum())
+    return found / len(examples)
 
 
 def accuracy_of(margins: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ from backprop.core.hardware import Hardware
 from backprop.core.plan import Plan
 from backprop.edges import process
 from backprop.engine.batches import computing
-from backprop.engine.layers import Compiled, layers_of, recompute
+from backprop.engine.layers import Compiled, failures_of_compiling, layers_of, recompute
 from backprop.engine.objectives import Objective, Part, Pass, Totals, is_mismatched, moved_of
 from backprop.errors import BackpropError, HardwareError, ToolError
 
@@ -89,6 +89,10 @@ class Rank:
         self._not_compiled = ""
         self._model, self._dtype, self._group, self._finish = model, plan.dtype.value, group, finish
         self.recompute(plan.recompute.value)
+        if plan.fp8_backward.value:
+            from backprop.engine import fp8
+
+            fp8.prepare(model)
         self._compiled = Compiled(model) if plan.compile.value else None
 
     def recompute(self, count: int) -> bool:
@@ -98,6 +102,12 @@ class Rank:
         if count != before:
             recompute(self._model, count)
         return count != before
+
+    def keep_16_bits(self) -> None:
+        """Compute the way back as the way forward."""
+        from backprop.engine import fp8
+
+        fp8.undo(self._model)
 
     def take_base(self) -> None:
         """Let every rank have the frozen weights of rank 0 under its adapters, which PiSSA has changed."""
@@ -111,12 +121,10 @@ class Rank:
 
     def compute(self, share: Share) -> Found | None:
         """Run the passes of a share, forward and, if its totals are known, backward; None if the memory was full."""
-        from torch._dynamo.exc import TorchDynamoException
-
         try:
             with self._compiled.in_use() if self._compiled else nullcontext():
                 return self._compute(share)
-        except TorchDynamoException as error:
+        except failures_of_compiling() as error:
             self._not_compiled = (str(error).strip().splitlines() or [type(error).__name__])[0]
         self._compiled = None
         self._model.zero_grad(set_to_none=True)
@@ -305,6 +313,11 @@ class Ranks:
     def recompute_all(self) -> bool:
         """Let every layer compute its activations again on the way back; false if all do already."""
         return self._rank is not None and self._all(self._rank, "recompute", sys.maxsize)
+
+    def keep_16_bits(self) -> None:
+        """Let every rank compute the way back as the way forward."""
+        assert self._rank is not None
+        self._all(self._rank, "keep_16_bits")
 
     def meet(self, model: Any) -> None:
         """Wait until every rank has loaded the model and can exchange weights with the others, if that is not so yet.

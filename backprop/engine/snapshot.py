@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 ADAPTER, OPTIMIZER, PROGRESS = "adapter_model.safetensors", "optimizer.safetensors", "progress.safetensors"
 # What must be the same for a checkpoint to go on; the rest of a plan changes no result.
-DECIDED = ("max_length", "batch_size", "steps", "learning_rate", "lora_alpha", "dtype")
+DECIDED = ("max_length", "batch_size", "steps", "learning_rate", "lora_alpha", "dtype", "fp8_backward")
 GIVEN = (
     *("seed", "scheduler", "warmup", "weight_decay", "loss_on", "method", "early_stopping"),
     *("lora_r", "rslora", "pissa", "lora_plus", "lora_dropout", "target_modules", "objective", "beta"),
 )
-FORMAT = 4
+FORMAT = 5
 # Saving costs at most this share of the time.
 MOST_SAVING = 0.02
 SAVE_EVERY_S = 300.0

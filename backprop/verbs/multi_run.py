@@ -2,54 +2,40 @@
 
 import dataclasses
 import json
-import random
-from array import array
+import math
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backprop.config import ONLY_OF_TRAIN, MergeMode, MultiRunConfig, TrainConfig
+from backprop.config import ONLY_OF_TRAIN, MergeMode, MultiRunConfig, RunSchedule, TrainConfig
 from backprop.core import slao
 from backprop.core.data.formats import Conversation
-from backprop.core.data.judge import Judged
-from backprop.core.data.sequences import pick
-from backprop.core.data.split import hold_out
+from backprop.core.forgetting import Score, measure, over_trained
 from backprop.edges import network, rundir, stopping
-from backprop.errors import DataError, UsageError
-from backprop.events import JSON, Eval, Phase, Resumed, RunMerged, Sink, Warned
+from backprop.errors import DataError, TrainingError, UsageError
+from backprop.events import JSON, Gated, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
+from backprop.verbs.forgetting import MOST_EVALUATED, Book, best_of
+from backprop.verbs.parts import parts_of
 from backprop.verbs.prepare import (
     Prepared,
-    check_held_out,
     fingerprint_of,
     first_question,
     judge_rows,
     prepare,
     probes_of,
-    read_data,
     rows_of,
     show_examples,
 )
 from backprop.verbs.rehearsal import rehearse_if_due
-from backprop.verbs.session import running
+from backprop.verbs.session import Session, running
 from backprop.verbs.train import check_disk, check_packages
 
 if TYPE_CHECKING:
     from backprop.engine.batches import PassSize
-
-DEFAULT_RUNS = 5
-# Examples that a part is measured on: enough to tell a loss to about a hundredth, few enough to cost little.
-MOST_EVALUATED = 200
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """What one run trains on, and what it holds out."""
-
-    judged: Judged
-    held_out: Sequence[Conversation]
 
 
 def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Path:
@@ -64,31 +50,31 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
 
 def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
     check_packages(config)
-    if config.resume not in ("auto", "never"):
-        raise UsageError("`--resume FOLDER` is for train", hint="`--resume auto` goes on where the runs were stopped")
-    for one in dataclasses.fields(config):
-        if one.name in ONLY_OF_TRAIN and getattr(config, one.name) != one.default:
-            flag = f"--{one.name.replace('_', '-')}"
-            raise UsageError(f"`{flag}` is for train", hint=ONLY_OF_TRAIN[one.name])
-    if config.method == "full":
-        raise UsageError("multi-run merges adapters, and `--method full` trains none", hint="add `--method lora`")
+    _check(config)
     parts = parts_of(config, options)
+    lasting = _general_rows(config, options)
     mode = options.merge_mode or ("slao" if len(config.data) > 1 else "sequential")
-    everything = (row for part in parts for row in chain(part.judged.conversations, part.held_out))
+    everything = chain(lasting, (row for part in parts for row in chain(part.judged.conversations, part.held_out)))
     with running(
         config, command="multi-run", fingerprint=fingerprint_of(everything), say=say, extra=options
     ) as session:
         if session.done:
             session.end_again()
             return config.output
-        if len(config.data) == 1 and mode == "slao":
-            session.say(
-                Warned(message="on chunks of one data set SLAO neither helps nor hurts; `sequential` is simpler")
+        _advise(config, options, say=session.say)
+        prepared: list[Prepared] = []
+        for number, part in enumerate(parts):
+            one = prepare(
+                seeded(config, number),
+                part.judged,
+                part.held_out,
+                gate_rows=() if number else lasting,
+                rate_share=rate_share(options.schedule, number, len(parts)),
+                say=session.say,
             )
-        prepared = [
-            prepare(seeded(config, number), part.judged, part.held_out, say=session.say)
-            for number, part in enumerate(parts)
-        ]
+            if not number:
+                check_rank(config, one)
+            prepared.append(one)
         first = prepared[0]
         if config.dry_run:
             rows = [len(part.judged.conversations) for part in parts]
@@ -102,8 +88,59 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             return config.output
         conversations = parts[0].judged.conversations
         session.claim(first, question=first_question(conversations), probes=probes_of(conversations, first.tokenizer))
-        session.finish(_fold(config, options, prepared, mode, say=session.say))
+        _fold(config, options, [part.name for part in parts], prepared, mode, session)
     return config.output
+
+
+def _general_rows(config: TrainConfig, options: MultiRunConfig) -> Sequence[Conversation]:
+    if not options.general_eval:
+        return ()
+    rows = (row for source in options.general_eval for row in rows_of(source, offline=config.offline))
+    try:
+        return judge_rows(islice(rows, MOST_EVALUATED), config).conversations
+    except DataError as error:
+        raise DataError(f"general rows: {error.message}", hint=error.hint) from error
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse what only `train` can do.
+
+    Raises:
+        UsageError: Naming the option.
+    """
+    if config.resume not in ("auto", "never"):
+        raise UsageError("`--resume FOLDER` is for train", hint="`--resume auto` goes on where the runs were stopped")
+    for one in dataclasses.fields(config):
+        if one.name in ONLY_OF_TRAIN and getattr(config, one.name) != one.default:
+            flag = f"--{one.name.replace('_', '-')}"
+            raise UsageError(f"`{flag}` is for train", hint=ONLY_OF_TRAIN[one.name])
+    if config.method == "full":
+        raise UsageError("multi-run merges adapters, and `--method full` trains none", hint="add `--method lora`")
+
+
+def check_rank(config: TrainConfig, prepared: Prepared) -> None:
+    """Refuse a rank larger than a layer is wide, whose rows cannot be orthonormal, before any weights are loaded.
+
+    Raises:
+        UsageError: Naming the layer.
+    """
+    from backprop.engine.widths import narrowest_layer
+
+    name, width = narrowest_layer(prepared.model.path, config) or ("", config.lora_r)
+    if config.lora_r > width:
+        raise UsageError(
+            f"rank {config.lora_r} is larger than the width {width} of `{name}`",
+            hint=f"give `--lora-r {width}` or less",
+        )
+
+
+def _advise(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> None:
+    if len(config.data) == 1 and options.merge_mode is None:
+        say(Phase(name="chunks of one data set: merged by `sequential`, since SLAO neither helps nor hurts there"))
+    elif len(config.data) == 1 and options.merge_mode == "slao":
+        say(Warned(message="on chunks of one data set SLAO neither helps nor hurts; `sequential` is simpler"))
+    elif len(config.data) > 1 and not options.replay:
+        say(Warned(message="a few rows of earlier parts keep more than any merge does: add `--replay 0.1`"))
 
 
 def seeded(config: TrainConfig, number: int) -> TrainConfig:
@@ -111,93 +148,221 @@ def seeded(config: TrainConfig, number: int) -> TrainConfig:
     return dataclasses.replace(config, seed=(config.seed + number) % 2**32)
 
 
-def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
-    """Cut the data into one part per run: each `--data` in turn, or chunks of the only one.
-
-    Raises:
-        DataError: If there are fewer rows than runs.
-    """
-    if len(config.data) > 1:
-        runs = options.runs or len(config.data)
-        sources = [config.data[number % len(config.data)] for number in range(runs)]
-        return [_part(dataclasses.replace(config, data=(source,)), options.samples) for source in sources]
-    runs = options.runs or DEFAULT_RUNS
-    source = next(iter(config.data))
-    wanted = runs * options.samples if options.samples else None
-    judged = judge_rows(islice(rows_of(source, offline=config.offline), wanted), config)
-    numbers = array("I", range(len(judged.conversations)))
-    if len(numbers) < runs:
-        raise DataError(
-            f"{len(numbers)} rows cannot be cut into {runs} runs", hint=f"give `--runs {len(numbers)}` or less"
-        )
-    random.Random(config.seed).shuffle(numbers)
-    parts: list[Part] = []
-    for number in range(runs):
-        chunk = pick(judged.conversations, numbers[number::runs])
-        kept, held_out = hold_out(chunk, fraction=config.eval_fraction)
-        check_held_out(config, held_out)
-        share = dataclasses.replace(judged, conversations=kept, characters=judged.characters // runs)
-        parts.append(Part(judged=share, held_out=held_out))
-    return parts
-
-
-def _part(config: TrainConfig, samples: int | None) -> Part:
-    judged, held_out = read_data(config)
-    rows = judged.conversations if samples is None else judged.conversations[:samples]
-    return Part(judged=dataclasses.replace(judged, conversations=rows), held_out=held_out)
+def rate_share(schedule: RunSchedule, number: int, num_runs: int) -> float:
+    """Give the share of the peak rate that a run has; the first, number 0, has all of it."""
+    gone = number / num_runs
+    return {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}[schedule]
 
 
 def _fold(
     config: TrainConfig,
     options: MultiRunConfig,
+    names: Sequence[str],
     parts: Sequence[Prepared],
     mode: MergeMode,
-    *,
-    say: Sink,
-) -> Mapping[str, JSON]:
-    from backprop.engine import load, loop
+    session: Session,
+) -> None:
+    fold = _Fold(config, options, list(zip(names, parts, strict=True)), mode, session.say)
+    for number in range(1, len(parts) + 1):
+        fold.run(number)
+    session.finish(fold.result())
 
-    state: slao.MergeState | None = None
-    scores: list[list[float]] = []
-    for number, part in enumerate(parts, start=1):
-        folder = config.output / "runs" / f"{number:03d}"
+
+@dataclass
+class _Fold:
+    """The runs so far, and what they became."""
+
+    config: TrainConfig
+    options: MultiRunConfig
+    parts: Sequence[tuple[str, Prepared]]
+    mode: MergeMode
+    say: Sink
+    states: dict[float, slao.MergeState] = field(default_factory=dict[float, slao.MergeState])
+    """By exponent of the merge weight: more than one where the best is to be chosen. All know the same last run."""
+    settings: Mapping[str, object] | None = None
+    """Of the first adapter."""
+    finished: list[int] = field(default_factory=list[int])
+    failed: dict[int, str] = field(default_factory=dict[int, str])
+    delivered: tuple[int, str] | None = None
+    """The run whose merge is in `lora/`, and the hash of its file."""
+
+    def __post_init__(self) -> None:
+        self.book = Book(self.config.output, self.say)
+
+    def run(self, number: int) -> None:
+        """Do a run, or take up what it did before; one whose training fails changes nothing."""
+        folder = self._folder(number)
         measured = folder / "metrics.json"
         if measured.is_file():
-            state = slao.step(state, load.read_adapter(folder / "lora"), mode=mode)
-            scores.append(json.loads(measured.read_text())["scores"])
-            say(Resumed(step=0, path=str(folder), run=number + 1))
-            continue
-        start = slao.next_start(state.fine_tuned, init=options.init) if state else None
-        model, fit = train_one(seeded(config, number - 1), part, output=folder, say=say, start=start, run=number)
-        state = slao.step(state, load.adapter_state(model), mode=mode)
-        say(RunMerged(run=number, num_runs=len(parts), mode=mode))
-        load.set_adapter_state(model, state.merged)
-        with rundir.whole(config.output / "lora") as merged:
-            load.save_adapter(model, part.tokenizer, merged)
-        say(Phase(name="evaluating the merged adapter on every part so far"))
-        scores.append(
-            [
-                _score(model, seen, index, number, fit.size, say=say)
-                for index, seen in enumerate(parts[:number], start=1)
-            ]
-        )
+            self._take_up(number, folder, json.loads(measured.read_text()))
+            return
+        try:
+            figures = self._train(number, folder)
+        except TrainingError as error:
+            figures = {"failed": error.message}
+            self._note_failure(number, error.message)
         # Last: a run that has its figures is never done again.
-        figures = {**measures(fit, folder), "losses": fit.losses, "scores": scores[-1]}
         rundir.write_text(measured, json.dumps(figures, indent=2) + "\n")
         rundir.remove(folder / "checkpoints")
-        del model
+        from backprop.engine import loop
+
         loop.release()
-    delivered = rundir.sha256_of(config.output / "lora" / "adapter_model.safetensors")
-    return {"runs": len(parts), "merge_mode": mode, "loss_by_run_and_part": scores, "adapter_sha256": delivered}
+
+    def _folder(self, number: int) -> Path:
+        return self.config.output / "runs" / f"{number:03d}"
+
+    def _take_up(self, number: int, folder: Path, figures: Mapping[str, Any]) -> None:
+        from backprop.engine import load
+
+        if "failed" in figures:
+            self._note_failure(number, figures["failed"])
+            return
+        sha256 = rundir.sha256_of(folder / "lora" / "adapter_model.safetensors")
+        if figures.get("format") != FORMAT or sha256 != figures["adapter_sha256"]:
+            raise UsageError(
+                f"the adapter in `{folder}` is not what this run wrote, or of an earlier version of backprop",
+                hint="choose another `--output`, or add `--overwrite`",
+            )
+        self._check_settings(folder)
+        self._step(load.read_adapter(folder / "lora"), parent=figures["parent"])
+        if figures["general"]:
+            self.book.general_before = Score(**figures["general_before"])
+            self.book.general.append(Score(**figures["general"]))
+        self.finished.append(number)
+        self.book.enter(self.parts[number - 1][0], number, [Score(**one) for one in figures["scores"]])
+        if figures["delivered"]:
+            self.delivered = number, figures["merged_sha256"]
+        self.say(Resumed(step=0, path=str(folder), run=number + 1))
+
+    def _note_failure(self, number: int, message: str) -> None:
+        self.failed[number] = message
+        self.say(Warned(message=f"run {number} failed and changes nothing: {message}"))
+
+    def _train(self, number: int, folder: Path) -> dict[str, JSON]:
+        from backprop.engine import load
+
+        last = next(iter(self.states.values())).fine_tuned if self.states else None
+        start = slao.next_start(last, init=self.options.init) if last else None
+        parent = slao.fingerprint(last) if last else None
+        config = seeded(self.config, number - 1)
+        _, part = self.parts[number - 1]
+        model, fit = train_one(config, part, output=folder, say=self.say, start=start, run=number)
+        self._check_settings(folder)
+        self._step(load.adapter_state(model), parent=parent)
+        self.finished.append(number)
+        seen = [self.parts[one - 1] for one in self.finished]
+        exponent = self._choose(model, [part for _, part in seen], fit.size)
+        self.say(RunMerged(run=number, num_runs=len(self.parts), mode=self.mode, exponent=exponent))
+        load.set_adapter_state(model, self.states[exponent].merged)
+        with rundir.whole(folder / "merged") as beside:
+            load.save_adapter(model, part.tokenizer, beside)
+        self.say(Phase(name="evaluating the merged adapter, as it is on the disk, on every part so far"))
+        load.set_adapter_state(model, load.read_adapter(folder / "merged"))
+        self.book.measure(model, seen, self.parts[0][1].gate_rows, fit.size, run=number)
+        self.book.tell()
+        if over_trained(fit.losses):
+            told = f"run {number} had nothing left to learn for half of its steps, which forget what came before"
+            self.say(Warned(message=f"{told}: fewer `--steps` or `--epochs` keep more"))
+        sha256 = rundir.sha256_of(folder / "merged" / "adapter_model.safetensors")
+        delivered = self._deliver(number, folder / "merged", sha256)
+        general = self.book.general
+        return {
+            **measures(fit, folder),
+            "format": FORMAT,
+            "parent": parent,
+            "losses": fit.losses,
+            "scores": [asdict(one) for one in self.book.scores[-1]],
+            "general_before": asdict(self.book.general_before) if self.book.general_before else None,
+            "general": asdict(general[-1]) if general else None,
+            "merged_sha256": sha256,
+            "delivered": delivered,
+        }
+
+    def _step(self, fine_tuned: "slao.State", *, parent: str | None) -> None:
+        for exponent in slao.EXPONENTS if self.mode == "auto" else (slao.PAPERS_EXPONENT,):
+            self.states[exponent] = slao.step(
+                self.states.get(exponent),
+                fine_tuned,
+                mode=self.mode,
+                init=self.options.init,
+                parent=parent,
+                exponent=exponent,
+            )
+
+    def _choose(self, model: Any, seen: Sequence[Prepared], size: "PassSize") -> float:
+        if len(seen) == 1 or len(self.states) == 1:  # one run, or one way
+            return slao.PAPERS_EXPONENT
+        self.say(Phase(name="choosing the merge that does best on rows of every part so far"))
+        return best_of(model, {exponent: state.merged for exponent, state in self.states.items()}, seen, size)
+
+    def _check_settings(self, folder: Path) -> None:
+        settings: Mapping[str, object] = json.loads((folder / "lora" / "adapter_config.json").read_text())
+        self.settings = self.settings or settings
+        slao.check_mergeable(self.settings, settings)
+
+    def _deliver(self, number: int, merged: Path, sha256: str) -> bool:
+        """Let a merge that forgot little enough take the place of the one before."""
+        most = self.options.max_forgetting
+        met = most is None or self.book.ledger.lost() <= most
+        if met:
+            with rundir.whole(self.config.output / "lora") as beside:
+                shutil.move(merged, beside)
+            self.delivered = number, sha256
+        else:
+            rundir.remove(merged)
+        return met
+
+    def result(self) -> Mapping[str, JSON]:
+        """Say what is delivered.
+
+        Raises:
+            TrainingError: If no run finished, or no merge met `--max-forgetting`.
+            UsageError: If `lora/` is not what was written there.
+        """
+        if not self.finished:
+            for number in self.failed:  # the same command is to try again
+                rundir.remove(self._folder(number) / "metrics.json")
+            raise TrainingError(
+                f"none of the {len(self.parts)} runs finished: {next(iter(self.failed.values()))}",
+                hint="lower `--learning-rate`; what only a proof stopped finishes with `--skip-proofs`",
+            )
+        self._tell_gate()
+        assert self.delivered is not None
+        run, sha256 = self.delivered
+        delivered = self.config.output / "lora" / "adapter_model.safetensors"
+        if not delivered.is_file() or rundir.sha256_of(delivered) != sha256:
+            raise UsageError(
+                f"`{delivered}` is not what run {run} wrote", hint="choose another `--output`, or add `--overwrite`"
+            )
+        ledger = self.book.ledger
+        return {
+            "runs": len(self.finished),
+            "failed_runs": [{"run": number, "why": why} for number, why in self.failed.items()],
+            "merge_mode": self.mode,
+            "loss_by_run_and_part": [[score.loss for score in row] for row in ledger.scores],
+            "delivered_run": run,
+            "adapter_sha256": sha256,
+            **asdict(measure(ledger.scores[: self.finished.index(run) + 1])),
+        }
+
+    def _tell_gate(self) -> None:
+        most = self.options.max_forgetting
+        if most is None:
+            return
+        lost = self.book.ledger.lost()
+        found = f"{lost:.3f} after run {self.finished[-1]}"
+        if self.delivered is None:
+            self.say(Gated(gate=f"forgetting at most {most:g}", ok=False, found=found))
+            raise TrainingError(
+                f"no merge met `--max-forgetting {most:g}`: {found}",
+                hint="the adapter of each run is in `runs/`; add `--replay 0.1`, or train fewer `--steps`",
+            )
+        run = self.delivered[0]
+        if run != self.finished[-1]:
+            found += f"; the merge after run {run} is delivered, the last that met it"
+            self.say(Warned(message=f"`--max-forgetting {most:g}` is not met by the last merge: {found}"))
+        self.say(Gated(gate=f"forgetting at most {most:g}", ok=True, found=found))
 
 
-def _score(model: Any, part: Prepared, index: int, run: int, size: "PassSize", *, say: Sink) -> float:
-    """Measure the loss on the held-out rows of a part; on its training rows, and saying so, where none are held out."""
-    from backprop.engine.objectives import Supervised, measure
-
-    examples = (part.held_out or part.train.examples)[:MOST_EVALUATED]
-    loss = measure(model, examples, size, Supervised()).loss
-    say(
-        Eval(step=0, loss=loss, part=f"part {index}" if part.held_out else f"part {index} (its training rows)", run=run)
-    )
-    return loss
+FORMAT = 2
+"""Of `metrics.json`."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from backprop.config import TrainConfig
@@ -17,7 +17,7 @@ from backprop.core.data.render import Encoded, Example, cut, encode_all, with_mi
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import Adapter, Forgeries, adapt
 from backprop.core.hardware import Hardware
-from backprop.core.plan import DataShape, Plan, choose_max_length, choose_model, disk_bytes, spill_bytes
+from backprop.core.plan import Choice, DataShape, Plan, choose_max_length, choose_model, disk_bytes, spill_bytes
 from backprop.core.probes import choose
 from backprop.edges import device, files, hub, spill
 from backprop.errors import DataError, ModelError, UsageError
@@ -53,9 +53,13 @@ def judge_rows(rows: Iterable[Row], config: TrainConfig) -> Judged:
     return judge(rows, columns, objective=config.objective, keep=spill.conversations())
 
 
-def read_data(config: TrainConfig) -> tuple[Judged, Sequence[Conversation]]:
-    """Read and judge what to train on and what to hold out, before anything heavy is imported."""
-    judged = judge_rows(_rows(config.data, config), config)
+def read_data(config: TrainConfig, *, most: int | None = None) -> tuple[Judged, Sequence[Conversation]]:
+    """Read and judge what to train on and what to hold out, before anything heavy is imported.
+
+    Args:
+        most: Rows of `--data` to read; None for all.
+    """
+    judged = judge_rows(islice(_rows(config.data, config), most), config)
     if config.eval_data:
         evaluation = judge_rows(_rows(config.eval_data, config), config)
         notes = tuple(f"evaluation data: {warning}" for warning in evaluation.warnings)
@@ -100,10 +104,11 @@ def prepare(
     held_out: Sequence[Conversation],
     *,
     gate_rows: Sequence[Conversation] = (),
+    rate_share: float = 1.0,
     weights: bool = True,
     say: Sink,
 ) -> Prepared:
-    """Choose the model, render the data with its template, and make the plan; ``weights`` is whether they are to be here."""
+    """Choose the model (with its ``weights``, or not), render the data with its template, and plan, with a share of its rate."""
     for warning in judged.warnings:
         say(Warned(message=warning))
     say(Phase(name="looking at the data"))
@@ -111,9 +116,7 @@ def prepare(
     for warning in ledger.warnings():
         say(Warned(message=warning))
     hardware = device.use_one_gpu(device.probe())
-    chosen = choose_model(config.model, replace(hardware, gpus=hardware.gpus[:1]))
-    say(Phase(name=f"finding the model {chosen.value}"))
-    source = hub.find_model(chosen.value, offline=config.offline, weights=weights, code=config.trust_remote_code)
+    chosen, source = _model_for(config, hardware, weights, say)
     rows = len(judged.conversations) + len(held_out)
     spill.check_room(spill_bytes(config, rows=rows, characters=judged.characters))
     say(Phase(name="rendering the data"))
@@ -135,9 +138,11 @@ def prepare(
         held_examples = with_mismatched(held_examples, rated, longest, keep=spill.examples())
     suited = map(Adapter(tokenizer).adapted, gate_rows)
     old_tasks = encode_all(suited, tokenizer, loss_on=config.loss_on, keep=spill.examples())
-    gate_examples = _cut_held_out(old_tasks, max_length.value, say, what="gate data")
+    longest = config.max_length or min(shape.max_positions, max(max_length.value, MEASURED_TOKENS))
+    gate_examples = _cut_held_out(old_tasks, longest, say, what="old tasks")
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
     plan, seconds = duration.plan_and_seconds(config, hardware, shape, sizes, model=chosen, max_length=max_length)
+    plan = _slowed(plan, rate_share)
     say(_data_read(judged, held_out, train, ledger))
     say(_plan_made(plan))
     return Prepared(
@@ -151,6 +156,24 @@ def prepare(
         hardware=hardware,
         disk_bytes=disk_bytes(config, shape, sizes),
         seconds=seconds / plan.gpus.value,
+    )
+
+
+def _model_for(
+    config: TrainConfig, hardware: Hardware, weights: bool, say: Sink
+) -> tuple[Choice[str], hub.ModelSource]:
+    chosen = choose_model(config.model, replace(hardware, gpus=hardware.gpus[:1]))
+    say(Phase(name=f"finding the model {chosen.value}"))
+    source = hub.find_model(chosen.value, offline=config.offline, weights=weights, code=config.trust_remote_code)
+    return chosen, source
+
+
+def _slowed(plan: Plan, share: float) -> Plan:
+    peak = plan.learning_rate
+    return (
+        plan
+        if share == 1
+        else replace(plan, learning_rate=Choice(share * peak.value, f"{share:.3g} of {peak.value:g}"))
     )
 
 
@@ -227,6 +250,8 @@ def lengths_of(train: Encoded) -> list[list[int]]:
     return [[bucket.low, bucket.high, bucket.count] for bucket in histogram(train.lengths)]
 
 
+# Rows of old tasks may be longer than those that are trained on: without a gradient, so many take little memory.
+MEASURED_TOKENS = 2048
 # More tokens lost than this is a fault of the settings, unless it is wanted.
 MOST_CUT = 0.05
 

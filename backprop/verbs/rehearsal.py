@@ -110,6 +110,7 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
             batch_size=Choice(2, "rehearsal"),
             gpus=Choice(min(2, prepared.plan.gpus.value), "rehearsal"),
             compile=Choice(False, "rehearsal"),  # of other widths, it would serve nothing that follows
+            fp8_backward=Choice(False, "rehearsal"),
         ),
     )
     # The copy has learnt nothing: what it knows proves nothing.

@@ -16,10 +16,15 @@ PREFERENCES = [{"prompt": f"question {n}", "chosen": "good " * (n % 4 + 1), "rej
 
 @pytest.mark.parametrize("held", [1, 70, 2**20], ids=["a row at a time", "three rows", "all at once"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_losses_and_gradients_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, held: int, bias: bool) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_losses_and_gradients_are_those_of_torch(
+    monkeypatch: pytest.MonkeyPatch, held: int, bias: bool, compiled: bool
+) -> None:
     from backprop.engine import linear_cross_entropy as own
 
     monkeypatch.setattr(own, "CHUNK_LOGITS", held)
+    if compiled:
+        monkeypatch.setattr(own, "losses_and_gradient", torch.compile(own.losses_and_gradient, dynamic=True))
     torch.manual_seed(1)
     head = torch.nn.Linear(8, 23, bias=bias).requires_grad_(False)
     targets = torch.tensor([3, -100, 22, 0, -100, 5, 5])

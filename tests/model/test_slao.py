@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from backprop.config import MergeMode
 from backprop.core.slao import (
     MergeState,
+    carried,
     check_mergeable,
     fingerprint,
     merge,
@@ -44,6 +45,7 @@ MAGNITUDE = f"{LAYER}.lora_magnitude_vector"
 HEAD = "base_model.model.lm_head.weight"
 
 MODES = get_args(MergeMode)
+BLENDS = tuple(mode for mode in MODES if mode != "stack")  # "stack" has factors of its own, the others' lie between
 INITS = ("function-preserving", "literal")
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -85,7 +87,7 @@ def run(start: State, run_seeds: list[int], *, mode: MergeMode = "slao", init: s
     for seed in run_seeds:
         last = states[-1] if states else None
         begin = start if last is None else next_start(last.fine_tuned, init=init)
-        states.append(step(last, train(begin, seed), mode=mode))
+        states.append(step(last, train(begin, seed), mode=mode, init=init))
     return states
 
 
@@ -258,7 +260,7 @@ def test_a_state_without_factors_is_refused() -> None:
     with pytest.raises(UsageError, match="no LoRA factors"):
         next_start(full, init="literal")
     with pytest.raises(UsageError, match="no LoRA factors"):
-        step(None, full, mode="slao")
+        step(None, full, mode="slao", init="literal")
 
 
 # merge
@@ -269,6 +271,11 @@ def test_a_state_without_factors_is_refused() -> None:
 )  # squares, so that 1/sqrt(i) is known by heart
 def test_weight_is_one_over_the_square_root(num_merges: int, expected: float) -> None:  # [5]
     assert merge_weight(num_merges) == expected
+
+
+@pytest.mark.parametrize(("exponent", "expected"), [(0.0, 1.0), (0.25, 0.5), (0.5, 0.25), (1.0, 0.0625)])
+def test_weight_of_another_exponent(exponent: float, expected: float) -> None:
+    assert merge_weight(16, exponent=exponent) == expected
 
 
 def test_weight_falls_strictly_and_has_no_floor() -> None:  # [5]
@@ -287,13 +294,13 @@ def test_merges_are_counted_from_one(num_merges: int) -> None:
 def test_one_run_gives_the_trained_adapter_bit_for_bit(mode: MergeMode, dtype: torch.dtype) -> None:  # [5]
     trained = adapter(0, dtype=dtype)
     trained[B][0, 0] = -0.0
-    state = step(None, trained, mode=mode)
+    state = step(None, trained, mode=mode, init="literal")
     assert fingerprint(state.merged) == fingerprint(state.fine_tuned) == fingerprint(trained)
     assert state.num_merges == 1
     assert fingerprint(merge(adapter(9, dtype=dtype), trained, num_merges=1, mode=mode)) == fingerprint(trained)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", BLENDS)
 @given(seed=seeds, num_merges=st.integers(1, 300), dtype=st.sampled_from([*DTYPES, torch.float16, torch.float64]))
 @few
 def test_merging_an_adapter_with_itself_changes_nothing(  # [5]
@@ -317,7 +324,7 @@ def test_modes_by_hand(mode: MergeMode, a: float, b: float) -> None:
     state = None
     for value in (1.0, 2.0, 4.0):
         trained = {key: torch.full_like(tensor, value) for key, tensor in adapter(0).items()}
-        state = step(state, trained, mode=mode)
+        state = step(state, trained, mode=mode, init="literal")
     assert state is not None
     assert_close(state.merged[A], torch.full((3, 8), a), atol=1e-5)
     for key in (B, MAGNITUDE, HEAD):
@@ -325,7 +332,7 @@ def test_modes_by_hand(mode: MergeMode, a: float, b: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", BLENDS)
 @given(run_seeds=st.lists(seeds, min_size=1, max_size=6), exponent=st.integers(-20, 20))
 @few
 def test_merged_entries_lie_between_those_of_the_runs_and_the_adapter_does_not_grow(  # [6]
@@ -334,7 +341,7 @@ def test_merged_entries_lie_between_those_of_the_runs_and_the_adapter_does_not_g
     runs = [{key: value * 2.0**exponent for key, value in adapter(seed, dtype=dtype).items()} for seed in run_seeds]
     state = None
     for trained in runs:
-        state = step(state, trained, mode=mode)
+        state = step(state, trained, mode=mode, init="literal")
     assert state is not None
     assert {key: (x.shape, x.dtype) for key, x in state.merged.items()} == {
         key: (x.shape, x.dtype) for key, x in runs[0].items()
@@ -344,17 +351,68 @@ def test_merged_entries_lie_between_those_of_the_runs_and_the_adapter_does_not_g
         assert ((entries.amin(0) <= merged) & (merged <= entries.amax(0))).all()  # no tolerance: rounding keeps order
 
 
+def in_the_last_basis(states: list[MergeState], init: str) -> list[torch.Tensor]:
+    """Give the fine-tuned B of each run, carried over into the basis of the last."""
+    found: list[State] = []
+    for before, state in zip([None, *states], states, strict=False):
+        found = [carried(one, before.fine_tuned, init=init) for one in found] if before else []
+        found.append(dict(state.fine_tuned))
+    return [one[B].double() for one in found]
+
+
 @pytest.mark.parametrize("init", INITS)
 @given(run_seeds=st.lists(seeds, min_size=1, max_size=6))
 @few
-def test_merged_b_is_the_weighted_mean_of_the_runs(init: str, run_seeds: list[int]) -> None:  # [7]
+def test_merged_b_is_the_weighted_mean_of_the_runs_in_the_last_basis(
+    init: str, run_seeds: list[int]
+) -> None:  # [6] [7]
     states = run(adapter(0), run_seeds, init=init)
     shares = [i**-0.5 for i in range(1, len(states) + 1)]
     weights = [share * math.prod(1 - later for later in shares[i + 1 :]) for i, share in enumerate(shares)]
     assert sum(weights) == pytest.approx(1, abs=1e-12)
-    expected = sum(w * state.fine_tuned[B].double() for w, state in zip(weights, states, strict=True))
-    assert_close(states[-1].merged[B], expected, atol=1e-5)
+    bs = in_the_last_basis(states, init)
+    size = max(1.0, *(float(b.abs().max()) for b in bs))  # a start keeps B A, so B grows as the rows of A were long
+    expected = sum(w * b for w, b in zip(weights, bs, strict=True))
+    merged = states[-1].merged[B].double()
+    assert_close(merged, expected, atol=1e-5 * size)
+    least, most = torch.stack(bs).amin(0), torch.stack(bs).amax(0)
+    assert ((least - 1e-5 * size <= merged) & (merged <= most + 1e-5 * size)).all()
     assert torch.equal(states[-1].merged[A], states[-1].fine_tuned[A])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=seeds)
+@few
+def test_what_is_carried_over_is_the_same_adapter(dtype: torch.dtype, mode: MergeMode, seed: int) -> None:  # [3] [7]
+    state = run(adapter(seed, dtype=dtype), [seed + 1, seed + 2], mode=mode, init="function-preserving")[-1]
+    moved = carried(state.merged, state.fine_tuned, init="function-preserving")
+    size = max(float(moved[A].abs().max()) * float(moved[B].abs().max()), float(delta(state.merged).abs().max()))
+    assert_close(delta(moved), delta(state.merged), atol=3 * ROUNDING[dtype] * size)
+    assert {key: (x.shape, x.dtype) for key, x in moved.items()} == {
+        key: (x.shape, x.dtype) for key, x in state.merged.items()
+    }
+    assert all(torch.equal(moved[key], state.merged[key]) for key in (MAGNITUDE, HEAD))
+
+
+@given(a=quarters(), seed=seeds)
+@few
+def test_a_merge_on_a_singular_a_is_carried_over_as_it_is(a: torch.Tensor, seed: int) -> None:  # [4]
+    fine_tuned, merged = ({A: a, B: gaussian(seed + n, 5, len(a))} for n in (0, 1))
+    moved = carried(merged, fine_tuned, init="function-preserving")
+    assert_close(delta(moved), delta(merged), atol=1e-5 * float(a.norm() * merged[B].norm()))
+    assert_close(moved[A] @ moved[A].T, torch.eye(len(a)), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_runs_that_learn_nothing_change_nothing(mode: MergeMode) -> None:
+    """The merge once averaged B of two bases: after a second run that stood still, the adapter was another."""
+    first = adapter(0)
+    state = step(None, first, mode=mode, init="function-preserving")
+    for _ in range(3):
+        still = next_start(state.fine_tuned, init="function-preserving")
+        state = step(state, still, mode=mode, init="function-preserving")
+        assert_close(delta(state.merged), delta(first), atol=1e-5)
 
 
 @given(run_seeds=st.lists(seeds, min_size=2, max_size=6))
@@ -385,8 +443,8 @@ def test_signs_of_the_ranks_do_not_matter(init: str, run_seeds: list[int], signs
     for seed in run_seeds:
         begin = adapter(0) if plain is None else next_start(plain.fine_tuned, init=init)
         begin_flipped = flip(adapter(0)) if flipped is None else next_start(flipped.fine_tuned, init=init)
-        plain = step(plain, train(begin, seed), mode="slao")
-        flipped = step(flipped, flip(train(flip(begin_flipped), seed)), mode="slao")
+        plain = step(plain, train(begin, seed), mode="slao", init=init)
+        flipped = step(flipped, flip(train(flip(begin_flipped), seed)), mode="slao", init=init)
     assert plain is not None
     assert flipped is not None
     # 1e-4: float32 rounding of entries up to about 10, times the condition number of a 3 x 8 matrix, over 4 runs.
@@ -435,6 +493,37 @@ def test_different_shapes_are_refused_by_name_instead_of_broadcast(mode: MergeMo
         merge(adapter(0), narrow, num_merges=2, mode=mode)
 
 
+@given(seed=seeds, num_merges=st.integers(2, 50), d_out=st.integers(1, 9))
+@few
+def test_stack_is_the_nearest_adapter_of_its_rank_to_the_mean_of_the_weight_changes(
+    seed: int, num_merges: int, d_out: int
+) -> None:
+    old, new = ({A: gaussian(seed + n, 3, 8), B: gaussian(seed + 9 + n, d_out, 3)} for n in (0, 1))
+    merged = merge(old, new, num_merges=num_merges, mode="stack")
+    assert {key: x.shape for key, x in merged.items()} == {key: x.shape for key, x in old.items()}
+    mean = delta(old) + (delta(new) - delta(old)) / num_merges
+    u, sizes, v = torch.linalg.svd(mean, full_matrices=False)
+    nearest = u[:, :3] * sizes[:3] @ v[:3]  # Eckart-Young
+    gap = float(sizes[2] - sizes[3]) if len(sizes) > 3 else 1.0
+    if gap > 1e-2:  # else another one is as near
+        assert_close(delta(merged), nearest, atol=1e-4)
+
+
+def test_stack_is_what_peft_gives_for_the_same_weights() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(8, 5, bias=False))
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config, adapter_name="old")
+    model.add_adapter("new", config)
+    old, new = (peft.get_peft_model_state_dict(model, adapter_name=name) for name in ("old", "new"))
+    model.add_weighted_adapter(["old", "new"], [0.75, 0.25], "mean", combination_type="svd", svd_rank=3)
+    expected = peft.get_peft_model_state_dict(model, adapter_name="mean")
+    merged = merge(old, new, num_merges=4, mode="stack")
+    a, b = (next(key for key in merged if f"lora_{name}" in key) for name in "AB")
+    assert_close(merged[b] @ merged[a], expected[b] @ expected[a], atol=1e-5)
+
+
 # step, and what surrounds it
 
 
@@ -457,7 +546,7 @@ def test_stopped_and_continued_from_files_equals_straight_through(  # [9] [10]
     start = next_start(back.fine_tuned, init=init)
     save_file(start, tmp_path / "start.safetensors")
     parent = fingerprint(back.fine_tuned)
-    final = step(back, train(load_file(tmp_path / "start.safetensors"), 3), mode=mode, parent=parent)
+    final = step(back, train(load_file(tmp_path / "start.safetensors"), 3), mode=mode, init=init, parent=parent)
 
     assert fingerprint(final.merged) == fingerprint(straight[-1].merged)
     assert fingerprint(final.fine_tuned) == fingerprint(straight[-1].fine_tuned)
@@ -471,7 +560,7 @@ def test_the_file_delivered_equals_the_merged_state(tmp_path: Path, mode: MergeM
         for seed in (0, 1)
     ]
     assert not awkward[0][B].is_contiguous()  # nor any other matrix
-    state = step(step(None, awkward[0], mode=mode), awkward[1], mode=mode)
+    state = step(step(None, awkward[0], mode=mode, init="literal"), awkward[1], mode=mode, init="literal")
     save_file(dict(state.merged), tmp_path / "adapter_model.safetensors")  # refuses what is not contiguous
     save_file(dict(state.fine_tuned), tmp_path / "fine_tuned.safetensors")
     save_file(merge(*awkward, num_merges=2, mode=mode), tmp_path / "merged.safetensors")
@@ -487,9 +576,9 @@ def test_the_file_delivered_equals_the_merged_state(tmp_path: Path, mode: MergeM
 def test_inputs_are_not_mutated(mode: MergeMode, init: str) -> None:  # [9]
     first, second = adapter(0), adapter(1)
     before = fingerprint(first), fingerprint(second)
-    state = step(None, first, mode=mode)
+    state = step(None, first, mode=mode, init="literal")
     held = fingerprint(state.merged), fingerprint(state.fine_tuned)
-    step(state, second, mode=mode)
+    step(state, second, mode=mode, init="literal")
     merge(first, second, num_merges=1, mode=mode)
     merge(first, second, num_merges=5, mode=mode)
     next_start(first, init=init)
@@ -502,8 +591,8 @@ def test_inputs_are_not_mutated(mode: MergeMode, init: str) -> None:  # [9]
 @pytest.mark.parametrize("mode", MODES)
 def test_results_share_no_memory_with_a_model_that_goes_on_training(mode: MergeMode, init: str) -> None:  # [9]
     live, other = adapter(0), adapter(1)
-    state = step(None, live, mode=mode)
-    later = step(state, other, mode=mode)
+    state = step(None, live, mode=mode, init="literal")
+    later = step(state, other, mode=mode, init="literal")
     start = next_start(live, init=init)
     results = [state.merged, state.fine_tuned, later.merged, later.fine_tuned, start]
     before = [fingerprint(result) for result in results]
@@ -514,7 +603,7 @@ def test_results_share_no_memory_with_a_model_that_goes_on_training(mode: MergeM
 
 def test_parameters_of_a_live_model_leave_no_gradients_behind() -> None:
     live = {key: tensor.requires_grad_() for key, tensor in adapter(0).items()}
-    state = step(step(None, live, mode="slao"), live, mode="average")
+    state = step(step(None, live, mode="slao", init="literal"), live, mode="average", init="literal")
     results = (
         *state.merged.values(),
         *state.fine_tuned.values(),
@@ -531,7 +620,7 @@ def test_global_random_state_is_untouched(init: str) -> None:  # [9]
     before = random_states()
     zero = {key: torch.zeros_like(tensor) for key, tensor in adapter(0).items()}
     for mode in MODES:
-        state = step(step(None, zero, mode=mode), zero, mode=mode)
+        state = step(step(None, zero, mode=mode, init="literal"), zero, mode=mode, init="literal")
         next_start(state.fine_tuned, init=init)
     assert random_states() == before
 
@@ -544,14 +633,14 @@ def test_failed_and_rejected_runs_change_nothing(outcomes: list[str]) -> None:  
         start = adapter(0) if state is None else next_start(state.fine_tuned, init="literal")
         trained = train(start, i)
         if outcome == "good":
-            state = step(state, trained, mode="slao")
+            state = step(state, trained, mode="slao", init="literal")
         elif outcome == "nan":
             trained[B][0, 0] = math.nan
             with pytest.raises(ValueError, match="NaN"):
-                step(state, trained, mode="slao")
+                step(state, trained, mode="slao", init="literal")
         elif state is not None:
             with pytest.raises(UsageError, match="another adapter"):
-                step(state, trained, mode="slao", parent=fingerprint(adapter(9)))
+                step(state, trained, mode="slao", init="literal", parent=fingerprint(adapter(9)))
 
     good = [i for i, outcome in enumerate(outcomes) if outcome == "good"]
     if not good:
@@ -563,13 +652,13 @@ def test_failed_and_rejected_runs_change_nothing(outcomes: list[str]) -> None:  
 
 
 def test_a_run_of_another_trajectory_is_refused() -> None:
-    state = step(None, adapter(0), mode="slao")
+    state = step(None, adapter(0), mode="slao", init="literal")
     trained = train(next_start(state.fine_tuned, init="literal"), 1)
     with pytest.raises(UsageError, match="began from another adapter"):
-        step(state, trained, mode="slao", parent=fingerprint(adapter(5)))
-    accepted = step(state, trained, mode="slao", parent=fingerprint(state.fine_tuned))
+        step(state, trained, mode="slao", init="literal", parent=fingerprint(adapter(5)))
+    accepted = step(state, trained, mode="slao", init="literal", parent=fingerprint(state.fine_tuned))
     with pytest.raises(UsageError, match="began from another adapter"):  # its parent has been merged already
-        step(accepted, trained, mode="slao", parent=fingerprint(state.fine_tuned))
+        step(accepted, trained, mode="slao", init="literal", parent=fingerprint(state.fine_tuned))
 
 
 def test_fingerprint_sees_every_bit_name_dtype_and_shape_but_not_the_order() -> None:
@@ -691,5 +780,5 @@ def test_a_real_peft_model_answers_the_same_from_the_next_start(dora: bool) -> N
             assert_close(tensor @ tensor.T, torch.eye(3), atol=1e-5)
 
     again = {key: tensor + 0.1 * gaussian(50 + i, *tensor.shape) for i, (key, tensor) in enumerate(start.items())}
-    state = step(step(None, trained, mode="slao"), again, mode="slao")
+    state = step(step(None, trained, mode="slao", init="literal"), again, mode="slao", init="literal")
     assert torch.isfinite(answers(dict(state.merged))).all()

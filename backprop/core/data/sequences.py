@@ -1,7 +1,9 @@
 """Sequences that need not be in memory: what grows, and what is picked out of another."""
 
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Protocol, TypeVar, overload
 
 T = TypeVar("T")
@@ -59,3 +61,18 @@ class Picked(Lazy[T_co]):
 def pick(whole: Sequence[T], numbers: Sequence[int]) -> Sequence[T]:
     """Pick items out: at once if all are in memory, else when they are asked for."""
     return tuple(whole[number] for number in numbers) if isinstance(whole, tuple) else Picked(whole, numbers)
+
+
+class Joined(Lazy[T_co]):
+    """Sequences one after another."""
+
+    def __init__(self, parts: Sequence[Sequence[T_co]]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _item(self, number: int) -> T_co:
+        part = bisect_right(self._ends, number)
+        return self._parts[part][number - (self._ends[part - 1] if part else 0)]

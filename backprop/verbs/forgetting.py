@@ -1,0 +1,127 @@
+"""What the merged adapter knows of every part so far, measured, told and written down."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from backprop.core.data.render import Example
+from backprop.core.forgetting import Ledger, Score, measure
+from backprop.edges import rundir
+from backprop.engine.batches import PassSize
+from backprop.events import Eval, Forgetting, Sink
+from backprop.verbs.prepare import Prepared
+
+# Examples that a part is measured on: enough to tell a loss to about a hundredth, few enough to cost little.
+MOST_EVALUATED = 200
+# Of each part, to choose between merges.
+MOST_COMPARED = 32
+# Where half of the answers have at most so many tokens, the end included, they are a label, a number, or a name.
+SHORT_ANSWER_TOKENS = 16
+# Exact match needs the logits themselves, of all words: these are held for a few answers at once.
+EXACT_MATCH_TOKENS = 2048
+
+
+def score(model: Any, examples: Sequence[Example], size: PassSize) -> Score:
+    """Measure the loss on the first of these examples, and exact match where their answers are short."""
+    from backprop.engine.objectives import Supervised, exact_match, measure
+
+    asked = examples[:MOST_EVALUATED]
+    short = statistics.median(example.num_trained for example in asked) <= SHORT_ANSWER_TOKENS
+    fewer = replace(size, tokens=min(size.tokens, EXACT_MATCH_TOKENS), examples=1)
+    return Score(
+        loss=measure(model, asked, size, Supervised()).loss,
+        exact_match=exact_match(model, asked, fewer) if short else None,
+    )
+
+
+def best_of(
+    model: Any, candidates: Mapping[float, Mapping[str, Any]], seen: Sequence[Prepared], size: PassSize
+) -> float:
+    """Find the adapter that does best on rows of all parts alike, of those that were trained on: what is held out stays unseen.
+
+    Returns:
+        Its key; of equals the first.
+    """
+    from backprop.engine.load import set_adapter_state
+
+    found: dict[float, float] = {}
+    for key, state in candidates.items():
+        set_adapter_state(model, state)
+        slices = [part.train.examples[:MOST_COMPARED] for part in seen]
+        found[key] = math.fsum(score(model, rows, size).value for rows in slices)
+    return max(found, key=found.__getitem__)
+
+
+@dataclass
+class Book:
+    """The scores of a multi-run so far, told and written as they come."""
+
+    output: Path
+    say: Sink
+    parts: list[str] = field(default_factory=list[str])
+    runs: list[int] = field(default_factory=list[int])
+    scores: list[list[Score]] = field(default_factory=list[list[Score]])
+    general_before: Score | None = None
+    general: list[Score] = field(default_factory=list[Score])
+
+    def measure(
+        self, model: Any, seen: Sequence[tuple[str, Prepared]], general: Sequence[Example], size: PassSize, *, run: int
+    ) -> None:
+        """Measure a model on the parts of the runs that finished, this one last, and on what must not be lost."""
+        from backprop.engine.load import as_before_training
+
+        if general and self.general_before is None:
+            with as_before_training(model):
+                self.general_before = score(model, general, size)
+            self._tell(self.general_before, "general", run=0)
+        row: list[Score] = []
+        for name, part in seen:
+            row.append(score(model, part.held_out or part.train.examples, size))
+            self._tell(row[-1], f"part {name}" if part.held_out else f"part {name} (its training rows)", run=run)
+        if general:
+            self.general.append(score(model, general, size))
+            self._tell(self.general[-1], "general", run=run)
+        self.enter(seen[-1][0], run, row)
+
+    def enter(self, part: str, run: int, row: list[Score]) -> None:
+        """Take up what a run was measured on, and write it down."""
+        self.parts.append(part)
+        self.runs.append(run)
+        self.scores.append(row)
+        rundir.write_text(self.output / "forgetting.json", json.dumps(self.ledger.to_json(), indent=2) + "\n")
+        rundir.write_text(self.output / "forgetting.csv", self.ledger.to_csv())
+
+    def tell(self) -> None:
+        """Tell how the last run left all parts so far."""
+        figures = measure(self.scores)
+        self.say(
+            Forgetting(
+                run=self.runs[-1],
+                parts=tuple(self.parts),
+                scores=tuple(one.value for one in self.scores[-1]),
+                average_performance=figures.average_performance,
+                learning_accuracy=figures.learning_accuracy,
+                backward_transfer=figures.backward_transfer,
+                forgetting=figures.forgetting,
+                general_loss=self.general[-1].loss if self.general else None,
+                general_loss_before=self.general_before.loss if self.general_before else None,
+            )
+        )
+
+    @property
+    def ledger(self) -> Ledger:
+        """Everything so far."""
+        return Ledger(
+            parts=self.parts,
+            runs=self.runs,
+            scores=self.scores,
+            general_before=self.general_before,
+            general=self.general,
+        )
+
+    def _tell(self, found: Score, part: str, *, run: int) -> None:
+        self.say(Eval(step=0, loss=found.loss, exact_match=found.exact_match, part=part, run=run))

@@ -1,0 +1,86 @@
+"""What each run of a multi-run trains on, and what it holds out."""
+
+import random
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from backprop.config import MultiRunConfig, TrainConfig
+from backprop.core.data.formats import Conversation
+from backprop.core.data.judge import Judged
+from backprop.core.data.replay import with_replay
+from backprop.core.data.sequences import pick
+from backprop.core.data.split import hold_out
+from backprop.errors import DataError, UsageError
+from backprop.verbs.prepare import check_held_out, judge_rows, read_data, rows_of
+
+DEFAULT_RUNS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What one run trains on, and what it holds out."""
+
+    name: str
+    judged: Judged
+    held_out: Sequence[Conversation]
+
+
+def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
+    """Cut the data into one part per run: each `--data` in turn, or chunks of the only one; with `--replay`, rows of
+    earlier parts among those of each.
+
+    Raises:
+        UsageError: If there are not as many `--eval-data` as `--data`.
+        DataError: If there are fewer rows than runs.
+    """
+    if config.eval_data and len(config.eval_data) != len(config.data):
+        raise UsageError(
+            f"{len(config.data)} `--data` and {len(config.eval_data)} `--eval-data` are given",
+            hint="give one `--eval-data` for each `--data`, in the same order",
+        )
+    parts = _sources(config, options) if len(config.data) > 1 else _chunks(config, options)
+    rows = [part.judged.conversations for part in parts]
+    mixed = [
+        with_replay(rows[: number + 1], share=options.replay, seed=config.seed + number) for number in range(len(parts))
+    ]
+    return [
+        replace(part, judged=replace(part.judged, conversations=more)) for part, more in zip(parts, mixed, strict=True)
+    ]
+
+
+def _sources(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
+    parts: list[Part] = []
+    for number in range(options.runs or len(config.data)):
+        index = number % len(config.data)
+        evaluation = config.eval_data[index : index + 1]
+        one = replace(config, data=(config.data[index],), eval_data=evaluation)
+        judged, held_out = read_data(one, most=options.samples)
+        name = f"{number + 1} {Path(config.data[index]).name}"
+        parts.append(Part(name=name, judged=judged, held_out=held_out))
+    return parts
+
+
+def _chunks(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
+    runs = options.runs or DEFAULT_RUNS
+    wanted = runs * options.samples if options.samples else None
+    judged = judge_rows(islice(rows_of(config.data[0], offline=config.offline), wanted), config)
+    numbers = array("I", range(len(judged.conversations)))
+    if len(numbers) < runs:
+        raise DataError(
+            f"{len(numbers)} rows cannot be cut into {runs} runs", hint=f"give `--runs {len(numbers)}` or less"
+        )
+    random.Random(config.seed).shuffle(numbers)
+    evaluation = read_data(replace(config, data=config.eval_data, eval_data=()))[0] if config.eval_data else None
+    parts: list[Part] = []
+    for number in range(runs):
+        kept = pick(judged.conversations, numbers[number::runs])
+        held_out: Sequence[Conversation] = evaluation.conversations if evaluation else ()
+        if evaluation is None:
+            kept, held_out = hold_out(kept, fraction=config.eval_fraction)
+            check_held_out(config, held_out)
+        share = replace(judged, conversations=kept, characters=judged.characters // runs)
+        parts.append(Part(name=f"{number + 1} chunk", judged=share, held_out=held_out))
+    return parts

@@ -1,0 +1,199 @@
+"""How layers run in training: one graph for rows of any documents, and adapters as PEFT computes them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+
+from backprop import events
+
+torch = pytest.importorskip("torch")
+
+
+def llama(**options: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 12, "vocab_size": 90}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, **options))
+
+
+def with_adapter(model: Any, **options: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+def causal(start: int, end: int) -> Any:
+    return torch.ones(end - start, end - start, dtype=torch.bool).tril()
+
+
+def forward_kernel(query: Any, key: Any, value: Any, ends: Any, *_: Any, scale: Any = None, **__: Any) -> Any:
+    """What torch's kernel for documents computes, as its definition has it."""
+    output_THD = torch.empty_like(query)
+    for start, end in pairwise(ends.tolist()):
+        parts = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *parts, is_causal=True, scale=scale, enable_gqa=True
+        )
+        output_THD[start:end] = attended.transpose(0, 1)
+    nothing = torch.zeros(())
+    return output_THD, torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64), nothing, nothing
+
+
+def backward_kernel(gradient: Any, *tensors: Any, scale: Any = None, **_: Any) -> Any:
+    query, key, value, _, _, ends, *_ = tensors
+    found = [torch.empty_like(tensor) for tensor in (query, key, value)]
+    for start, end in pairwise(ends.tolist()):
+        q, k, v, g = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value, gradient))
+        shared = len(q) // len(k)
+        k, v = (tensor.repeat_interleave(shared, 0) for tensor in (k, v))
+        weights = (q @ k.mT * scale).masked_fill(~causal(start, end), -torch.inf).softmax(-1)
+        moved = g @ v.mT
+        scores = weights * (moved - (moved * weights).sum(-1, keepdim=True)) * scale
+        parts = (
+            scores @ k,
+            *((one.mT @ by).unflatten(0, (-1, shared)).sum(1) for one, by in ((scores, q), (weights, g))),
+        )
+        for whole, part in zip(found, parts, strict=True):
+            whole[start:end] = part.transpose(0, 1)
+    return tuple(found)
+
+
+@pytest.fixture
+def kernel_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the CPU have the kernel that only GPUs have, so that what leads to it is run here too."""
+    from backprop.engine import attention
+
+    monkeypatch.setattr(attention, "_varlen_fits", lambda *_: True)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", forward_kernel, "CPU")
+        library.impl("_flash_attention_backward", backward_kernel, "CPU")
+        yield
+
+
+def gradients_of(model: Any, lengths: Sequence[int]) -> list[Any]:
+    from backprop.engine.attention import Documents, within_documents
+
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    model.zero_grad()
+    with within_documents(model):
+        made = model(
+            input_ids=torch.arange(sum(lengths))[None] % 90,
+            position_ids=positions,
+            documents=Documents.of(lengths),
+            use_cache=False,
+        )
+    made.logits.square().mean().backward()
+    return [made.logits.detach(), *(weight.grad.clone() for weight in model.parameters() if weight.grad is not None)]
+
+
+def test_one_graph_serves_all_layers_and_rows_of_any_documents(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from backprop.engine.adapters import narrow
+    from backprop.engine.layers import Compiled
+
+    rows = [[5, 9], [3, 4, 20], [7], [2, 2, 3, 50]]
+    model = with_adapter(llama())
+    narrow(model)
+    expected = [gradients_of(model, lengths) for lengths in rows]
+    request.getfixturevalue("kernel_on_a_cpu")
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: compile_(function, backend=graphs, dynamic=True, fullgraph=True)
+    )
+    compiled = Compiled(model)
+    made: list[int] = []
+    for lengths, plain in zip(rows, expected, strict=True):
+        with compiled.in_use():
+            found = gradients_of(model, lengths)
+        made.append(graphs.frame_count)
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+    # Nothing before the first layer has a gradient, so that it is compiled by itself.
+    assert made[0] <= 3
+    assert set(made) == {made[0]}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_alpha": 12, "use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"]
+)
+def test_adapters_compute_what_pefts_do(options: dict[str, Any]) -> None:
+    from backprop.engine.adapters import NARROW, narrow
+
+    model = with_adapter(llama(), **options)
+    theirs = gradients_of(model, [6, 11])
+    with model.disable_adapter():
+        before = model(torch.arange(9)[None]).logits
+    narrow(model)
+    changed = [module for module in model.modules() if type(module) in NARROW.values()]
+    assert len(changed) == (0 if "use_dora" in options else 12 * 7)
+    torch.testing.assert_close(gradients_of(model, [6, 11]), theirs, rtol=1e-4, atol=1e-6)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(torch.arange(9)[None]).logits, before)
+    apart = model(torch.arange(9)[None]).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(torch.arange(9)[None]).logits, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_drop_what_pefts_drop() -> None:
+    from backprop.engine.adapters import narrow
+
+    model = with_adapter(llama(), lora_dropout=0.5).train()
+    found: list[Any] = []
+    for change in (lambda _: None, narrow):
+        change(model)
+        torch.manual_seed(3)
+        found.append(gradients_of(model, [6, 11]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_compiled_is_used_in_training_alone_and_kept_beside_other_downloads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import os
+
+    import transformers  # noqa: F401  it sets a folder of its own
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    from backprop.engine import linear_cross_entropy
+    from backprop.engine.layers import Compiled
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    monkeypatch.setenv("TRITON_CACHE_DIR", "chosen")
+    model = llama()
+    plain = linear_cross_entropy.losses_and_gradient
+    with Compiled(model).in_use():
+        assert linear_cross_entropy.losses_and_gradient is not plain
+        assert "forward" in vars(model.model.layers[3])
+    assert linear_cross_entropy.losses_and_gradient is plain
+    assert "forward" not in vars(model.model.layers[3])
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "backprop" / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "chosen"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_more_kinds_of_layers_than_torch_compiles_run_as_they_are_and_it_is_told(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend="eager", dynamic=True))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    plain, run = train(packing=False), train(packing=False, compile=True)
+    assert run.losses == pytest.approx(plain.losses, rel=1e-6)
+    told = [event.message for event in run.all(events.Warned) if "cannot be compiled" in event.message]
+    assert len(told) == 1
+    assert "limit" in told[0]

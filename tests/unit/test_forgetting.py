@@ -1,0 +1,135 @@
+"""What a sequence of runs learnt and forgot: the figures, the table, and the part of the report."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+
+from backprop import report
+from backprop.core.data.replay import with_replay
+from backprop.core.data.sequences import Joined, pick
+from backprop.core.forgetting import Ledger, Score, measure, over_trained
+from backprop.events import Forgetting
+
+HOSTILE = '</td><script>alert("x")</script>'
+
+
+def row(*values: float) -> list[Score]:
+    return [Score(loss=1.0, exact_match=value) for value in values]
+
+
+def test_figures_by_hand() -> None:
+    figures = measure([row(0.9), row(0.5, 0.8), row(0.6, 0.4, 1.0)])
+    assert figures.average_performance == pytest.approx((0.6 + 0.4 + 1.0) / 3)
+    assert figures.learning_accuracy == pytest.approx((0.9 + 0.8 + 1.0) / 3)
+    assert figures.backward_transfer == pytest.approx(((0.6 - 0.9) + (0.4 - 0.8)) / 2)
+    assert figures.forgetting == pytest.approx(((0.9 - 0.6) + (0.8 - 0.4)) / 2)
+
+
+def test_a_part_that_got_better_later_is_forgotten_from_its_best() -> None:
+    figures = measure([row(0.5), row(0.9, 0.5), row(0.7, 0.5, 0.5)])
+    assert figures.backward_transfer == pytest.approx(((0.7 - 0.5) + 0.0) / 2)
+    assert figures.forgetting == pytest.approx(((0.9 - 0.7) + 0.0) / 2)
+
+
+def test_nothing_is_forgotten_after_one_run_and_learning_nothing_shows() -> None:
+    one = measure([row(0.4)])
+    assert (one.backward_transfer, one.forgetting) == (0, 0)
+    lazy = measure([row(0.1), row(0.1, 0.1)])
+    assert (lazy.backward_transfer, lazy.average_performance) == (0, pytest.approx(0.1))
+
+
+def test_a_score_is_exact_match_or_else_the_likelihood_of_a_token() -> None:
+    assert Score(loss=math.log(4)).value == pytest.approx(0.25)
+    assert Score(loss=math.log(4), exact_match=0.75).value == 0.75
+
+
+def ledger() -> Ledger:
+    return Ledger(
+        parts=["1 a.jsonl", "3 c.jsonl"],
+        runs=[1, 3],
+        scores=[row(0.9), [Score(loss=0.5), Score(loss=0.25)]],
+        general_before=Score(loss=0.0),
+        general=[Score(loss=math.log(2)), Score(loss=math.log(4))],
+    )
+
+
+def test_the_table_has_a_line_for_each_run_and_part_and_the_base_model_is_run_0() -> None:
+    lines = list(csv.DictReader(io.StringIO(ledger().to_csv())))
+    assert [(line["run"], line["part"]) for line in lines] == [
+        ("0", "general"),
+        ("1", "1 a.jsonl"),
+        ("1", "general"),
+        ("3", "1 a.jsonl"),
+        ("3", "3 c.jsonl"),
+        ("3", "general"),
+    ]
+    assert (lines[1]["exact_match"], lines[3]["exact_match"]) == ("0.9", "")
+    assert float(lines[3]["score"]) == pytest.approx(math.exp(-0.5))
+
+
+def test_what_is_lost_is_the_worse_of_old_parts_and_general_rows() -> None:
+    whole = ledger()
+    assert whole.lost() == pytest.approx(1 - 0.25)  # general: likelihood 1 before, 1/4 now
+    parts_alone = Ledger(parts=whole.parts, runs=whole.runs, scores=whole.scores)
+    assert parts_alone.lost() == pytest.approx(0.9 - math.exp(-0.5))
+    told = json.loads(json.dumps(whole.to_json()))
+    assert told["measures"][-1]["forgetting"] == pytest.approx(0.9 - math.exp(-0.5))
+    assert told["general_loss"] == [math.log(2), math.log(4)]
+
+
+def test_a_run_is_over_trained_when_most_of_its_steps_had_nothing_to_learn() -> None:
+    assert over_trained([1.0] * 4 + [0.01] * 6)
+    assert not over_trained([1.0] * 5 + [0.01] * 5)
+    assert not over_trained([0.01] * 4)  # too short to tell
+
+
+def test_replay_is_its_share_of_the_rows_drawn_from_earlier_parts_only() -> None:
+    parts = [tuple(f"{name}{n}" for n in range(90)) for name in "abc"]
+    mixed = with_replay(parts, share=0.1, seed=1)
+    old = mixed[90:]
+    assert mixed[:90] == parts[2]
+    assert len(old) == 10  # of 100
+    assert len(set(old)) == 10
+    assert {one[0] for one in old} == {"a", "b"}
+    assert with_replay(parts, share=0.1, seed=1) == mixed
+    assert with_replay(parts, share=0.1, seed=2) != mixed
+    assert with_replay(parts[:1], share=0.1, seed=1) == parts[0]
+    assert with_replay(parts, share=0.0, seed=1) == parts[2]
+
+
+def test_replay_of_more_than_there_is_takes_all_that_there_is() -> None:
+    assert sorted(with_replay([("a",), ("b", "c", "d")], share=0.9, seed=0)) == ["a", "b", "c", "d"]
+
+
+def test_joined_sequences_that_are_not_in_memory_stay_so() -> None:
+    lazy = pick(Joined([("a", "b"), (), ("c",)]), range(3))
+    assert list(with_replay([("x",), lazy], share=0.25, seed=0)) == ["a", "b", "c", "x"]
+    joined = Joined([("a", "b"), (), ("c",)])
+    assert (len(joined), joined[0], joined[2], joined[-1], list(joined[1:])) == (3, "a", "c", "c", ["b", "c"])
+
+
+def test_the_report_shows_the_matrix_with_names_escaped() -> None:
+    told = [
+        Forgetting(
+            run=run,
+            parts=(HOSTILE, "b.jsonl")[: len(scores)],
+            scores=scores,
+            average_performance=0.5,
+            learning_accuracy=0.75,
+            backward_transfer=-0.125,
+            forgetting=0.125,
+            general_loss=2.5,
+            general_loss_before=1.5,
+        )
+        for run, scores in ((1, (0.9,)), (2, (0.111, 1.0)))
+    ]
+    text = report.page({"command": "multi-run", "status": "finished"}, told)
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") >= 3  # the table, the curves' label, their legend
+    assert "var(--curve) 7%" in text
+    for figure in ("0.111", "-0.125", "2.500", "1.500"):
+        assert f">{figure}</td>" in text
+    assert text.count("<polyline") == 2
