@@ -21,7 +21,8 @@ from backprop.config import ONLY_OF_TRAIN, DoctorConfig, ExportConfig, MultiRunC
 from backprop.console import Console, without_escapes
 from backprop.edges import stopping
 from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
-from backprop.events import Event, Failed, Sink, schema, tee
+from backprop.events import Event, Failed, Sink, tee
+from backprop.schema import schema
 
 OUTPUT = Group.create_ordered("Output")
 

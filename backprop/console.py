@@ -139,12 +139,7 @@ def told(event: Event, *, verbose: bool = False) -> str:
     """Give ``event`` as text; empty if it is not worth a line."""
     match event:
         case PlanMade():
-            width = max(len(name) for name in event.choices)
-            rows = [
-                f"  {name.replace('_', ' '):<{width}}  {_short(value):<14}  {event.reasons[name]}"
-                for name, value in event.choices.items()
-            ]
-            return "\n".join(["plan", *rows])
+            return _planned(event)
         case DataRead():
             told_data = {**event.ledger, "lengths": event.ledger.get("lengths", ()) if verbose else ()}
             sizes = {"tokens": event.tokens, "trained_tokens": event.trained_tokens, "longest": event.longest}
@@ -195,6 +190,15 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"backprop {event.version} {event.command}" if verbose else ""
         case _:
             return ""
+
+
+def _planned(event: PlanMade) -> str:
+    width = max(len(name) for name in event.choices)
+    rows = [
+        f"  {name.replace('_', ' '):<{width}}  {_short(value):<14}  {event.reasons[name]}"
+        for name, value in event.choices.items()
+    ]
+    return "\n".join(["plan", *rows])
 
 
 def _remembered(event: Forgetting) -> str:

@@ -115,37 +115,10 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
         tokenizer.pad_token = tokenizer.eos_token
     wrapped = HfTokenizer(tokenizer)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = plain_template(begins=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
+        tokenizer.chat_template = templates.plain(begins=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
         wrapped.template_added = True
     templates.check(tokenizer.chat_template)
     return wrapped
-
-
-# In words that every base model has read, and with the one token that it knows to end a text.
-TURNS = """{%- for message in messages -%}
-{%- if message.role == 'assistant' -%}
-{{- 'Assistant:\n' + message.content + eos_token + '\n\n' -}}
-{%- elif message.role == 'system' -%}
-{{- 'System:\n' + message.content + '\n\n' -}}
-{%- elif message.role == 'user' -%}
-{{- 'User:\n' + message.content + '\n\n' -}}
-{%- else -%}
-{{- raise_exception('this template knows no role ' + message.role) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- 'Assistant:\n' -}}
-{%- endif -%}
-"""
-
-
-def plain_template(*, begins: bool) -> str:
-    """Give the chat template for a base model that has none: `User:`, `Assistant:`, and the end-of-text token.
-
-    Args:
-        begins: Whether the model's texts begin with a token of their own.
-    """
-    return ("{{- bos_token -}}\n" if begins else "") + TURNS
 
 
 def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:

@@ -160,3 +160,30 @@ def _memory_limited() -> Generator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+# In words that every base model has read, and with the one token that it knows to end a text.
+TURNS = """{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{{- 'Assistant:\n' + message.content + eos_token + '\n\n' -}}
+{%- elif message.role == 'system' -%}
+{{- 'System:\n' + message.content + '\n\n' -}}
+{%- elif message.role == 'user' -%}
+{{- 'User:\n' + message.content + '\n\n' -}}
+{%- else -%}
+{{- raise_exception('this template knows no role ' + message.role) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- 'Assistant:\n' -}}
+{%- endif -%}
+"""
+
+
+def plain(*, begins: bool) -> str:
+    """Give the chat template for a base model that has none: `User:`, `Assistant:`, and the end-of-text token.
+
+    Args:
+        begins: Whether the model's texts begin with a token of their own.
+    """
+    return ("{{- bos_token -}}\n" if begins else "") + TURNS

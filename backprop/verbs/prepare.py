@@ -108,7 +108,7 @@ def prepare(
     weights: bool = True,
     say: Sink,
 ) -> Prepared:
-    """Choose the model (with its ``weights``, or not), render the data with its template, and plan, with a share of its rate."""
+    """Choose the model (``weights``: with its own), render the data, and make the plan, with a share of its rate."""
     for warning in judged.warnings:
         say(Warned(message=warning))
     say(Phase(name="looking at the data"))
@@ -116,7 +116,9 @@ def prepare(
     for warning in ledger.warnings():
         say(Warned(message=warning))
     hardware = device.use_one_gpu(device.probe())
-    chosen, source = _model_for(config, hardware, weights, say)
+    chosen = choose_model(config.model, replace(hardware, gpus=hardware.gpus[:1]))
+    say(Phase(name=f"finding the model {chosen.value}"))
+    source = hub.find_model(chosen.value, offline=config.offline, weights=weights, code=config.trust_remote_code)
     rows = len(judged.conversations) + len(held_out)
     spill.check_room(spill_bytes(config, rows=rows, characters=judged.characters))
     say(Phase(name="rendering the data"))
@@ -132,14 +134,9 @@ def prepare(
     check_supervision(config, whole, train, most=shape.max_positions, say=say)
     held_examples = _cut_held_out(held, max_length.value, say, what="evaluation data")
     if config.objective == "kto":
-        _say_ratings(train.examples, say)
-        rated, longest = train.examples, max_length.value
-        train = replace(train, examples=with_mismatched(rated, rated, longest, keep=spill.examples()))
-        held_examples = with_mismatched(held_examples, rated, longest, keep=spill.examples())
-    suited = map(Adapter(tokenizer).adapted, gate_rows)
-    old_tasks = encode_all(suited, tokenizer, loss_on=config.loss_on, keep=spill.examples())
+        train, held_examples = _rated(train, held_examples, max_length.value, say)
     longest = config.max_length or min(shape.max_positions, max(max_length.value, MEASURED_TOKENS))
-    gate_examples = _cut_held_out(old_tasks, longest, say, what="old tasks")
+    gate_examples = _old_tasks(config, gate_rows, tokenizer, longest, say)
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
     plan, seconds = duration.plan_and_seconds(config, hardware, shape, sizes, model=chosen, max_length=max_length)
     plan = _slowed(plan, rate_share)
@@ -159,13 +156,19 @@ def prepare(
     )
 
 
-def _model_for(
-    config: TrainConfig, hardware: Hardware, weights: bool, say: Sink
-) -> tuple[Choice[str], hub.ModelSource]:
-    chosen = choose_model(config.model, replace(hardware, gpus=hardware.gpus[:1]))
-    say(Phase(name=f"finding the model {chosen.value}"))
-    source = hub.find_model(chosen.value, offline=config.offline, weights=weights, code=config.trust_remote_code)
-    return chosen, source
+def _rated(train: Encoded, held_out: Sequence[Example], longest: int, say: Sink) -> tuple[Encoded, Sequence[Example]]:
+    _say_ratings(train.examples, say)
+    rated = train.examples
+    with_another = with_mismatched(rated, rated, longest, keep=spill.examples())
+    return replace(train, examples=with_another), with_mismatched(held_out, rated, longest, keep=spill.examples())
+
+
+def _old_tasks(
+    config: TrainConfig, rows: Sequence[Conversation], tokenizer: "HfTokenizer", longest: int, say: Sink
+) -> Sequence[Example]:
+    suited = map(Adapter(tokenizer).adapted, rows)
+    encoded = encode_all(suited, tokenizer, loss_on=config.loss_on, keep=spill.examples())
+    return _cut_held_out(encoded, longest, say, what="old tasks")
 
 
 def _slowed(plan: Plan, share: float) -> Plan:

@@ -16,7 +16,7 @@ from backprop.cli import run
 from backprop.edges import rundir
 from backprop.edges.files import read_rows
 from backprop.errors import DataError, UsageError
-from backprop.events import schema
+from backprop.schema import schema
 
 pytestmark = pytest.mark.model  # for its time: nothing here needs torch
 

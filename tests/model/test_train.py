@@ -15,7 +15,7 @@ import pytest
 from conftest import Done, backprop, backprop_process, chat
 
 from backprop import BackpropError, Trainer
-from backprop.events import schema
+from backprop.schema import schema
 
 pytestmark = pytest.mark.model
 

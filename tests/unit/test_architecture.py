@@ -9,6 +9,7 @@ PACKAGE = ROOT / "backprop"
 # From the words at the bottom to the command line at the top: a room imports from rooms below it.
 ROOMS = [
     {"", "errors", "events", "presets"},
+    {"schema"},
     {"heat_map"},
     {"report", "console", "ci"},
     {"config"},

@@ -10,6 +10,7 @@ from backprop import events
 from backprop.cli import main
 from backprop.console import Console, told
 from backprop.edges.rundir import json_lines
+from backprop.schema import schema
 
 ONE_OF_EACH: list[events.Event] = [
     events.RunStarted(command="train", output="o", version="1"),
@@ -80,7 +81,7 @@ def test_what_is_written_fits_the_schema_and_only_its_own_kind(event: events.Eve
     file = io.StringIO()
     json_lines(file)(event)
     written = json.loads(file.getvalue())
-    jsonschema.Draft202012Validator(events.schema()).validate(written)
+    jsonschema.Draft202012Validator(schema()).validate(written)
     assert written["event"] == events.KINDS[type(event)]
 
 
@@ -98,11 +99,11 @@ def test_what_another_version_wrote_is_no_event() -> None:
 
 
 def test_the_schema_is_one() -> None:
-    jsonschema.Draft202012Validator.check_schema(events.schema())
+    jsonschema.Draft202012Validator.check_schema(schema())
 
 
 def test_the_schema_refuses_a_wrong_type_and_a_missing_key() -> None:
-    validator = jsonschema.Draft202012Validator(events.schema())
+    validator = jsonschema.Draft202012Validator(schema())
     written = events.to_json(next(event for event in ONE_OF_EACH if isinstance(event, events.Step)))
     assert validator.is_valid(written)
     assert not validator.is_valid({**written, "loss": "low"})
@@ -113,7 +114,7 @@ def test_json_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["--json-schema"])
     assert exit.value.code == 0
-    assert json.loads(capsys.readouterr().out) == events.schema()
+    assert json.loads(capsys.readouterr().out) == schema()
 
 
 @pytest.mark.parametrize("event", ONE_OF_EACH, ids=lambda event: events.KINDS[type(event)])
