@@ -168,7 +168,7 @@ class TrainConfig:
     dry_run: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Plan, data ledger, three examples; no training."""
     rehearse: Annotated[bool | None, Parameter(group=RUN)] = None
-    """First go to a GGUF with a small copy. Default: if over 30 minutes are estimated."""
+    """First with a small copy. Default: if long."""
     resume: Annotated[str, Parameter(group=RUN)] = "auto"
     """`auto`, `never`, or the folder of a checkpoint."""
     save_steps: Annotated[int | None, Count, Parameter(group=RUN)] = None
@@ -178,7 +178,7 @@ class TrainConfig:
     max_minutes: Annotated[float | None, Bounds(above=0, most=525_600), Parameter(group=RUN)] = None
     """Stop in time, saved; run the same again to go on."""
     gpu_max_temp: Annotated[int | None, Bounds(least=30, most=120), Parameter(group=RUN)] = None
-    """Pause at so many °C. Default: by the GPU's own limit."""
+    """Pause at so many °C. Default: the GPU's limit."""
     price_per_hour: Annotated[float | None, Bounds(least=0, most=1_000_000), Parameter(group=RUN)] = None
     """Of the machine; the run's cost is reported."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
