@@ -178,7 +178,7 @@ class TrainConfig:
     max_minutes: Annotated[float | None, Bounds(above=0, most=525_600), Parameter(group=RUN)] = None
     """Stop in time, saved; run the same again to go on."""
     gpu_max_temp: Annotated[int | None, Bounds(least=30, most=120), Parameter(group=RUN)] = None
-    """Pause at so many °C. Default: the GPU's limit."""
+    """Pause at so many °C. Default: 5 below its limit."""
     price_per_hour: Annotated[float | None, Bounds(least=0, most=1_000_000), Parameter(group=RUN)] = None
     """Of the machine; the run's cost is reported."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
