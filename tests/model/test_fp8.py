@@ -144,3 +144,23 @@ def test_without_such_a_gpu_it_is_refused(train: Callable[..., Run]) -> None:
 @pytest.mark.usefixtures("one_thread", "asked")
 def test_a_run_goes_on_to_the_same_bits(train: Callable[..., Run]) -> None:
     went_on(train, UNEVEN, step=2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread", "asked")
+@pytest.mark.parametrize("most", [0.14, 0.0], ids=["proved", "not proved"])
+def test_several_processes_go_back_alike(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, most: float
+) -> None:
+    from backprop.core import duration
+    from backprop.engine import fp8
+
+    monkeypatch.setattr(fp8, "MOST_ROUNDING", most)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found: list[list[float]] = []
+    for number in (1, 2):
+        monkeypatch.setattr(duration, "choose_gpus", lambda *_, number=number: Choice(number, "a test"))
+        run = train(UNEVEN, micro_batch=2)
+        assert (NOT_PROVED in run.warned) == (most == 0)
+        found.append(run.losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
