@@ -114,11 +114,11 @@ class TrainConfig:
     micro_batch: Annotated[int | None, Bounds(least=1, most=65_536), Parameter(group=TRAINING)] = None
     """Examples per pass; changes no result."""
     recompute: Annotated[int | None, Bounds(least=0, most=10_000), Parameter(group=TRAINING)] = None
-    """Layers computed again on the way back. Default: as few as the GPU's memory allows."""
+    """Layers computed again. Default: as few as fit."""
     compile: Annotated[bool | None, Parameter(group=TRAINING)] = None
-    """Compile the layers. Default: on a GPU, for long runs."""
+    """Compile the layers. Default: for long runs."""
     fp8_backward: Annotated[bool, Parameter(group=TRAINING, negative="", show_default=False)] = False
-    """Gradients through frozen layers in 8 bits, if proved."""
+    """Gradients in 8 bits, if proved."""
     learning_rate: Annotated[
         float | None, Bounds(above=0, most=1), Parameter(group=TRAINING, name=["--learning-rate", "--lr"])
     ] = None
@@ -159,7 +159,7 @@ class TrainConfig:
     lora_dropout: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=LORA)] = 0.0
     """Dropout before the adapter."""
     target_modules: Annotated[tuple[str, ...], Parameter(group=LORA, negative="", show_default=False)] = ()
-    """Layers that get an adapter. Default: all linear ones but the output."""
+    """Layers with an adapter. Default: all linear ones."""
 
     output: Annotated[Path, Parameter(group=RUN, name=["--output", "-o"])] = OUTPUT
     """The run directory."""
@@ -168,7 +168,7 @@ class TrainConfig:
     dry_run: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Plan, data ledger, three examples; no training."""
     rehearse: Annotated[bool | None, Parameter(group=RUN)] = None
-    """First go to a GGUF with a small copy. Default: if over 30 minutes are estimated."""
+    """First with a small copy. Default: if long."""
     resume: Annotated[str, Parameter(group=RUN)] = "auto"
     """`auto`, `never`, or the folder of a checkpoint."""
     save_steps: Annotated[int | None, Count, Parameter(group=RUN)] = None
@@ -178,9 +178,9 @@ class TrainConfig:
     max_minutes: Annotated[float | None, Bounds(above=0, most=525_600), Parameter(group=RUN)] = None
     """Stop in time, saved; run the same again to go on."""
     gpu_max_temp: Annotated[int | None, Bounds(least=30, most=120), Parameter(group=RUN)] = None
-    """Pause at so many °C. Default: 5 below the GPU's own limit."""
+    """Pause at so many °C. Default: 5 below its limit."""
     price_per_hour: Annotated[float | None, Bounds(least=0, most=1_000_000), Parameter(group=RUN)] = None
-    """What the machine costs; the run's cost is reported."""
+    """Of the machine; the run's cost is reported."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Leave out what takes time; the manifest says so."""
     from_run: Annotated[Path | None, Parameter(group=RUN)] = None

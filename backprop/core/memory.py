@@ -114,6 +114,9 @@ def step_memory(
     kept = (shape.num_layers - recomputed) * layer + recomputed * entry
     # On the way back through a layer: the gradients of its widest part, and of what goes through it.
     way_back = tokens * width * (2 * shape.intermediate_size + 6 * shape.hidden_size)
+    if config.fp8_backward and not compiled:
+        # A gradient's absolute values, and itself in float32 twice.
+        way_back += tokens * shape.intermediate_size * (BF16 + 2 * FLOAT32)
     if config.method == "qlora":
         way_back += shape.hidden_size * shape.intermediate_size * width
     in_parts = shape.plain_logits and not whole

@@ -203,7 +203,7 @@ def _choose_fp8_backward(config: TrainConfig, hardware: Hardware) -> Choice[bool
         HardwareError: If the GPU does not multiply in 8 bits.
     """
     if not config.fp8_backward:
-        return Choice(False, "in 16 bits; `--fp8-backward` for 8")
+        return Choice(False, "not asked for")
     if not hardware.gpus or hardware.gpus[0].capability < FP8_CAPABILITY:
         raise HardwareError(
             "`--fp8-backward` needs a GPU that multiplies in 8 bits, of compute capability 8.9 or more",
@@ -255,6 +255,7 @@ SHARE_FOR_STEP = 0.95
 # A pass takes at least 5 ms for each layer, in which its kernels are started (docs/speed-notes.md); and a GPU computes,
 # by the data sheets from RTX 3060 to B200, 2 to 12 TFLOP/s in bfloat16 for each GiB of its memory.
 START_SECONDS = 5e-3
+START_SECONDS_4_BIT = 7.5e-3
 RATE_PER_GIB = 3e12
 # Going forward once more, against forward and back: 1.40 and 1.41 times the time were measured.
 COST_OF_RECOMPUTING = 0.4
@@ -284,7 +285,8 @@ def _choose_passes(
     }
     room = room_of(gpu)
     fitting = [one for one in candidates if need[one] <= room]
-    start = START_SECONDS * RATE_PER_GIB * gpu.memory_bytes / GIB * shape.num_layers / (4 * block_weights(shape))
+    seconds = START_SECONDS_4_BIT if config.method == "qlora" else START_SECONDS
+    start = seconds * RATE_PER_GIB * gpu.memory_bytes / GIB * shape.num_layers / (4 * block_weights(shape))
     size, layers = min(
         fitting or [min(candidates, key=need.__getitem__)],
         key=lambda one: _cost(one[1] / shape.num_layers, one[0] * length, start),

@@ -80,6 +80,15 @@ class Compiled:
             linear_cross_entropy.losses_and_gradient = plain
 
 
+def why_not_compiled(error: Exception) -> str:
+    """Say what such a failure means, in a line."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    if isinstance(error, FailOnRecompileLimitHit):
+        return "they are of more kinds than torch compiles"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def failures_of_compiling() -> tuple[type[Exception], ...]:
     """Give what is raised where layers cannot be compiled."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.plan import Plan, sides_of
+from backprop.core.plan import Choice, Plan, sides_of
 from backprop.core.schedule import schedule_of
 from backprop.edges import checkpoints, rundir, stopping
 from backprop.edges.checkpoints import Checkpoint
@@ -58,6 +58,8 @@ class Fit:
     """The step after which the adapter was as it is delivered."""
     size: PassSize
     """How much went through the model at once."""
+    fp8_backward: bool
+    """Whether gradients went back in 8 bits."""
     failed: tuple[Proved, ...]
     """Proofs of what was learnt that did not hold."""
 
@@ -112,14 +114,13 @@ def fit(
         last_loss = progress.losses[-1] if config.objective == "sft" else math.inf  # others tell nothing of answers
         failed = stand.exam.judge(after, last_loss=last_loss, prove=prove, say=say, run=run)
     return Fit(
-        tuple(progress.losses),
-        progress.seconds,
-        progress.tokens,
+        *(tuple(progress.losses), progress.seconds, progress.tokens),
         eval_loss_before=before.loss if (before := stand.exam.before) else None,
         eval_loss=after.loss if after else None,
         eval_accuracy=after.accuracy if after else None,
         delivered_step=progress.step if validation.delivered_step is None else validation.delivered_step,
         size=stand.size,
+        fp8_backward=trained.plan.fp8_backward.value,
         failed=failed if seen.ok else (seen, *failed),
     )
 
@@ -166,8 +167,8 @@ class _Training:
             refuse_other_future(checkpoint, schedule_of(len(self.examples), self.config, self.plan))
         if self.objective.needs_reference:
             self._refer(checkpoint)
-        if self.plan.fp8_backward.value and not self.config.skip_proofs:
-            self._prove_fp8()
+        if self.plan.fp8_backward.value:
+            self._decide_fp8(checkpoint)
         stand = self._stand(checkpoint)
         for left in reversed(range(MOST_ROLLBACKS + 1)):
             try:
@@ -187,15 +188,16 @@ class _Training:
         of_trained, of_held = self.references.split([len(trained), len(held)])
         self.examples, self.held_out = Weighed(trained, of_trained), Weighed(held, of_held)
 
-    def _prove_fp8(self) -> None:
-        """Go back in 8 bits only if that gives the gradient, of a model that has learnt nothing yet."""
+    def _decide_fp8(self, checkpoint: Checkpoint | None) -> None:
+        """Go back in 8 bits if that was proved when the run began."""
         from backprop.engine import fp8
 
         self.ranks.meet(self.model)
-        proof = self.prove(lambda: fp8.prove(self.model, self.objective, self.examples, self.size))
-        if not proof.ok:
+        given = (self.model, self.objective, self.examples, self.size, self.ranks)
+        if not (checkpoint.state["fp8_backward"] if checkpoint else self.prove(lambda: fp8.prove(*given)).ok):
             self.ranks.keep_16_bits()
-            self.say(Warned(message=f"gradients go back in 16 bits, which is slower: {proof.found}"))
+            self.plan = replace(self.plan, fp8_backward=Choice(False, "not proved"))
+            self.say(Warned(message="gradients go back in 16 bits, which is slower: 8 were not proved in this run"))
 
     def _weighed(self) -> Any:
         """Find it, or the rest of it where that was interrupted."""

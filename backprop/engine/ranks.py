@@ -25,7 +25,7 @@ from backprop.core.hardware import Hardware
 from backprop.core.plan import Plan
 from backprop.edges import process
 from backprop.engine.batches import computing
-from backprop.engine.layers import Compiled, failures_of_compiling, layers_of, recompute
+from backprop.engine.layers import Compiled, failures_of_compiling, layers_of, recompute, why_not_compiled
 from backprop.engine.objectives import Objective, Part, Pass, Totals, is_mismatched, moved_of
 from backprop.errors import BackpropError, HardwareError, ToolError
 
@@ -125,7 +125,7 @@ class Rank:
             with self._compiled.in_use() if self._compiled else nullcontext():
                 return self._compute(share)
         except failures_of_compiling() as error:
-            self._not_compiled = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self._not_compiled = why_not_compiled(error)
         self._compiled = None
         self._model.zero_grad(set_to_none=True)
         return self._compute(share)

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 ADAPTER, OPTIMIZER, PROGRESS = "adapter_model.safetensors", "optimizer.safetensors", "progress.safetensors"
 # What must be the same for a checkpoint to go on; the rest of a plan changes no result.
-DECIDED = ("max_length", "batch_size", "steps", "learning_rate", "lora_alpha", "dtype", "fp8_backward")
+DECIDED = ("max_length", "batch_size", "steps", "learning_rate", "lora_alpha", "dtype")
 GIVEN = (
     *("seed", "scheduler", "warmup", "weight_decay", "loss_on", "method", "early_stopping"),
     *("lora_r", "rslora", "pissa", "lora_plus", "lora_dropout", "target_modules", "objective", "beta"),
+    "fp8_backward",
 )
 FORMAT = 5
 # Saving costs at most this share of the time.
@@ -154,6 +155,7 @@ class Saver:
             "scaler": None,  # nothing is computed in float16
             "size": size,
             "gpus": self._plan.gpus.value,
+            "fp8_backward": self._plan.fp8_backward.value,
             **figures,
             **measured,
         }

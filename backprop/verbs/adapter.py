@@ -78,4 +78,5 @@ def measures(fit: "Fit", output: Path) -> dict[str, JSON]:
         "tokens": fit.tokens,
         "tokens_per_second": fit.tokens / fit.seconds,
         "packing": fit.size.packing,
+        "fp8_backward": fit.fp8_backward,
     }

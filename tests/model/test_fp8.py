@@ -1,14 +1,19 @@
 """Gradients that go back through frozen feed-forward layers in 8 bits, by torch's own product of two such matrices."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import UNEVEN, Run, went_on
 
 from backprop import events
+from backprop.core.plan import Choice
 
 torch = pytest.importorskip("torch")
+
+from backprop.engine.fp8 import by_rows as BY_ROWS  # noqa: E402, N812
 
 
 @pytest.fixture
@@ -27,48 +32,101 @@ def test_rows_are_rounded_by_a_scale_of_their_own() -> None:
     rounded, scales = by_rows(matrix)
     assert rounded.dtype == torch.float8_e4m3fn
     error = (rounded.float() * scales - matrix).norm(dim=1)
-    # Three bits of mantissa: half a step in 16 at most, less on the average.
-    assert (error <= 0.04 * matrix.norm(dim=1)).all()
-    assert (error[:3] > 0.01 * matrix[:3].norm(dim=1)).all()
+    # Three bits of mantissa: half a step in 16 at most, 2.7 % on the average.
+    assert (error <= 0.03 * matrix.norm(dim=1)).all()
+    assert (error[:3] > 0.02 * matrix[:3].norm(dim=1)).all()
+
+
+NOT_PROVED = "gradients go back in 16 bits, which is slower: 8 were not proved in this run"
 
 
 @pytest.mark.usefixtures("one_thread", "asked")
-@pytest.mark.parametrize("packing", [True, False])
-def test_it_is_proved_trains_as_16_bits_do_and_leaves_the_loss_alone(train: Callable[..., Run], packing: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"packing": False, "skip_proofs": True}], ids=["packed", "padded"])
+def test_it_is_proved_and_leaves_the_loss_alone(train: Callable[..., Run], options: dict[str, Any]) -> None:
     from backprop.engine import fp8
 
-    run = train(UNEVEN, packing=packing, learning_rate=1e-3)
+    run = train(UNEVEN, learning_rate=1e-3, **options)
     proof = next(event for event in run.all(events.Proved) if event.name == "the way back in 8 bits gives the gradient")
     assert proof.ok, proof.found
-    assert not any("16 bits" in event.message for event in run.all(events.Warned))
-    assert train(UNEVEN, packing=packing, learning_rate=1e-3, skip_proofs=True).losses == run.losses
+    assert "6 of 6 layers" in proof.found  # three in each of two
+    assert NOT_PROVED not in run.warned
+    assert json.loads((run.folder / "run.json").read_text())["result"]["fp8_backward"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fp8, "prepare", lambda _: None)  # none of its layers
-        plain = train(UNEVEN, packing=packing, learning_rate=1e-3)
+        plain = train(UNEVEN, learning_rate=1e-3, **options)
+    assert NOT_PROVED in plain.warned
+    assert not json.loads((plain.folder / "run.json").read_text())["result"]["fp8_backward"]
     assert run.losses[0] == plain.losses[0]
     assert run.losses != plain.losses
     assert run.losses == pytest.approx(plain.losses, rel=1e-3)
-    told = [event.message for event in plain.all(events.Warned) if "16 bits" in event.message]
-    assert told == ["gradients go back in 16 bits, which is slower: no feed-forward layer of this model can go back so"]
 
 
+def coarse(matrix: Any) -> Any:
+    rounded, scales = BY_ROWS(matrix)
+    return (rounded.float() / 128).round().mul(128).to(torch.float8_e4m3fn), scales
+
+
+def too_long(matrix: Any) -> Any:
+    rounded, scales = BY_ROWS(matrix)
+    return rounded, scales * 1.2
+
+
+def nothing(matrix: Any) -> Any:
+    rounded, scales = BY_ROWS(matrix)
+    return rounded, scales * torch.nan
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "asked")
+@pytest.mark.parametrize("wrong", [coarse, too_long, nothing])
 def test_what_does_not_give_the_gradient_is_not_used(
-    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]
 ) -> None:
     from backprop.engine import fp8
 
-    def coarse(matrix: Any) -> Any:
-        rounded, scales = honest(matrix)
-        return (rounded.float() / 64).round().mul(64).to(fp8.FP8), scales
-
-    plain_by_rows, honest = fp8.by_rows, fp8.by_rows
-    monkeypatch.setattr(fp8, "by_rows", coarse)
+    monkeypatch.setattr(fp8, "by_rows", wrong)
     run = train(UNEVEN)
-    assert any("gradients go back in 16 bits" in event.message for event in run.all(events.Warned))
-    monkeypatch.setattr(fp8, "by_rows", plain_by_rows)
+    assert NOT_PROVED in run.warned
     monkeypatch.setattr(fp8, "prepare", lambda _: None)
     assert run.losses == train(UNEVEN).losses
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread", "asked")
+def test_a_run_goes_on_as_was_decided_when_it_began(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    from backprop.engine import fp8
+
+    monkeypatch.setattr(fp8, "MOST_ROUNDING", 0)
+    kept = went_on(train, UNEVEN, step=2)
+    whole = train(UNEVEN).losses
+    monkeypatch.undo()
+    monkeypatch.setattr("backprop.core.plan._choose_fp8_backward", lambda *_: Choice(True, "a test"))
+    run = train(UNEVEN, resume=str(kept))
+    assert NOT_PROVED in run.warned
+    assert run.losses == whole[2:]
+
+
+def test_layers_are_those_beside_attention(taught: Callable[[str], Path]) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+
+    from backprop.engine import fp8
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    fused = Phi3ForCausalLM(Phi3Config(**sizes, num_hidden_layers=2, vocab_size=90, pad_token_id=0))
+    for model, names in (
+        (
+            AutoModelForCausalLM.from_pretrained(taught("llama-tied").parent / "model"),
+            {"gate_proj", "up_proj", "down_proj"},
+        ),
+        (fused, {"gate_up_proj", "down_proj"}),
+    ):
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        fp8.prepare(adapted)
+        found = {name.split(".")[-2] for name, module in adapted.named_modules() if hasattr(module, "weight_8")}
+        assert found == names
+        fp8.undo(adapted)
+        assert not any(hasattr(module, "weight_8") for module in adapted.modules())
 
 
 @pytest.mark.parametrize("options", [{"method": "dora"}, {"pissa": True}, {"objective": "dpo"}])
@@ -82,6 +140,27 @@ def test_without_such_a_gpu_it_is_refused(train: Callable[..., Run]) -> None:
     assert "8.9" in failed.message
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "asked")
 def test_a_run_goes_on_to_the_same_bits(train: Callable[..., Run]) -> None:
     went_on(train, UNEVEN, step=2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread", "asked")
+@pytest.mark.parametrize("most", [0.14, 0.0], ids=["proved", "not proved"])
+def test_several_processes_go_back_alike(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, most: float
+) -> None:
+    from backprop.core import duration
+    from backprop.engine import fp8
+
+    monkeypatch.setattr(fp8, "MOST_ROUNDING", most)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found: list[list[float]] = []
+    for number in (1, 2):
+        monkeypatch.setattr(duration, "choose_gpus", lambda *_, number=number: Choice(number, "a test"))
+        run = train(UNEVEN, micro_batch=2)
+        assert (NOT_PROVED in run.warned) == (most == 0)
+        found.append(run.losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -80,17 +80,18 @@ def test_gradients_go_back_in_8_bits(
     wide_model: Path, write: Callable[..., Path], tmp_path: Path, compiled: str
 ) -> None:
     data = write([chat(f"question {n}", "word " * (3 * n + 1)) for n in range(16)])
-    options = ["--data", data, "--model", wide_model, "--steps", "8", "--batch-size", "8", "--skip-proofs"]
+    options = ["--data", data, "--model", wide_model, "--steps", "8", "--batch-size", "8", "--skip-proofs", compiled]
     exact, _ = steps_of(*options, "--output", tmp_path / "exact", cwd=tmp_path)
-    argv = [*options[:-1], "--fp8-backward", compiled, "--output", tmp_path / "rounded", "--json"]
+    argv = [*options, "--fp8-backward", "--output", tmp_path / "rounded", "--json"]
     done = backprop_process("train", *argv, cwd=tmp_path)
     told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode in (0, 6), done.stderr  # too little is learnt to prove that answers end
+    assert done.returncode == 0, done.stderr
     proof = next(event for event in told if event["event"] == "proof" and "8 bits" in event["name"])
     print(proof["found"])
     assert proof["ok"]
     assert not any("cannot be compiled" in event["message"] for event in told if event["event"] == "warning")
     losses = [[step["loss"] for step in steps if step["event"] == "step"] for steps in (told, exact)]
+    assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
