@@ -129,9 +129,7 @@ class Book:
     def _tell_if_none_is_exact(self, first: Score, part: str, *, run: int) -> None:
         if first.exact_match == 0:
             told = f"no answer of {part} is exact {f'after run {run}' if run else 'before training'}"
-            self.say(
-                Warned(message=f"{told}: its score is the likelihood of a token, on which `--max-forgetting` goes too")
-            )
+            self.say(Warned(message=f"{told}: it is scored by the likelihood of a token, for `--max-forgetting` too"))
 
     def _tell(self, found: Score, part: str, *, run: int) -> None:
         self.say(Eval(step=0, loss=found.loss, exact_match=found.exact_match, part=part, run=run))

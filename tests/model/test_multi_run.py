@@ -184,6 +184,23 @@ def test_a_rank_larger_than_a_layer_is_wide_is_refused_before_the_weights_are_lo
     assert backprop("multi-run", *data, "--model", tiny_model, *wide, "--dry-run", cwd=tmp_path).returncode == 0
 
 
+def test_the_widths_of_a_model_that_needs_a_missing_package_are_not_known(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the loader that says so, with the name of the package."""
+    from transformers import AutoModelForCausalLM
+
+    from backprop.config import TrainConfig
+    from backprop.engine.widths import narrowest_layer
+
+    def missing(*arguments: Any, **options: Any) -> Any:
+        raise ImportError("needs timm")
+
+    assert narrowest_layer(str(tiny_model), TrainConfig(data=("a",))) is not None
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", missing)
+    assert narrowest_layer(str(tiny_model), TrainConfig(data=("a",))) is None
+
+
 @dataclass
 class Told:
     """A multi-run in this process, and what it said."""
@@ -242,6 +259,7 @@ def plainly_measured(model: Any, tokenizer: Any, path: Path) -> tuple[float, flo
     return sum(losses) / len(losses), sum(exact) / len(exact)
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_what_plain_peft_loads_from_the_delivered_folder(
     runs: Callable[..., Told], write: Callable[..., Path], tiny_model: Path
 ) -> None:
@@ -276,6 +294,7 @@ def test_what_is_measured_is_what_plain_peft_loads_from_the_delivered_folder(
     assert f">{written['score'][-1][0]:.3f}</td>" in page
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_changes_nothing_and_is_told(
     runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,6 +483,8 @@ def test_a_multi_run_that_is_killed_between_two_steps_of_its_own_ends_the_same(
     again = runs("a", "b", "c", **options)
     assert again.error is None
     assert again.all(events.Resumed)
+    if place == "before it is delivered":
+        assert {one.run for one in again.all(events.Step)} == {3}, "a run that is written down is not done again"
     assert again.result == expected
 
 
