@@ -248,9 +248,9 @@ class MultiRunConfig:
     schedule: Annotated[RunSchedule, Parameter(group=RUNS)] = "constant"
     """How the rate falls from run to run."""
     general_eval: Annotated[tuple[str, ...], Parameter(group=RUNS, negative="", show_default=False)] = ()
-    """Rows of none of them: what else is lost?"""
+    """Rows unlike all `--data`: is anything else lost?"""
     max_forgetting: Annotated[float | None, Bounds(least=0, most=1), Parameter(group=RUNS)] = None
-    """Deliver the last merge that forgot no more."""
+    """Deliver the last merge whose scores fell no more."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -147,8 +147,7 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Eval():
             return _evaluated(event)
         case RunMerged():
-            chosen = f", weight 1/i^{event.exponent:g}" if event.exponent is not None else ""
-            return f"run {event.run}/{event.num_runs} merged ({event.mode}{chosen})"
+            return f"run {event.run}/{event.num_runs} merged ({event.mode}{_weight(event.exponent)})"
         case Forgetting():
             return _remembered(event)
         case Proved():
@@ -199,6 +198,13 @@ def _planned(event: PlanMade) -> str:
         for name, value in event.choices.items()
     ]
     return "\n".join(["plan", *rows])
+
+
+def _weight(exponent: float | None) -> str:
+    if exponent is None:
+        return ""
+    words = {0.0: "the last run alone", 1.0: "the mean of all runs"}
+    return f": {words.get(exponent, f'each i-th run has a share of 1/i^{exponent:g}')}"
 
 
 def _remembered(event: Forgetting) -> str:

@@ -113,14 +113,14 @@ class RunMerged:
     num_runs: int
     mode: str
     exponent: float | None = None
-    """p of the merge weight i^-p, where it was chosen."""
+    """p of the merge weight i^-p that "auto" chose; None with other modes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forgetting:
     """How the merged adapter, read back from the disk, does on each part so far: scores from 0 to 1, larger is better.
 
-    A score is exact match where answers are short, else the inverse perplexity.
+    A score is exact match where answers are short and any was exact at first, else the inverse perplexity.
     """
 
     run: int

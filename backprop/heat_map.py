@@ -8,7 +8,7 @@ from backprop.events import Forgetting
 COLUMNS = ("AP", "LA", "BWT", "F")
 MEANING = (
     "Each row is the merged adapter after a run, read back from the disk; each column is a part. A score is the share of exact "
-    "answers where these are short, else the likelihood of a token (inverse perplexity); larger is better. Where a column "
+    "answers where these are short and any was exact at first, else the likelihood of a token (inverse perplexity); larger is better. Where a column "
     "fades downwards, that part is forgotten. AP, average performance: the mean of a row. LA, learning accuracy: how well each part "
     "was learnt when it was new. BWT, backward transfer: the change of earlier parts since then. F, forgetting: from their best."
 )

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from backprop.core.slao import PAPERS_EXPONENT
 from backprop.events import JSON
 
 
@@ -21,10 +22,24 @@ class Score:
     exact_match: float | None = None
     """Share of answers whose every token is the likeliest, where answers are short; None where they are not."""
 
-    @property
-    def value(self) -> float:
-        """Give exact match where there is one, else the inverse perplexity: a token's likelihood, as a geometric mean."""
-        return math.exp(-self.loss) if self.exact_match is None else self.exact_match
+
+def values_of(column: Sequence[Score]) -> list[float]:
+    """Give the scores of the same rows, in the order they were measured in, on one scale.
+
+    It is exact match if the first of them has any, else the inverse perplexity: a token's likelihood, as a geometric mean.
+    Where no answer is exact, none can be lost, and exact match would be blind to all that is forgotten.
+    """
+    return _on_scale(column, exact=bool(column[0].exact_match))
+
+
+def _on_scale(column: Sequence[Score], *, exact: bool) -> list[float]:
+    return [score.exact_match or 0.0 if exact else math.exp(-score.loss) for score in column]
+
+
+def matrix_of(scores: Sequence[Sequence[Score]]) -> list[list[float]]:
+    """Give the values of a lower triangle of scores, each part on one scale."""
+    columns = [values_of([row[j] for row in scores[j:]]) for j in range(len(scores))]
+    return [[columns[j][i - j] for j in range(i + 1)] for i in range(len(scores))]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +62,7 @@ class Measures:
 
 def measure(scores: Sequence[Sequence[Score]]) -> Measures:
     """Give the figures of a lower triangle of scores: after run i, of parts 1 to i."""
-    a = [[score.value for score in row] for row in scores]
+    a = matrix_of(scores)
     last = a[-1]
     earlier = range(len(last) - 1)
     changes = [last[j] - a[j][j] for j in earlier]
@@ -58,6 +73,24 @@ def measure(scores: Sequence[Sequence[Score]]) -> Measures:
         backward_transfer=math.fsum(changes) / len(changes) if changes else 0.0,
         forgetting=math.fsum(losses) / len(losses) if losses else 0.0,
     )
+
+
+def best_exponent(exponents: Sequence[float], measured: Sequence[Sequence[Score]]) -> float:
+    """Choose the merge weight whose merge does best on all parts alike: the higher score, else the lower loss, else the paper's.
+
+    Args:
+        measured: For each exponent, of each part.
+    """
+    columns = [
+        _on_scale(column, exact=any(one.exact_match for one in column)) for column in zip(*measured, strict=True)
+    ]
+
+    def rank(number: int) -> tuple[float, float, bool]:
+        score = math.fsum(column[number] for column in columns)
+        loss = math.fsum(one.loss for one in measured[number])
+        return score, -loss, exponents[number] == PAPERS_EXPONENT
+
+    return exponents[max(range(len(exponents)), key=rank)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,19 +107,21 @@ class Ledger:
     general: Sequence[Score] = ()
     """On the same rows, after each run."""
 
-    def lost(self) -> float:
-        """Give what is forgotten after the last run: F, or what the general rows lost, whichever is more."""
-        of_parts = measure(self.scores).forgetting
+    def lost(self, run: int) -> float:
+        """Give what is forgotten after a run that finished: F, or what the general rows lost, whichever is more."""
+        number = self.runs.index(run)
+        of_parts = measure(self.scores[: number + 1]).forgetting
         if self.general_before is None:
             return of_parts
-        return max(of_parts, self.general_before.value - self.general[-1].value)
+        before, *after = values_of([self.general_before, *self.general])
+        return max(of_parts, before - after[number])
 
     def to_json(self) -> dict[str, JSON]:
         """Give everything, matrices with a row for each run."""
         return {
             "parts": list(self.parts),
             "runs": list(self.runs),
-            "score": [[score.value for score in row] for row in self.scores],
+            "score": matrix_of(self.scores),
             "loss": [[score.loss for score in row] for row in self.scores],
             "exact_match": [[score.exact_match for score in row] for row in self.scores],
             "measures": [asdict(measure(self.scores[: number + 1])) for number in range(len(self.scores))],
@@ -99,13 +134,17 @@ class Ledger:
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(("run", "part", "loss", "exact_match", "score"))
-        lines = [(0, "general", self.general_before)] if self.general_before else []
-        for number, (run, row) in enumerate(zip(self.runs, self.scores, strict=True)):
-            lines += [(run, part, score) for part, score in zip(self.parts, row, strict=False)]
-            lines += [(run, "general", self.general[number])] if self.general else []
-        for run, part, score in lines:
+        before = [self.general_before] if self.general_before else []
+        general = list(
+            zip([*before, *self.general], values_of([*before, *self.general]) if before else (), strict=True)
+        )
+        lines = [(0, "general", *one) for one in general[:1]]
+        for number, (run, row, values) in enumerate(zip(self.runs, self.scores, matrix_of(self.scores), strict=True)):
+            lines += [(run, *one) for one in zip(self.parts, row, values, strict=False)]
+            lines += [(run, "general", *one) for one in general[number + 1 : number + 2]]
+        for run, part, score, value in lines:
             exact = "" if score.exact_match is None else score.exact_match
-            table.writerow((run, part, score.loss, exact, score.value))
+            table.writerow((run, part, score.loss, exact, value))
         return text.getvalue()
 
 

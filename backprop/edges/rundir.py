@@ -124,7 +124,7 @@ def _refuse_links(directory: Path) -> None:
     """
     runs = directory / "runs"
     folders = [directory, *(runs.iterdir() if runs.is_dir() and not runs.is_symlink() else ())]
-    ours = [folder / name for folder in folders for name in RUN_FILES]
+    ours = [folder / name for folder in folders for name in (*RUN_FILES, "merged")]
     ours += [*folders[1:], *(step for folder in folders for step in (folder / "checkpoints").glob("*"))]
     link = next((path for path in ours if path.is_symlink()), None)
     if link is not None:

@@ -96,7 +96,7 @@ def fit(
         KeyboardInterrupt: After saving where it stands.
     """
     prove = _prover(say, run)
-    with _hardware_told(plan):
+    with hardware_told(plan):
         size = _pass_size(model, config, plan, prove, say)
         objective = objective_of(config, examples)
         trained = _Training(
@@ -334,7 +334,7 @@ def _saved_when_stopped(save: Callable[[], None]) -> Generator[None]:
 
 
 @contextmanager
-def _hardware_told(plan: Plan) -> Generator[None]:
+def hardware_told(plan: Plan) -> Generator[None]:
     """Say what to change when the GPU's memory is too small, or what to do when it fails.
 
     Raises:

@@ -9,7 +9,7 @@ def narrowest_layer(path: str, config: TrainConfig) -> tuple[str, int] | None:
     """Give the name and the width (of what goes in) of the narrowest layer that gets an adapter.
 
     Returns:
-        None if `--target-modules` names no layer, or no such model is known: `load_model` says so.
+        None if `--target-modules` names no layer, no such model is known, or it needs a package: `load_model` says so.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,7 +21,7 @@ def narrowest_layer(path: str, config: TrainConfig) -> tuple[str, int] | None:
     try:
         with torch.device("meta"):
             base = loader.from_config(settings, trust_remote_code=code)
-    except ValueError:
+    except (ValueError, ImportError):
         return None
     widths: dict[str, int] = {}
     for name, layer in base.named_modules():

@@ -1,7 +1,6 @@
 """What the merged adapter knows of every part so far, measured, told and written down."""
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from backprop.core.data.render import Example
-from backprop.core.forgetting import Ledger, Score, measure
+from backprop.core.forgetting import Ledger, Score, best_exponent, matrix_of, measure
 from backprop.edges import rundir
 from backprop.engine.batches import PassSize
-from backprop.events import Eval, Forgetting, Sink
+from backprop.events import Eval, Forgetting, Sink, Warned
 from backprop.verbs.prepare import Prepared
 
 # Examples that a part is measured on: enough to tell a loss to about a hundredth, few enough to cost little.
@@ -30,6 +29,9 @@ def score(model: Any, examples: Sequence[Example], size: PassSize) -> Score:
     from backprop.engine.objectives import Supervised, exact_match, measure
 
     asked = examples[:MOST_EVALUATED]
+    longest = max(len(example.ids) for example in asked)
+    # These may be longer than any that is trained on.
+    size = replace(size, examples=max(1, min(size.examples, size.tokens // longest)))
     short = statistics.median(example.num_trained for example in asked) <= SHORT_ANSWER_TOKENS
     fewer = replace(size, tokens=min(size.tokens, EXACT_MATCH_TOKENS), examples=1)
     return Score(
@@ -44,16 +46,15 @@ def best_of(
     """Find the adapter that does best on rows of all parts alike, of those that were trained on: what is held out stays unseen.
 
     Returns:
-        Its key; of equals the first.
+        Its exponent of the merge weight. Of equal scores the lower loss counts, and of equal losses the paper's exponent.
     """
     from backprop.engine.load import set_adapter_state
 
-    found: dict[float, float] = {}
-    for key, state in candidates.items():
+    measured: list[list[Score]] = []
+    for state in candidates.values():
         set_adapter_state(model, state)
-        slices = [part.train.examples[:MOST_COMPARED] for part in seen]
-        found[key] = math.fsum(score(model, rows, size).value for rows in slices)
-    return max(found, key=found.__getitem__)
+        measured.append([score(model, part.own[:MOST_COMPARED], size) for part in seen])
+    return best_exponent(list(candidates), measured)
 
 
 @dataclass
@@ -78,10 +79,12 @@ class Book:
             with as_before_training(model):
                 self.general_before = score(model, general, size)
             self._tell(self.general_before, "general", run=0)
+            self._tell_if_none_is_exact(self.general_before, "general", run=0)
         row: list[Score] = []
         for name, part in seen:
-            row.append(score(model, part.held_out or part.train.examples, size))
+            row.append(score(model, part.held_out or part.own, size))
             self._tell(row[-1], f"part {name}" if part.held_out else f"part {name} (its training rows)", run=run)
+        self._tell_if_none_is_exact(row[-1], f"part {seen[-1][0]}", run=run)
         if general:
             self.general.append(score(model, general, size))
             self._tell(self.general[-1], "general", run=run)
@@ -102,7 +105,7 @@ class Book:
             Forgetting(
                 run=self.runs[-1],
                 parts=tuple(self.parts),
-                scores=tuple(one.value for one in self.scores[-1]),
+                scores=tuple(matrix_of(self.scores)[-1]),
                 average_performance=figures.average_performance,
                 learning_accuracy=figures.learning_accuracy,
                 backward_transfer=figures.backward_transfer,
@@ -122,6 +125,11 @@ class Book:
             general_before=self.general_before,
             general=self.general,
         )
+
+    def _tell_if_none_is_exact(self, first: Score, part: str, *, run: int) -> None:
+        if first.exact_match == 0:
+            told = f"no answer of {part} is exact {f'after run {run}' if run else 'before training'}"
+            self.say(Warned(message=f"{told}: it is scored by the likelihood of a token, for `--max-forgetting` too"))
 
     def _tell(self, found: Score, part: str, *, run: int) -> None:
         self.say(Eval(step=0, loss=found.loss, exact_match=found.exact_match, part=part, run=run))

@@ -6,13 +6,13 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backprop.config import ONLY_OF_TRAIN, MergeMode, MultiRunConfig, RunSchedule, TrainConfig
 from backprop.core import slao
-from backprop.core.data.formats import Conversation
+from backprop.core.data.judge import Judged
 from backprop.core.forgetting import Score, measure, over_trained
 from backprop.edges import network, rundir, stopping
 from backprop.errors import DataError, TrainingError, UsageError
@@ -36,6 +36,7 @@ from backprop.verbs.train import check_disk, check_packages
 
 if TYPE_CHECKING:
     from backprop.engine.batches import PassSize
+    from backprop.engine.loop import Fit
 
 
 def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Path:
@@ -54,7 +55,9 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
     parts = parts_of(config, options)
     lasting = _general_rows(config, options)
     mode = options.merge_mode or ("slao" if len(config.data) > 1 else "sequential")
-    everything = chain(lasting, (row for part in parts for row in chain(part.judged.conversations, part.held_out)))
+    everything = chain(
+        lasting.conversations, (row for part in parts for row in chain(part.judged.conversations, part.held_out))
+    )
     with running(
         config, command="multi-run", fingerprint=fingerprint_of(everything), say=say, extra=options
     ) as session:
@@ -62,13 +65,15 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             session.end_again()
             return config.output
         _advise(config, options, say=session.say)
+        for warning in lasting.warnings:
+            session.say(Warned(message=f"general rows: {warning}"))
         prepared: list[Prepared] = []
         for number, part in enumerate(parts):
             one = prepare(
                 seeded(config, number),
                 part.judged,
                 part.held_out,
-                gate_rows=() if number else lasting,
+                gate_rows=() if number else lasting.conversations,
                 rate_share=rate_share(options.schedule, number, len(parts)),
                 say=session.say,
             )
@@ -96,12 +101,13 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
     return config.output
 
 
-def _general_rows(config: TrainConfig, options: MultiRunConfig) -> Sequence[Conversation]:
+def _general_rows(config: TrainConfig, options: MultiRunConfig) -> Judged:
     if not options.general_eval:
-        return ()
-    rows = (row for source in options.general_eval for row in rows_of(source, offline=config.offline))
+        return Judged(conversations=(), shapes={}, warnings=())
+    in_turn = zip_longest(*(rows_of(source, offline=config.offline) for source in options.general_eval))
+    rows = (row for one_of_each in in_turn for row in one_of_each if row is not None)
     try:
-        return judge_rows(islice(rows, MOST_EVALUATED), config).conversations
+        return judge_rows(islice(rows, MOST_EVALUATED), config)
     except DataError as error:
         raise DataError(f"general rows: {error.message}", hint=error.hint) from error
 
@@ -134,7 +140,7 @@ def check_rank(config: TrainConfig, prepared: Prepared) -> None:
     if config.lora_r > width:
         raise UsageError(
             f"rank {config.lora_r} is larger than the width {width} of `{name}`",
-            hint=f"give `--lora-r {width}` or less",
+            hint=f"give `--lora-r {width}` or less, or name wider layers alone by `--target-modules`",
         )
 
 
@@ -142,13 +148,10 @@ def _advise(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> None:
     if len(config.data) == 1 and options.merge_mode is None:
         say(Phase(name="chunks of one data set: merged by `sequential`, since SLAO neither helps nor hurts there"))
     elif len(config.data) == 1 and options.merge_mode == "slao":
-        say(Warned(message="on chunks of one data set SLAO neither helps nor hurts; `sequential` is simpler"))
+        say(Phase(name="on chunks of one data set SLAO neither helps nor hurts; `sequential` is simpler"))
     elif len(config.data) > 1 and not options.replay:
-        say(
-            Warned(
-                message="a tenth of each run from rows of earlier parts keeps more than a merge alone: add `--replay 0.1`"
-            )
-        )
+        told = "a tenth of each run from rows of earlier parts keeps more than a merge alone: add `--replay 0.1`"
+        say(Phase(name=told))
 
 
 def seeded(config: TrainConfig, number: int) -> TrainConfig:
@@ -176,9 +179,9 @@ class _Fold:
     settings: Mapping[str, object] | None = None
     """Of the first adapter."""
     finished: list[int] = field(default_factory=list[int])
-    failed: dict[int, str] = field(default_factory=dict[int, str])
+    failed: dict[int, TrainingError] = field(default_factory=dict[int, TrainingError])
     delivered: tuple[int, str] | None = None
-    """The run whose merge is in `lora/`, and the hash of its file."""
+    """The last run whose merge forgot little enough, and the hash of its file."""
 
     def __post_init__(self) -> None:
         self.book = Book(self.config.output, self.say)
@@ -190,14 +193,20 @@ class _Fold:
         if measured.is_file():
             self._take_up(number, folder, json.loads(measured.read_text()))
             return
+        figures: dict[str, Any]
         try:
             figures = self._train(number, folder)
         except TrainingError as error:
-            figures = {"failed": error.message}
-            self._note_failure(number, error.message)
-        # Last: a run that has its figures is never done again.
+            figures = {"failed": error.message, "hint": error.hint}
+            if error.details:
+                rundir.write_text(folder / "crash.txt", error.details)
+            self._note_failure(number, error)
+        # A run that has its figures is never done again, and nothing is delivered before it has.
         rundir.write_text(measured, json.dumps(figures, indent=2) + "\n")
         rundir.remove(folder / "checkpoints")
+        if "failed" not in figures:
+            self._judge(number, figures["merged_sha256"])
+            self._deliver()
         from backprop.engine import loop
 
         loop.release()
@@ -209,7 +218,7 @@ class _Fold:
         from backprop.engine import load
 
         if "failed" in figures:
-            self._note_failure(number, figures["failed"])
+            self._note_failure(number, TrainingError(figures["failed"], hint=figures.get("hint")))
             return
         if figures.get("format") != FORMAT or not _is(folder / "lora", figures["adapter_sha256"]):
             raise UsageError(
@@ -223,16 +232,16 @@ class _Fold:
             self.book.general.append(Score(**figures["general"]))
         self.finished.append(number)
         self.book.enter(self.parts[number - 1][0], number, [Score(**one) for one in figures["scores"]])
-        if figures["delivered"]:
-            self.delivered = number, figures["merged_sha256"]
+        self._judge(number, figures["merged_sha256"])
         self.say(Resumed(step=0, path=str(folder), run=number + 1))
 
-    def _note_failure(self, number: int, message: str) -> None:
-        self.failed[number] = message
-        self.say(Warned(message=f"run {number} failed and changes nothing: {message}"))
+    def _note_failure(self, number: int, error: TrainingError) -> None:
+        self.failed[number] = error
+        hint = f" ({error.hint})" if error.hint else ""
+        self.say(Warned(message=f"run {number} failed and changes nothing: {error.message}{hint}"))
 
-    def _train(self, number: int, folder: Path) -> dict[str, JSON]:
-        from backprop.engine import load
+    def _train(self, number: int, folder: Path) -> dict[str, Any]:
+        from backprop.engine import loop
 
         last = next(iter(self.states.values())).fine_tuned if self.states else None
         start = slao.next_start(last, init=self.options.init) if last else None
@@ -240,6 +249,13 @@ class _Fold:
         config = seeded(self.config, number - 1)
         _, part = self.parts[number - 1]
         model, fit = train_one(config, part, output=folder, say=self.say, start=start, run=number)
+        with loop.hardware_told(part.plan), loop.same_bits(config.deterministic):
+            return {**measures(fit, folder), **self._merge(number, folder, model, fit, parent)}
+
+    def _merge(self, number: int, folder: Path, model: Any, fit: "Fit", parent: str | None) -> dict[str, Any]:
+        from backprop.engine import load
+
+        _, part = self.parts[number - 1]
         self._check_settings(folder)
         self._step(load.adapter_state(model), parent=parent)
         self.finished.append(number)
@@ -257,19 +273,15 @@ class _Fold:
         if over_trained(fit.losses):
             told = f"run {number} had nothing left to learn for half of its steps, which forget what came before"
             self.say(Warned(message=f"{told}: fewer `--steps` or `--epochs` keep more"))
-        sha256 = rundir.sha256_of(folder / "merged" / "adapter_model.safetensors")
-        delivered = self._deliver(number, folder / "merged", sha256)
         general = self.book.general
         return {
-            **measures(fit, folder),
             "format": FORMAT,
             "parent": parent,
             "losses": fit.losses,
             "scores": [asdict(one) for one in self.book.scores[-1]],
             "general_before": asdict(self.book.general_before) if self.book.general_before else None,
             "general": asdict(general[-1]) if general else None,
-            "merged_sha256": sha256,
-            "delivered": delivered,
+            "merged_sha256": rundir.sha256_of(folder / "merged" / "adapter_model.safetensors"),
         }
 
     def _step(self, fine_tuned: "slao.State", *, parent: str | None) -> None:
@@ -294,17 +306,20 @@ class _Fold:
         self.settings = self.settings or settings
         slao.check_mergeable(self.settings, settings)
 
-    def _deliver(self, number: int, merged: Path, sha256: str) -> bool:
-        """Let a merge that forgot little enough take the place of the one before."""
+    def _judge(self, number: int, sha256: str) -> None:
         most = self.options.max_forgetting
-        met = most is None or self.book.ledger.lost() <= most
-        if met:
-            with rundir.whole(self.config.output / "lora") as beside:
-                shutil.move(merged, beside)
+        if most is None or self.book.ledger.lost(number) <= most:
             self.delivered = number, sha256
-        else:
-            rundir.remove(merged)
-        return met
+
+    def _deliver(self) -> None:
+        """Let the merge that is to be delivered take the place of the one before."""
+        if self.delivered is None:
+            return
+        number, sha256 = self.delivered
+        merged, delivered = self._folder(number) / "merged", self.config.output / "lora"
+        if _is(merged, sha256) and not _is(delivered, sha256):
+            with rundir.whole(delivered) as beside:
+                shutil.copytree(merged, beside)
 
     def result(self) -> Mapping[str, JSON]:
         """Say what is delivered.
@@ -316,11 +331,14 @@ class _Fold:
         if not self.finished:
             for number in self.failed:  # the same command is to try again
                 rundir.remove(self._folder(number) / "metrics.json")
+            first = next(iter(self.failed.values()))
             raise TrainingError(
-                f"none of the {len(self.parts)} runs finished: {next(iter(self.failed.values()))}",
-                hint="lower `--learning-rate`; what only a proof stopped finishes with `--skip-proofs`",
+                f"none of the {len(self.parts)} runs finished: {first.message}",
+                hint=first.hint or "lower `--learning-rate`",
+                details=first.details,
             )
         self._tell_gate()
+        self._deliver()
         assert self.delivered is not None
         run, sha256 = self.delivered
         delivered = self.config.output / "lora"
@@ -331,7 +349,7 @@ class _Fold:
         ledger = self.book.ledger
         return {
             "runs": len(self.finished),
-            "failed_runs": [{"run": number, "why": why} for number, why in self.failed.items()],
+            "failed_runs": [{"run": number, "why": error.message} for number, error in self.failed.items()],
             "merge_mode": self.mode,
             "loss_by_run_and_part": [[score.loss for score in row] for row in ledger.scores],
             "delivered_run": run,
@@ -343,22 +361,24 @@ class _Fold:
         most = self.options.max_forgetting
         if most is None:
             return
-        lost = self.book.ledger.lost()
-        found = f"{lost:.3f} after run {self.finished[-1]}"
+        last = self.finished[-1]
+        of_last = f"{self.book.ledger.lost(last):.3f} after run {last}"
         if self.delivered is None:
-            self.say(Gated(gate=f"forgetting at most {most:g}", ok=False, found=found))
+            rundir.remove(self.config.output / "lora")  # which another gate let through
+            self.say(Gated(gate=f"forgetting at most {most:g}", ok=False, found=of_last))
             raise TrainingError(
-                f"no merge met `--max-forgetting {most:g}`: {found}",
-                hint="the adapter of each run is in `runs/`; add `--replay 0.1`, or train fewer `--steps`",
+                f"no merge met `--max-forgetting {most:g}`: {of_last}",
+                hint="the same command with a larger one delivers what is there; `--replay 0.1` or fewer `--steps` forget less",
             )
         run = self.delivered[0]
-        if run != self.finished[-1]:
-            found += f"; the merge after run {run} is delivered, the last that met it"
-            self.say(Warned(message=f"`--max-forgetting {most:g}` is not met by the last merge: {found}"))
+        if run != last:
+            told = f"`--max-forgetting {most:g}` is not met by the last merge, {of_last}"
+            self.say(Warned(message=f"{told}: the merge after run {run} is delivered, the last that met it"))
+        found = f"{self.book.ledger.lost(run):.3f} after run {run}, which is delivered"
         self.say(Gated(gate=f"forgetting at most {most:g}", ok=True, found=found))
 
 
-FORMAT = 2
+FORMAT = 3
 """Of `metrics.json`."""
 
 

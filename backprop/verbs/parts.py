@@ -33,7 +33,7 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
     earlier parts among those of each.
 
     Raises:
-        UsageError: If there are not as many `--eval-data` as `--data`.
+        UsageError: If there are not as many `--eval-data` as `--data`, or fewer runs than these.
         DataError: If there are fewer rows than runs.
     """
     if config.eval_data and len(config.eval_data) != len(config.data):
@@ -41,13 +41,19 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
             f"{len(config.data)} `--data` and {len(config.eval_data)} `--eval-data` are given",
             hint="give one `--eval-data` for each `--data`, in the same order",
         )
+    if options.runs and options.runs < len(config.data):
+        raise UsageError(
+            f"`--runs {options.runs}` would leave out {len(config.data) - options.runs} of {len(config.data)} `--data`",
+            hint="leave `--runs` out, or leave out the `--data`",
+        )
     parts = _sources(config, options) if len(config.data) > 1 else _chunks(config, options)
     rows = [part.judged.conversations for part in parts]
     mixed = [
         with_replay(rows[: number + 1], share=options.replay, seed=config.seed + number) for number in range(len(parts))
     ]
     return [
-        replace(part, judged=replace(part.judged, conversations=more)) for part, more in zip(parts, mixed, strict=True)
+        replace(part, judged=replace(part.judged, conversations=more, replayed=len(more) - len(own)))
+        for part, own, more in zip(parts, rows, mixed, strict=True)
     ]
 
 

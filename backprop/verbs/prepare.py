@@ -37,6 +37,8 @@ class Prepared:
     held_out: Sequence[Example]
     gate_rows: Sequence[Example] = ()
     """Of old tasks, which must not get worse."""
+    own: Sequence[Example]
+    """Of those that are trained on, those of no earlier part."""
     plan: Plan
     train_sha256: str
     """Of the tokens and masks that are trained on."""
@@ -148,12 +150,20 @@ def prepare(
         train=train,
         held_out=held_examples,
         gate_rows=gate_examples,
+        own=_own(judged, train),
         plan=plan,
         train_sha256=digest(train.examples),
         hardware=hardware,
         disk_bytes=disk_bytes(config, shape, sizes),
         seconds=seconds / plan.gpus.value,
     )
+
+
+def _own(judged: Judged, train: Encoded) -> Sequence[Example]:
+    """Leave out at least all that is replayed, which comes last: which examples were dropped is not known any more."""
+    if not judged.replayed:
+        return train.examples
+    return train.examples[: max(1, len(judged.conversations) - judged.replayed - train.dropped)]
 
 
 def _rated(train: Encoded, held_out: Sequence[Example], longest: int, say: Sink) -> tuple[Encoded, Sequence[Example]]:

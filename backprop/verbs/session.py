@@ -44,7 +44,7 @@ VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "
 # Options that change where and how a run is told, not what it computes.
 NOT_IDENTITY = (
     *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch", "recompute"),
-    *("resume", "save_steps", "keep_checkpoints", "max_minutes", "gate", "gate_data", "from_run"),
+    *("resume", "save_steps", "keep_checkpoints", "max_minutes", "gate", "gate_data", "max_forgetting", "from_run"),
     *("gpu_max_temp", "price_per_hour"),
 )
 
@@ -152,10 +152,9 @@ class Session:
     def meet(self, finished: Mapping[str, Any]) -> None:
         """Take notice that the directory holds this very run, finished: only other gates leave something to do."""
         settings = finished.get("config") or {}
-        gates = [list(self._manifest["config"].get(name, ())) for name in GATES]
-        self.done = gates == [list(settings.get(name) or ()) for name in GATES]
+        self.done = _gates_of(self._manifest["config"]) == _gates_of(settings)
         self._keep = True
-        if not self.done and not self._has_last_checkpoint():
+        if not self.done and self._command != "multi-run" and not self._has_last_checkpoint():
             raise UsageError(
                 f"`{self.directory}` holds this run, finished with other gates, and its last checkpoint is gone",
                 hint="leave the gates as they were, choose another `--output`, or add `--overwrite`",
@@ -270,8 +269,14 @@ class Session:
         rundir.write_text(self.directory / "report.html", report.page(self._manifest, self.events))
 
 
+def _gates_of(settings: Mapping[str, Any]) -> list[object]:
+    return [*(list(settings.get(name) or ()) for name in GATES), settings.get("max_forgetting")]
+
+
 def _stands(event: Event, resumed: Resumed) -> bool:
     """Say whether an event of an earlier process is part of the run that goes on: what is done again is not."""
+    if isinstance(event, Gated):  # told once, at the end
+        return False
     run = getattr(event, "run", None)
     if run != resumed.run:
         return run is not None and run < resumed.run

@@ -147,3 +147,17 @@ def test_a_pipe_gets_the_first_and_last_step_and_one_now_and_then() -> None:
 def test_the_plan_is_told_with_its_reasons() -> None:
     text = told(ONE_OF_EACH[1])
     assert all(reason in text.splitlines()[number] for number, reason in enumerate("rstu", start=1))
+
+
+@pytest.mark.parametrize(
+    ("exponent", "words"),
+    [
+        (None, ""),
+        (0.0, ": the last run alone"),
+        (0.25, ": each i-th run has a share of 1/i^0.25"),
+        (1.0, ": the mean of all runs"),
+    ],
+)
+def test_the_weight_that_was_chosen_is_told_in_words(exponent: float | None, words: str) -> None:
+    merged = events.RunMerged(run=2, num_runs=3, mode="auto", exponent=exponent)
+    assert told(merged) == f"run 2/3 merged (auto{words})"

@@ -10,7 +10,7 @@ import pytest
 from backprop import report
 from backprop.core.data.replay import with_replay
 from backprop.core.data.sequences import Joined, pick
-from backprop.core.forgetting import Ledger, Score, measure, over_trained
+from backprop.core.forgetting import Ledger, Score, best_exponent, measure, over_trained, values_of
 from backprop.events import Forgetting
 
 HOSTILE = '</td><script>alert("x")</script>'
@@ -42,15 +42,45 @@ def test_nothing_is_forgotten_after_one_run_and_learning_nothing_shows() -> None
 
 
 def test_a_score_is_exact_match_or_else_the_likelihood_of_a_token() -> None:
-    assert Score(loss=math.log(4)).value == pytest.approx(0.25)
-    assert Score(loss=math.log(4), exact_match=0.75).value == 0.75
+    assert values_of([Score(loss=math.log(4))]) == pytest.approx([0.25])
+    known, lost = Score(loss=math.log(4), exact_match=0.75), Score(loss=math.log(8), exact_match=0.0)
+    assert values_of([known, lost]) == [0.75, 0.0]
+    assert values_of([lost, known]) == pytest.approx([1 / 8, 1 / 4]), "a part has one scale, whatever comes later"
+
+
+def test_what_is_forgotten_shows_where_no_answer_was_ever_exact() -> None:
+    """All scores were 0, nothing seemed to be lost, and `--max-forgetting` was met whatever the loss did."""
+    good, bad = Score(loss=math.log(2), exact_match=0.0), Score(loss=math.log(8), exact_match=0.0)
+    parts = Ledger(parts=["1 a", "2 b"], runs=[1, 2], scores=[[good], [bad, good]])
+    assert measure(parts.scores).forgetting == pytest.approx(1 / 2 - 1 / 8)
+    assert measure(parts.scores).backward_transfer == pytest.approx(1 / 8 - 1 / 2)
+    assert parts.lost(2) == pytest.approx(1 / 2 - 1 / 8)
+    general = Ledger(parts=["1 a"], runs=[1], scores=[[good]], general_before=good, general=[bad])
+    assert general.lost(1) == pytest.approx(1 / 2 - 1 / 8)
+    assert general.to_csv().splitlines()[-1] == f"1,general,{bad.loss},0.0,{math.exp(-bad.loss)}"
+    assert json.loads(json.dumps(parts.to_json()))["score"][1] == pytest.approx([1 / 8, 1 / 2])
+
+
+def test_between_merges_the_score_counts_then_the_loss_then_the_papers_weight() -> None:
+    """Where no answer was exact, the merge that forgets most was taken, since it is the first."""
+    from backprop.core.slao import EXPONENTS
+
+    def chosen(*rows: list[Score]) -> float:
+        return best_exponent(EXPONENTS, rows)
+
+    none = [[Score(loss=loss, exact_match=0.0)] for loss in (5.0, 4.0, 3.0, 2.0, 2.5)]
+    assert chosen(*none) == 0.75
+    assert chosen(*[[Score(loss=3.0, exact_match=0.0)]] * 5) == 0.5
+    assert chosen(*[[Score(loss=loss, exact_match=0.5)] for loss in (5.0, 4.0, 3.0, 2.0, 1.0)]) == 1.0
+    exact = [[Score(loss=2.0, exact_match=share)] for share in (0.0, 0.5, 0.25, 0.25, 0.25)]
+    assert chosen(*exact) == 0.25, "who is exact is better, though the first has no exact answer at all"
 
 
 def ledger() -> Ledger:
     return Ledger(
         parts=["1 a.jsonl", "3 c.jsonl"],
         runs=[1, 3],
-        scores=[row(0.9), [Score(loss=0.5), Score(loss=0.25)]],
+        scores=[row(0.9), [Score(loss=0.5, exact_match=0.6), Score(loss=0.25)]],
         general_before=Score(loss=0.0),
         general=[Score(loss=math.log(2)), Score(loss=math.log(4))],
     )
@@ -66,17 +96,20 @@ def test_the_table_has_a_line_for_each_run_and_part_and_the_base_model_is_run_0(
         ("3", "3 c.jsonl"),
         ("3", "general"),
     ]
-    assert (lines[1]["exact_match"], lines[3]["exact_match"]) == ("0.9", "")
-    assert float(lines[3]["score"]) == pytest.approx(math.exp(-0.5))
+    assert (lines[1]["exact_match"], lines[4]["exact_match"]) == ("0.9", "")
+    assert float(lines[3]["score"]) == 0.6
+    assert float(lines[4]["score"]) == pytest.approx(math.exp(-0.25))
+    assert float(lines[5]["score"]) == pytest.approx(1 / 4)
 
 
 def test_what_is_lost_is_the_worse_of_old_parts_and_general_rows() -> None:
     whole = ledger()
-    assert whole.lost() == pytest.approx(1 - 0.25)  # general: likelihood 1 before, 1/4 now
+    assert whole.lost(3) == pytest.approx(1 - 0.25)  # general: likelihood 1 before, 1/4 now
+    assert whole.lost(1) == pytest.approx(1 - 0.5), "of the run that is asked for, not of the last"
     parts_alone = Ledger(parts=whole.parts, runs=whole.runs, scores=whole.scores)
-    assert parts_alone.lost() == pytest.approx(0.9 - math.exp(-0.5))
+    assert parts_alone.lost(3) == pytest.approx(0.9 - 0.6)
     told = json.loads(json.dumps(whole.to_json()))
-    assert told["measures"][-1]["forgetting"] == pytest.approx(0.9 - math.exp(-0.5))
+    assert told["measures"][-1]["forgetting"] == pytest.approx(0.9 - 0.6)
     assert told["general_loss"] == [math.log(2), math.log(4)]
 
 

@@ -26,6 +26,8 @@ class Judged:
     """Turns that say nothing and call nothing."""
     characters: int = 0
     """Of all turns and texts."""
+    replayed: int = 0
+    """Of `conversations`, the last so many are rows of earlier parts."""
 
 
 @dataclass
