@@ -116,9 +116,9 @@ class TrainConfig:
     recompute: Annotated[int | None, Bounds(least=0, most=10_000), Parameter(group=TRAINING)] = None
     """Layers computed again on the way back. Default: as few as the GPU's memory allows."""
     compile: Annotated[bool | None, Parameter(group=TRAINING)] = None
-    """Compile the layers. Default: on a GPU, for long runs."""
+    """Compile the layers. Default: for long runs."""
     fp8_backward: Annotated[bool, Parameter(group=TRAINING, negative="", show_default=False)] = False
-    """Gradients through frozen layers in 8 bits, if proved."""
+    """Gradients in 8 bits where layers are frozen."""
     learning_rate: Annotated[
         float | None, Bounds(above=0, most=1), Parameter(group=TRAINING, name=["--learning-rate", "--lr"])
     ] = None
@@ -168,7 +168,7 @@ class TrainConfig:
     dry_run: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Plan, data ledger, three examples; no training."""
     rehearse: Annotated[bool | None, Parameter(group=RUN)] = None
-    """First go to a GGUF with a small copy. Default: if over 30 minutes are estimated."""
+    """First with a small copy. Default: if long."""
     resume: Annotated[str, Parameter(group=RUN)] = "auto"
     """`auto`, `never`, or the folder of a checkpoint."""
     save_steps: Annotated[int | None, Count, Parameter(group=RUN)] = None
@@ -178,9 +178,9 @@ class TrainConfig:
     max_minutes: Annotated[float | None, Bounds(above=0, most=525_600), Parameter(group=RUN)] = None
     """Stop in time, saved; run the same again to go on."""
     gpu_max_temp: Annotated[int | None, Bounds(least=30, most=120), Parameter(group=RUN)] = None
-    """Pause at so many °C. Default: 5 below the GPU's own limit."""
+    """Pause at so many °C."""
     price_per_hour: Annotated[float | None, Bounds(least=0, most=1_000_000), Parameter(group=RUN)] = None
-    """What the machine costs; the run's cost is reported."""
+    """To tell what it costs."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Leave out what takes time; the manifest says so."""
     from_run: Annotated[Path | None, Parameter(group=RUN)] = None

@@ -10,7 +10,6 @@ from typing import IO, Any, Literal, Self
 from backprop.events import (
     Checked,
     Checkpointed,
-    Continued,
     DataRead,
     Eval,
     Event,
@@ -171,8 +170,6 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"warning: {event.message}"
         case Paused():
             return f"pausing: {event.reason}"
-        case Continued():
-            return f"going on after {event.seconds:.0f} s: {event.temperature_c} °C"
         case Examples():
             return event.text
         case Phase():

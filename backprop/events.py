@@ -219,17 +219,9 @@ class Warned:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Paused:
-    """Training waits between two steps for a GPU to cool."""
+    """Training waits between two steps for a GPU to cool; that it goes on is a `phase`."""
 
     reason: str
-    temperature_c: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Continued:
-    """Training goes on after `seconds` of waiting."""
-
-    seconds: float
     temperature_c: int | None = None
 
 
@@ -341,7 +333,6 @@ Event = (
     | Repeated
     | Warned
     | Paused
-    | Continued
     | Spent
     | Phase
     | Tried
@@ -370,7 +361,6 @@ KINDS: dict[type, str] = {
     Repeated: "repeated",
     Warned: "warning",
     Paused: "paused",
-    Continued: "continued",
     Spent: "spent",
     Phase: "phase",
     Tried: "tried",

@@ -15,7 +15,7 @@ from backprop.core.hardware import Gpu
 from backprop.core.heat import Harm, Limits, Reading, Warmth, harm_of_xid, limits_of, warmth_of
 from backprop.edges import nvml, stopping
 from backprop.errors import DiskError, HardwareError, UsageError
-from backprop.events import Continued, Paused, Sink, Spent, Warned
+from backprop.events import Paused, Phase, Sink, Spent, Warned
 
 EVERY_S = 0.5
 # One reading above the stop limit may be a sensor's slip.
@@ -26,6 +26,8 @@ PAUSE_MOST_S = 20 * 60.0
 TELL_EVERY_S = 60.0
 # A training that has not come to its next step so long after its GPU was lost hangs in the driver.
 STUCK_S = 120.0
+# A driver that hangs is not waited for at the end.
+CLOSE_MOST_S = 5.0
 # What other programs must hold of a card to be worth a word.
 OTHERS_LEAST_BYTES = 256 * 2**20
 COOL_HINT = (
@@ -51,14 +53,10 @@ class _Card:
     energy_j: float | None = None
     """Since that was last told; None if it tells neither energy nor power."""
 
-    def read(self, seconds: float) -> Harm | None:
-        """Read it, ``seconds`` after the last time; say what harm is to be feared.
-
-        Raises:
-            GpuLostError: If it is gone.
-        """
-        before, now = self.last, nvml.read(self.handle)
-        self.last, self.warmth = now, warmth_of(now, self.limits)
+    def take(self, now: Reading, seconds: float) -> Harm | None:
+        """Take in a reading, ``seconds`` after the last one; say what harm is to be feared."""
+        before, self.last = self.last, now
+        self.warmth = warmth_of(now, self.limits)
         if now.energy_j is not None and before.energy_j is not None:
             self.energy_j = (self.energy_j or 0.0) + max(0.0, now.energy_j - before.energy_j)
         elif now.energy_j is None and now.power_w is not None:
@@ -108,10 +106,11 @@ class Cards:
         self._paused_s = 0.0
 
     def add(self, gpus: Sequence[Gpu]) -> None:
-        """Look after these too.
+        """Look after these too, as far as the driver tells of them.
 
         Raises:
             UsageError: If the limit that was asked for is not below a card's own.
+            HardwareError: If the driver has lost one.
         """
         new = [gpu for gpu in gpus if gpu.uuid not in self._cards]
         if not new:
@@ -120,43 +119,56 @@ class Cards:
             self._stack.enter_context(nvml.opened())
             self._thread = threading.Thread(target=self._watch, daemon=True)
         for gpu in new:
-            handle = nvml.card_of(gpu.uuid)
-            slowdown = nvml.slowdown_c(handle)
-            if slowdown is not None and self._asked_c is not None and self._asked_c >= slowdown:
-                raise UsageError(
-                    f"`--gpu-max-temp {self._asked_c}` is not below {slowdown}, where {gpu.name} slows itself down",
-                    hint=f"give at most {slowdown - 1}, or leave it out",
-                )
-            limits = limits_of(slowdown, asked_c=self._asked_c, memory_c=nvml.memory_limit_c(handle))
-            with self._lock:
-                self._cards[gpu.uuid] = _Card(gpu.name, handle, limits, nvml.Xids(handle))
+            self._add(gpu)
         if not self._thread.is_alive():
             self._thread.start()
+
+    def _add(self, gpu: Gpu) -> None:
+        try:
+            handle = nvml.asked(lambda: nvml.card_of(gpu.uuid))
+            now = nvml.read(handle) if handle else Reading()
+            slowdown, memory = (nvml.slowdown_c(handle), nvml.memory_limit_c(handle)) if handle else (None, None)
+        except nvml.GpuLostError as error:
+            raise HardwareError(f"the driver has lost {gpu.name}: {error}", hint=LOST_HINT) from error
+        if slowdown is not None and self._asked_c is not None and self._asked_c >= slowdown:
+            raise UsageError(
+                f"`--gpu-max-temp {self._asked_c}` is not below {slowdown}, where {gpu.name} slows itself down",
+                hint=f"give at most {slowdown - 1}, or leave it out",
+            )
+        if now.temperature_c is None and self._asked_c is not None:
+            self._say(Warned(message=f"{gpu.name} tells no temperature: `--gpu-max-temp` is not kept"))
+        if handle:
+            limits = limits_of(slowdown, asked_c=self._asked_c, memory_c=memory)
+            with self._lock:
+                self._cards[gpu.uuid] = _Card(gpu.name, handle, limits, nvml.Xids(handle))
 
     def _watch(self) -> None:
         lost_at: float | None = None
         while not self._over.wait(EVERY_S):
-            with self._lock:
-                seconds, self._read_at = time.monotonic() - self._read_at, time.monotonic()
-                for card in self._cards.values():
-                    self._read(card, seconds)
-                harm = self._harm
+            seconds, self._read_at = time.monotonic() - self._read_at, time.monotonic()
+            for card in [*self._cards.values()]:
+                self._read(card, seconds)
+            harm = self._harm
             if harm is not None and harm.memory_lost:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > STUCK_S:
                     stopping.end_process(HardwareError(harm.message, hint=LOST_HINT))
 
     def _read(self, card: _Card, seconds: float) -> None:
+        """Ask a card, without the lock: a driver that hangs must not hold up the training."""
+        xids: list[int] = []
         try:
-            harm = card.read(seconds)
-            for number in card.xids.new():
-                harm = harm_of_xid(card.name, number) or harm
-                self._warnings.append(f"{card.name} reports the error Xid {number}")
+            now = nvml.read(card.handle)
+            xids += card.xids.new()
         except nvml.GpuLostError as error:
-            harm = Harm(message=f"the driver has lost {card.name}: {error}", memory_lost=True)
+            harm: Harm | None = Harm(message=f"the driver has lost {card.name}: {error}", memory_lost=True)
         else:
-            self._warnings += card.warnings()
-            self._hottest_c = max(self._hottest_c or 0, card.last.temperature_c or 0) or None
+            with self._lock:
+                harm = card.take(now, seconds)
+                self._warnings += [*card.warnings(), *(f"{card.name} reports the error Xid {one}" for one in xids)]
+                self._hottest_c = max(self._hottest_c or 0, now.temperature_c or 0) or None
+        for number in xids:
+            harm = harm_of_xid(card.name, number) or harm
         if harm is not None and not (self._harm and self._harm.memory_lost):
             self._harm = harm
 
@@ -170,10 +182,10 @@ class Cards:
             HardwareError: If the run must end.
         """
         self._tell(save)
-        if not self._warmer_than("warm"):
+        warm = self._warmer_than("warm")
+        if not warm:
             return
-        started = time.monotonic()
-        card = max(self._cards.values(), key=lambda one: one.last.temperature_c or 0)
+        started, card = time.monotonic(), warm[0]
         self._say(Paused(reason=f"{card.name} is {card.temperature}", temperature_c=card.last.temperature_c))
         try:
             while self._warmer_than("cool"):
@@ -186,12 +198,12 @@ class Cards:
         finally:
             waited = time.monotonic() - started
             self._paused_s += waited
-        self._say(Continued(seconds=round(waited, 1), temperature_c=card.last.temperature_c))
+        self._say(Phase(name=f"going on after {waited:.0f} s, {card.name} is {card.temperature}"))
 
-    def _warmer_than(self, warmth: Warmth) -> bool:
+    def _warmer_than(self, warmth: Warmth) -> list[_Card]:
         milder = ("cool", "warm") if warmth == "warm" else ("cool",)
         with self._lock:
-            return any(card.warmth not in milder for card in self._cards.values())
+            return [card for card in self._cards.values() if card.warmth not in milder]
 
     def _tell(self, save: Callable[[], object]) -> None:
         with self._lock:
@@ -237,7 +249,7 @@ class Cards:
         """Look no more."""
         self._over.set()
         if self._thread is not None and self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(CLOSE_MOST_S)
         for card in self._cards.values():
             card.xids.close()
         self._stack.close()

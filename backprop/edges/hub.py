@@ -125,6 +125,7 @@ def fetch_model(hub_id: str, *, offline: bool, patterns: Sequence[str], revision
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -141,6 +142,8 @@ def fetch_model(hub_id: str, *, offline: bool, patterns: Sequence[str], revision
         raise ModelError(
             f"the hub has no model `{hub_id}`", hint="check its name; a private one needs `hf auth login`"
         ) from error
+    except HFValidationError as error:
+        raise ModelError(f"no model of the hub can be called `{hub_id:.100}`", hint=_nearest(hub_id)) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"`{hub_id}` has no revision `{revision}`", hint="look at its list of commits") from error
     except PermissionError as error:

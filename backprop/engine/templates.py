@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -28,12 +28,17 @@ GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 HINT = "choose another model, or mend its chat_template.jinja"
 
 
-def check(source: str) -> None:
-    """Refuse a template that could keep one step busy for ever: powers, and products of two unknown numbers.
+def check(template: "str | Mapping[str, str]") -> None:
+    """Refuse a template, or one of several, that could keep one step busy for ever: powers, products of two unknown numbers.
 
     Raises:
         ModelError: Saying where.
     """
+    for source in [template] if isinstance(template, str) else template.values():
+        _check(source)
+
+
+def _check(source: str) -> None:
     from jinja2 import Environment, TemplateSyntaxError, nodes
 
     if len(source) > SOURCE_MOST:

@@ -70,3 +70,11 @@ def test_an_adapter_names_its_base_as_others_know_it_and_finds_it_again(
     assert json.loads((copied / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/tiny"
     done = backprop_process("export", copied, "-q", "f16", "--no-verify", "--offline", cwd=tmp_path, HF_HOME=str(home))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["owner/na[me", "owner/" + "x" * 200, "ow ner/name", "owner/name@\n", "é" * 3000, "~nobody/x"]
+)
+def test_what_no_model_can_be_called_is_exit_4(name: str) -> None:
+    with pytest.raises(ModelError):
+        hub.find_model(name, offline=True)

@@ -13,7 +13,7 @@ from nvml_double import GIB, Card, Now, going, install
 from backprop.core.heat import FATAL_XIDS, MEMORY_XIDS, Reading, limits_of, warmth_of
 from backprop.edges import cards, nvml, stopping
 from backprop.errors import DiskError, HardwareError, UsageError
-from backprop.events import Continued, Paused, Spent, Warned
+from backprop.events import Paused, Phase, Spent, Warned
 
 THERMAL = pynvml.nvmlClocksEventReasonHwThermalSlowdown
 
@@ -70,7 +70,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     @contextmanager
     def watched(*doubles: Card, asked_c: int | None = None) -> Iterator[Watched]:
         double = install(monkeypatch, *doubles)
-        sensor = doubles[0].sensor
+        sensor = doubles[0].sensor if doubles else None
         said: list[Any] = sensor.said if isinstance(sensor, Warming) else []
         with cards.watching(said.append, asked_c=asked_c, started=time.monotonic()) as all_cards:
             cards.look_after([card.gpu for card in doubles])
@@ -96,10 +96,11 @@ def test_a_warm_card_is_told_of_once_and_trains_on(watched: Callable[..., Any]) 
 
 def test_above_the_pause_limit_training_waits_until_it_has_cooled(watched: Callable[..., Any]) -> None:
     with watched(Card(sensor=Warming(90, 87, 85, 83, 82, 79, 75))) as run:
-        run.steps(until=Continued)
-    (paused,), (continued,) = run.all(Paused), run.all(Continued)
+        run.steps(until=Phase)
+    (paused,), (continued,) = run.all(Paused), run.all(Phase)
     assert paused.reason.startswith("a card is at ")
-    assert continued.temperature_c < 83, "it must cool by five degrees, or it pauses again at once"
+    degrees = int(continued.name.split(" at ")[1].split()[0])
+    assert degrees < 83, "it must cool by five degrees, or it pauses again at once"
     assert run.saved == 0
     assert run.cards.spent().paused_seconds > 0
 
@@ -107,9 +108,9 @@ def test_above_the_pause_limit_training_waits_until_it_has_cooled(watched: Calla
 def test_memory_at_its_limit_is_let_cool_too(watched: Callable[..., Any]) -> None:
     warming = Warming(60, cool=Now(core=60, memory=80), hot=Now(core=60, memory=105))
     with watched(Card(sensor=warming, memory_most=105)) as run:
-        run.steps(until=Continued)
+        run.steps(until=Phase)
     assert run.all(Paused)
-    assert run.all(Continued)
+    assert run.all(Phase)
     assert "its memory at 105 °C" in run.all(Paused)[0].reason
 
 
@@ -137,9 +138,9 @@ def test_a_card_that_does_not_cool_ends_the_run(watched: Callable[..., Any], mon
 
 def test_the_limit_that_was_asked_for_comes_first(watched: Callable[..., Any]) -> None:
     with watched(Card(sensor=Warming(69, 66, 64, cool=Now(core=50), hot=Now(core=71))), asked_c=70) as run:
-        run.steps(until=Continued)
+        run.steps(until=Phase)
     assert "from 70 °C on" in run.warned
-    assert run.all(Continued)[0].temperature_c < 65
+    assert "is at 64 °C" in run.all(Phase)[0].name
 
 
 def test_a_limit_above_the_cards_own_is_refused(watched: Callable[..., Any]) -> None:
@@ -150,7 +151,7 @@ def test_a_limit_above_the_cards_own_is_refused(watched: Callable[..., Any]) -> 
 def test_a_newer_card_tells_its_limit_as_a_distance(watched: Callable[..., Any]) -> None:
     # As an H100 does: 30 °C is 57 degrees from its reference, and it slows down 2 above that.
     with watched(Card(sensor=Warming(70, cool=Now(core=30), hot=Now(core=85)), margin=57)) as run:
-        run.steps(until=Continued)
+        run.steps(until=Phase)
     limits = limits_of(nvml.slowdown_c(Card(going(30), margin=57)), asked_c=None)
     assert limits is not None
     assert limits.stop_c == 89
@@ -160,6 +161,35 @@ def test_a_card_that_tells_no_temperature_is_trained_on(watched: Callable[..., A
     with watched(Card([Now(core=None)] * 4, slowdown=None)) as run:
         run.steps()
     assert run.said == []
+
+
+def test_a_limit_that_cannot_be_kept_is_told(watched: Callable[..., Any]) -> None:
+    with watched(Card([Now(core=None)] * 4, slowdown=None), asked_c=70) as run:
+        run.steps()
+    assert run.warned == "a card tells no temperature: `--gpu-max-temp` is not kept"
+
+
+def test_a_card_that_the_driver_does_not_show_is_trained_on(
+    watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an instance of a card in a container that may not look at the card itself."""
+    with watched() as run:
+        install(monkeypatch)
+        cards.look_after([Card().gpu])
+        cards.rest(run.save)
+    assert run.said == []
+
+
+def test_a_driver_that_hangs_holds_up_no_training(watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "CLOSE_MOST_S", 0.1)
+    with watched(Card()) as run:
+        run.steps()
+        monkeypatch.setattr(nvml, "read", lambda handle: time.sleep(2) or Reading())
+        time.sleep(0.1)
+        started = time.monotonic()
+        cards.rest(run.save)
+        run.cards.spent()
+    assert time.monotonic() - started < 1
 
 
 def test_slow_clocks_are_told_of_once_with_the_reason(watched: Callable[..., Any]) -> None:

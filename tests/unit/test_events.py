@@ -61,7 +61,6 @@ ONE_OF_EACH: list[events.Event] = [
     events.Repeated(kind="close", found="f", path="p", largest=1e-5),
     events.Warned(message="careful"),
     events.Paused(reason="a card is at 90 °C", temperature_c=90),
-    events.Continued(seconds=12.5, temperature_c=80),
     events.Spent(seconds=60.0, energy_wh=5.5, hottest_c=90, paused_seconds=12.5),
     events.Phase(name="loading"),
     events.Tried(quantization="q4_k_m", size_bytes=3, mean_kl=0.1, p99_kl=1.0, top1=0.9),
