@@ -1,6 +1,7 @@
 """Models and adapters come from strangers: what is refused of their files before any library reads them."""
 
 import json
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,8 +10,13 @@ from typing import Any, cast
 from backprop.errors import ModelError
 
 CONFIG_MOST_BYTES = 16 * 2**20
-LAYERS_MOST = 10_000
-NUMBER_MOST = 2**31
+# Of the numbers of a configuration, those by which memory is taken, with many times what any model has. Others are as large
+# as they like: gradients that are not clipped, or infinite limits of a step in time.
+MOST = {
+    re.compile(r"(n|num)_(\w+_)?layers?|(en|de)coder_layers"): 10_000,
+    re.compile(r"(\w+_)?(n|num)_(\w+_)?(heads?|experts)"): 2**20,
+    re.compile(r"(\w+_)?(size|dim|rank)|n_embd|(max|n)_position(s|_embeddings)"): 2**31,
+}
 RANK_MOST = 2**16
 INDEX = "model.safetensors.index.json"
 # Kinds of adapters that bring no weights to merge, and whose settings make PEFT load other models and tokenizers.
@@ -33,8 +39,8 @@ def check_model(folder: Path) -> None:
         if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
             raise ModelError(f"`{path}` is no plain file", hint=HINT)
     for name, number in _numbers(read_object(folder / "config.json")):
-        most = LAYERS_MOST if "layer" in name else NUMBER_MOST
-        if abs(number) > most:
+        most = next((most for names, most in MOST.items() if names.fullmatch(name)), None)
+        if most is not None and not abs(number) <= most:
             raise ModelError(f"`{folder / 'config.json'}` says {name}: {number}, and {most} is the most", hint=HINT)
     if (folder / INDEX).is_file():
         shards = read_object(folder / INDEX).get("weight_map")

@@ -172,13 +172,32 @@ def test_code_of_the_hub_needs_a_revision(write: Callable[..., Path], tmp_path: 
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, and 10000"),
         ({"vocab_size": 10**15}, "vocab_size: 1000000000000000"),
         ({"text_config": {"hidden_size": 10**12}}, "hidden_size"),
+        ({"hidden_size": float("nan")}, "hidden_size: nan"),
     ],
-    ids=["layers", "words", "inside"],
+    ids=["layers", "words", "inside", "no number"],
 )
 def test_absurd_numbers_are_refused(
     tiny_model: Path, write: Callable[..., Path], tmp_path: Path, config: dict[str, Any], said: str
 ) -> None:
     assert said in refused(copy_of(tiny_model, tmp_path / "model", **config), write(HERE), cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_no_kind_of_model_that_transformers_knows_is_refused(tmp_path: Path) -> None:
+    """The defaults of Gemma 3n and 4 were: words for each layer, gradients clipped at 1e10, infinite limits."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    tried = 0
+    for kind in CONFIG_MAPPING:
+        try:
+            text = CONFIG_MAPPING[kind]().to_json_string(use_diff=False)
+        except (ValueError, OSError, ImportError, StrictDataclassError):
+            continue  # made of others, which it must be given
+        (tmp_path / "config.json").write_text(text)
+        model_files.check_model(tmp_path)
+        tried += 1
+    assert tried > 500
 
 
 @pytest.mark.parametrize("shard", ["../../other/model.safetensors", "/etc/passwd", "..\\x.safetensors", "x.bin"])
