@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +228,8 @@ def test_a_configuration_that_is_none_is_refused(
 
 # --- the chat template
 
+# Jinja computes it beforehand, and would take the end of the time for an error of the template.
+SWALLOWING = "{% set x = ('a' * 1000 * 900) | wordwrap(1) %}"
 LOOP = "{%- for a in range(90000) -%}{%- for b in range(90000) -%}{%- endfor -%}{%- endfor -%}"
 DOUBLING = (
     "{%- set n = namespace(s='ab') -%}{%- for a in range(60) -%}{%- set n.s = n.s + n.s -%}{%- endfor -%}{{ n.s }}"
@@ -238,6 +241,13 @@ DOUBLING = (
     [
         (LOOP, "works for more than"),
         (DOUBLING, "asks for too much: memory"),
+        (SWALLOWING + LOOP, "works for more than"),
+        ("{{ 1.5 | round(999999999, 'floor') }}", "rounds to an unknown number"),
+        ("{{ 1.5 | round(precision=n) }}", "rounds to an unknown number"),
+        ("{{ 1.5 | round(*many) }}", "rounds to an unknown number"),
+        ("{{ [1.5] | map('round', 999999999, 'floor') | list }}", "rounds to an unknown number"),
+        ("{{ [1.5] | map(name, 999999999, 'floor') | list }}", "rounds to an unknown number"),
+        ("{{ 1" + "0" * 5000 + " }}", "cannot be read"),
         ("{{ 'a' * 999 * 999 * 999 * 999 }}", "asks for too much"),
         ("{% for a in range(10 ** 2) %}{% endfor %}", "computes a power"),
         ("{% set n = namespace(x=9) %}{% for a in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}", "product of two"),
@@ -245,7 +255,11 @@ DOUBLING = (
         ("{{ messages", "cannot be read"),
         (" " * (2**20 + 1), "1,048,577 characters"),
     ],
-    ids=["a loop", "doubling", "a product", "a power", "squares", "a long text", "no template", "a long template"],
+    ids=[
+        *("a loop", "doubling", "a constant", "digits", "digits by name", "digits in a list", "digits of each"),
+        *("digits of any filter", "a huge number", "a product", "a power", "squares", "a long text", "no template"),
+        "a long template",
+    ],
 )
 def test_a_template_without_end_is_stopped(
     tiny_model: Path,
@@ -299,9 +313,28 @@ def test_a_slow_template_does_not_stop_what_comes_after(monkeypatch: pytest.Monk
         time.sleep(0.1)
 
 
+def test_threads_render_one_after_the_other_and_leave_the_limit_of_memory_as_it_was() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+
+    def render(seconds: float) -> None:
+        with templates.limited():
+            time.sleep(seconds)
+
+    threads = [threading.Thread(target=render, args=(seconds,)) for seconds in (0.2, 0.3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
 def test_templates_of_the_presets_kinds_are_not_refused(taught: Callable[[str], Path]) -> None:
     load_tokenizer(str(taught("llama-tied") / "lora"), trust_remote_code=False)
     templates.check("{{ '  ' * depth }}{{ 2 * loop.index0 }}{% generation %}x{% endgeneration %}{% break %}")
+    templates.check("{{ 1.23 | round(1) }}{{ 2 | round }}{{ messages | map(attribute='role') | map('upper') | list }}")
 
 
 # --- the adapter

@@ -230,7 +230,7 @@ def test_a_card_that_is_lost_between_two_looks_is_told_of(watched: Callable[...,
 
 def test_the_card_that_is_too_warm_is_named(watched: Callable[..., Any]) -> None:
     """And not the one that is warmer, which may be."""
-    other = Card(going(91), uuid="GPU-1", name="another", slowdown=105)
+    other = Card(going(94), uuid="GPU-1", name="another", slowdown=105)
     with watched(Card(sensor=Warming(70)), other) as run:
         run.steps(until=Phase)
     assert run.all(Paused)[0].reason.startswith("a card is at ")
