@@ -403,6 +403,19 @@ def test_a_run_that_was_handed_over_leads_nowhere_else(train: Callable[..., Run]
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.parametrize("by_itself", [True, False], ids=["an adapter", "a run"])
+def test_an_export_is_led_nowhere_else(taught: Callable[[str], Path], tmp_path: Path, by_itself: bool) -> None:
+    folder, ours = tmp_path / "theirs", tmp_path / "ours"
+    shutil.copytree(taught("llama-tied") / ("lora" if by_itself else ""), folder)
+    shutil.rmtree(folder / "export", ignore_errors=True)
+    ours.mkdir()
+    (folder / "export").symlink_to(ours)
+    done = backprop("export", folder, "--no-verify", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "is a link to" in done.stderr
+    assert list(ours.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["CON", "nul.txt", "Com1", "a/LPT9/b", "aux.", "com¹"])
 def test_devices_of_windows_are_no_folders_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     monkeypatch.chdir(tmp_path)
