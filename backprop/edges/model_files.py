@@ -3,7 +3,7 @@
 import json
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,10 @@ OTHER_ADAPTERS = (
 )
 # By these, PEFT imports a module of the adapter's choice, or makes as many layers as it says.
 REFUSED_SETTINGS = ("megatron_config", "layer_replication")
+# What PEFT takes for regular expressions, which it tries on the name of each layer: strings, and the keys of objects.
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+# On a name of 60 letters, five repetitions can be laid out in some million ways, and many more without end.
+REPETITIONS_MOST = 5
 HINT = "use a model from a source that you trust"
 
 
@@ -80,9 +84,30 @@ def check_adapter(folder: Path) -> None:
     asked = next((name for name in REFUSED_SETTINGS if settings.get(name)), None)
     if asked is not None:
         raise ModelError(f"`{path}` sets `{asked}`, which is not supported", hint="train a plain LoRA adapter")
+    for name in PATTERNS:
+        named = settings.get(name)
+        regular = isinstance(named, dict) or (isinstance(named, list) and name == "layers_pattern")
+        for pattern in [named] if isinstance(named, str) else cast(Iterable[object], named) if regular else ():
+            if not _ends_soon(str(pattern)):
+                raise ModelError(
+                    f"`{path}` says {name}: `{pattern:.80}`, which may take for ever to search for",
+                    hint="name the layers in a list",
+                )
     for name, number in _numbers({key: settings.get(key) for key in ("r", "rank_pattern", "lora_alpha")}):
         if abs(number) > RANK_MOST:
             raise ModelError(f"`{path}` says {name}: {number}, and {RANK_MOST} is the most", hint=HINT)
+
+
+def _ends_soon(pattern: str) -> bool:
+    """Say whether a regular expression repeats little, and no groups, within which there could be more to repeat or choose."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    atoms = re.sub(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", "a", pattern, flags=re.DOTALL)
+    plain = re.sub(r"\(\?([:=!]|<[=!]|P<\w+>)", "(", atoms)
+    repeated = re.findall(r"(.)(?:[*+?]|\{[\d,]+\})[?+]?", plain)
+    return "(?" not in plain and len(repeated) <= REPETITIONS_MOST and not re.search(r"\)[*+{]", plain)
 
 
 def read_object(path: Path) -> Mapping[str, Any]:

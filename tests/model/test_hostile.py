@@ -349,6 +349,14 @@ def test_templates_of_the_presets_kinds_are_not_refused(taught: Callable[[str], 
         ({"layer_replication": [[0, 10**9]]}, "layer_replication"),
         ({"r": 10**9}, "r: 1000000000"),
         ({"rank_pattern": {"q": 10**9}}, "q: 1000000000"),
+        ({"target_modules": "(.*a)*(.*b)*x"}, "target_modules: `(.*a)*(.*b)*x`"),
+        ({"target_modules": "(a|a)+x"}, "which may take for ever"),
+        ({"target_modules": "(?x)(.+) +x"}, "which may take for ever"),
+        ({"target_modules": ".?" * 50 + "x"}, "which may take for ever"),
+        ({"exclude_modules": "((.+))+x"}, "exclude_modules"),
+        ({"layers_pattern": ["(.+)+x"]}, "layers_pattern"),
+        ({"rank_pattern": {"(.+){2,}x": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"(": 4}}, "alpha_pattern"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -365,6 +373,27 @@ def test_an_adapter_does_no_more_than_adapt(
     with pytest.raises(ModelError) as caught:
         find_adapter(folder, ExportConfig())
     assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "target_modules": ["q_proj", "(.*)*"],
+            "rank_pattern": {r"^layers\.0\.self_attn\.q_proj": 4, "mlp.down_proj": 8},
+        },
+        {"target_modules": "all-linear", "exclude_modules": None, "layers_pattern": "layers"},
+        {"target_modules": r"model\.layers\.(?:[0-9]|1[0-9])\.(self_attn|mlp)\.(?:(?:q|k|v|o)_proj|\w+_proj)"},
+        {
+            "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+            r"(?:q_proj|k_proj|v_proj|o_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))"
+        },
+    ],
+    ids=["names", "all", "a pattern", "as unsloth writes it"],
+)
+def test_patterns_of_adapters_that_end_are_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, **settings}))
+    model_files.check_adapter(tmp_path)
 
 
 def test_a_pickled_adapter_is_not_opened(taught: Callable[[str], Path], tmp_path: Path) -> None:
