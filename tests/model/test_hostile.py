@@ -159,9 +159,10 @@ def test_code_of_another_repository_never_runs(tiny_model: Path, write: Callable
 
 def test_code_of_the_hub_needs_a_revision(write: Callable[..., Path], tmp_path: Path) -> None:
     options = ["train", "--data", write(HERE), "--trust-remote-code", "--offline", "--dry-run", "--model"]
-    done = backprop(*options, "owner/name", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--model owner/name@COMMIT" in done.stderr
+    for name in ("owner/name", "owner/name@main", "owner/name@v1.0"):
+        done = backprop(*options, name, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "--model owner/name@COMMIT" in done.stderr
     done = backprop(*options, "owner/name@0123abc", cwd=tmp_path)
     assert done.returncode == 4
     assert "is not here" in done.stderr
@@ -394,6 +395,20 @@ def test_an_adapter_does_no_more_than_adapt(
 def test_patterns_of_adapters_that_end_are_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, **settings}))
     model_files.check_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["owner/evil@0123abc", "its own"])
+def test_an_adapter_chooses_no_code(taught: Callable[[str], Path], tmp_path: Path, base: str) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(taught("llama-tied") / "lora", folder)
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    if base == "its own":
+        base = str(shutil.copytree(settings["base_model_name_or_path"], folder / "model"))
+    path.write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+    done = backprop("export", folder, "--trust-remote-code", "--offline", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "itself chooses the code" in done.stderr
 
 
 def test_a_pickled_adapter_is_not_opened(taught: Callable[[str], Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import io
 import os
 import resource
 import shutil
@@ -122,6 +123,19 @@ class Place:
 
         self.patch.setattr(os, "statvfs", told)
 
+    def socks(self) -> None:
+        self.patch.setenv("ALL_PROXY", "socks5h://proxy.example")
+        connect = surroundings.socket.create_connection
+
+        def connected(address: tuple[str, int], *more: Any, **how: Any) -> Any:
+            if address[0] != "proxy.example":
+                return connect(address, *more, **how)
+            if address[1] != 1080:
+                raise OSError("nothing listens")
+            return io.BytesIO()
+
+        self.patch.setattr(surroundings.socket, "create_connection", connected)
+
     def forbidden(self, path: Path) -> None:
         real = os.access
         self.patch.setattr(os, "access", lambda one, mode: Path(one) != path and real(one, mode))
@@ -182,6 +196,7 @@ def _(place: Place, _: Path) -> None:
 @sabotage("the driver's library not found in WSL2", "gpu", "/usr/lib/wsl/lib", 5)
 def _(place: Place, _: Path) -> None:
     place.file("dev/dxg", "")
+    place.file("usr/lib/wsl/lib/libcuda.so.1", "")
     place.patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
@@ -365,6 +380,21 @@ def _(place: Place, folder: Path) -> None:
     place.forbidden(folder / "output")
 
 
+@sabotage("a folder that this user may not look into", "disk for output", "BACKPROP_USER", 9)
+def _(place: Place, folder: Path) -> None:
+    real, closed = os.stat, folder / "closed"
+    closed.mkdir()
+    place.patch.chdir(closed)
+    place.forbidden(closed)
+
+    def stat(path: Any, **how: Any) -> os.stat_result:
+        if closed in Path(os.fspath(path) if isinstance(path, str | os.PathLike) else "").parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **how)
+
+    place.patch.setattr(os, "stat", stat)
+
+
 @sabotage("an earlier run of another user in the output", "disk for output", "chown -R", 9)
 def _(place: Place, folder: Path) -> None:
     (folder / "output" / "lora").mkdir(parents=True)
@@ -483,6 +513,10 @@ HEALTHY: dict[str, Sabotage] = {
     "two GPUs": lambda place, folder: (place.card(), place.card(), place.shared(GIB)),
     "a container with a GPU": lambda place, folder: (place.card(), place.file(".dockerenv", "")),
     "WSL2 with a GPU": lambda place, folder: (place.card(), place.file("dev/dxg", "")),
+    "WSL2 without an NVIDIA card": lambda place, folder: (
+        place.file("dev/dxg", ""),
+        place.patch.delenv("CUDA_VISIBLE_DEVICES", raising=False),
+    ),
     "a card that tells little": lambda place, folder: place.card(
         slowdown=None, answers=dict.fromkeys(HEALTHY_CARD.answers, pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED))
     ),
@@ -508,6 +542,12 @@ HEALTHY: dict[str, Sabotage] = {
         place.file("sys/bus/pci/devices/0000:01:00.0/class", "0x040300\n"),
     ),
     "a container with two CPUs' worth": lambda place, folder: place.file("sys/fs/cgroup/cpu.max", "200000 100000\n"),
+    "another user's file beside our temporary ones": lambda place, folder: (
+        (folder / "theirs").mkdir(),
+        place.patch.setattr(surroundings.tempfile, "tempdir", str(folder)),
+        place.forbidden(folder / "theirs"),
+    ),
+    "a proxy of SOCKS on its usual port": lambda place, folder: place.socks(),
     "a proxy that answers": lambda place, folder: place.patch.setenv(
         "http_proxy", f"127.0.0.1:{page_server().server_address[1]}"
     ),
