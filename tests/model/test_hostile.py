@@ -99,8 +99,15 @@ def test_the_hubs_own_cache_may_link_to_its_files(tmp_path: Path, write: Callabl
     shutil.move(write([chat("a", "b")]), blob)
     folder = tmp_path / "datasets--a--b" / "snapshots" / "main"
     folder.mkdir(parents=True)
-    (folder / "rows.jsonl").symlink_to(blob)
+    (folder / "data").mkdir()
+    (folder / "data" / "rows.jsonl").symlink_to(blob)
     assert len(list(files.read_rows(str(folder)))) == 1
+    assert len(list(files.read_rows(str(folder / "data")))) == 1
+    blob.parent.rename(tmp_path / "datasets--a--b" / "others")
+    (folder / "data" / "rows.jsonl").unlink()
+    (folder / "data" / "rows.jsonl").symlink_to(tmp_path / "datasets--a--b" / "others" / "0123")
+    with pytest.raises(DataError, match="a link that leads out of"):
+        list(files.read_rows(str(folder)))
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device"])
