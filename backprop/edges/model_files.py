@@ -55,6 +55,14 @@ def check_model(folder: Path) -> None:
                 raise ModelError(f"`{folder / INDEX}` names weights outside of the folder: `{shard}`", hint=HINT)
 
 
+def lacks_weights(folder: Path) -> bool:
+    """Say whether a folder has no weights at all, or not all that its index names."""
+    shards = read_object(folder / INDEX).get("weight_map") if (folder / INDEX).is_file() else None
+    if isinstance(shards, dict):
+        return not all((folder / str(name)).is_file() for name in cast(Mapping[str, object], shards).values())
+    return not any(path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") for path in folder.iterdir())
+
+
 def check_code(folder: Path) -> None:
     """Refuse a model whose code stands in another repository, from which transformers would take what is there today.
 

@@ -117,13 +117,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = templates.plain(begins=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
         wrapped.template_added = True
-    for source in _templates_of(tokenizer.chat_template):
-        templates.check(source)
+    templates.check(tokenizer.chat_template)
     return wrapped
-
-
-def _templates_of(template: "str | Mapping[str, str]") -> Sequence[str]:
-    return [template] if isinstance(template, str) else list(template.values())
 
 
 def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
