@@ -24,10 +24,11 @@ READINGS_TO_STOP = 2
 PAUSE_MOST_S = 20 * 60.0
 # What was spent is told so often, so that a kill loses little of it.
 TELL_EVERY_S = 60.0
-# A training that has not come to its next step so long after its GPU was lost hangs in the driver.
+# A training that has not ended so long after its GPU failed hangs in the driver.
 STUCK_S = 120.0
-# A driver that hangs is not waited for at the end.
+# A driver that hangs is not waited for at the end, and after this time it is told of.
 CLOSE_MOST_S = 5.0
+SILENT_S = 30.0
 # What other programs must hold of a card to be worth a word.
 OTHERS_LEAST_BYTES = 256 * 2**20
 COOL_HINT = (
@@ -101,6 +102,8 @@ class Cards:
         self._thread: threading.Thread | None = None
         self._warnings: list[str] = []
         self._harm: Harm | None = None
+        self._ends_soon: threading.Timer | None = None
+        self._blind = False
         self._told_at, self._read_at = started, time.monotonic()
         self._hottest_c: int | None = None
         self._paused_s = 0.0
@@ -128,6 +131,7 @@ class Cards:
             handle = nvml.asked(lambda: nvml.card_of(gpu.uuid))
             now = nvml.read(handle) if handle else Reading()
             slowdown, memory = (nvml.slowdown_c(handle), nvml.memory_limit_c(handle)) if handle else (None, None)
+            xids = nvml.Xids(handle) if handle else None
         except nvml.GpuLostError as error:
             raise HardwareError(f"the driver has lost {gpu.name}: {error}", hint=LOST_HINT) from error
         if slowdown is not None and self._asked_c is not None and self._asked_c >= slowdown:
@@ -137,22 +141,19 @@ class Cards:
             )
         if now.temperature_c is None and self._asked_c is not None:
             self._say(Warned(message=f"{gpu.name} tells no temperature: `--gpu-max-temp` is not kept"))
-        if handle:
+        if xids is not None:
             limits = limits_of(slowdown, asked_c=self._asked_c, memory_c=memory)
             with self._lock:
-                self._cards[gpu.uuid] = _Card(gpu.name, handle, limits, nvml.Xids(handle))
+                self._cards[gpu.uuid] = _Card(gpu.name, handle, limits, xids)
 
     def _watch(self) -> None:
-        lost_at: float | None = None
         while not self._over.wait(EVERY_S):
             seconds, self._read_at = time.monotonic() - self._read_at, time.monotonic()
-            for card in [*self._cards.values()]:
-                self._read(card, seconds)
-            harm = self._harm
-            if harm is not None and harm.memory_lost:
-                lost_at = lost_at or time.monotonic()
-                if time.monotonic() - lost_at > STUCK_S:
-                    stopping.end_process(HardwareError(harm.message, hint=LOST_HINT))
+            try:
+                for card in [*self._cards.values()]:
+                    self._read(card, seconds)
+            except Exception as error:  # noqa: BLE001 - whatever a driver's library does, it must not end the watching
+                self._cannot_read(f"{type(error).__name__}: {error}")
 
     def _read(self, card: _Card, seconds: float) -> None:
         """Ask a card, without the lock: a driver that hangs must not hold up the training."""
@@ -161,16 +162,36 @@ class Cards:
             now = nvml.read(card.handle)
             xids += card.xids.new()
         except nvml.GpuLostError as error:
-            harm: Harm | None = Harm(message=f"the driver has lost {card.name}: {error}", memory_lost=True)
+            self._failed(Harm(message=f"the driver has lost {card.name}: {error}", memory_lost=True))
         else:
             with self._lock:
                 harm = card.take(now, seconds)
+                self._harm = self._harm or harm
                 self._warnings += [*card.warnings(), *(f"{card.name} reports the error Xid {one}" for one in xids)]
                 self._hottest_c = max(self._hottest_c or 0, now.temperature_c or 0) or None
         for number in xids:
-            harm = harm_of_xid(card.name, number) or harm
-        if harm is not None and not (self._harm and self._harm.memory_lost):
-            self._harm = harm
+            if failure := harm_of_xid(card.name, number):
+                self._failed(failure)
+
+    def _failed(self, harm: Harm) -> None:
+        """Let the run end: at its next step; or, since it may hang in the driver, as this thread may too, from a third one."""
+        with self._lock:
+            if self._harm is None or not self._harm.memory_lost:
+                self._harm = harm
+        if self._ends_soon is None:
+            error = HardwareError(harm.message, hint=LOST_HINT)
+            self._ends_soon = threading.Timer(STUCK_S, lambda: stopping.end_process(error))
+            self._ends_soon.daemon = True
+            self._ends_soon.start()
+
+    def _cannot_read(self, why: str) -> None:
+        """Go on without readings: what was read before holds no longer."""
+        with self._lock:
+            for card in self._cards.values():
+                card.warmth = "cool"
+            if not self._blind:
+                self._warnings.append(f"the driver does not tell how the GPU is ({why}): training goes on unwatched")
+            self._blind = True
 
     def rest(self, save: Callable[[], object]) -> None:
         """Between two steps: tell what was seen, wait while a card is too warm, and end before one comes to harm.
@@ -185,10 +206,11 @@ class Cards:
         warm = self._warmer_than("warm")
         if not warm:
             return
-        started, card = time.monotonic(), warm[0]
+        card, started = warm[0], time.monotonic()
         self._say(Paused(reason=f"{card.name} is {card.temperature}", temperature_c=card.last.temperature_c))
         try:
-            while self._warmer_than("cool"):
+            while warm := self._warmer_than("cool"):
+                card = warm[0]
                 time.sleep(EVERY_S)
                 stopping.check()
                 if time.monotonic() - started > PAUSE_MOST_S:
@@ -206,6 +228,8 @@ class Cards:
             return [card for card in self._cards.values() if card.warmth not in milder]
 
     def _tell(self, save: Callable[[], object]) -> None:
+        if self._cards and time.monotonic() - self._read_at > SILENT_S:
+            self._cannot_read("it does not answer")
         with self._lock:
             warnings, self._warnings = self._warnings, []
             harm = self._harm
@@ -248,8 +272,12 @@ class Cards:
     def close(self) -> None:
         """Look no more."""
         self._over.set()
+        if self._ends_soon is not None:
+            self._ends_soon.cancel()
         if self._thread is not None and self._thread.is_alive():
             self._thread.join(CLOSE_MOST_S)
+            if self._thread.is_alive():
+                return  # in the driver, which would keep this thread too
         for card in self._cards.values():
             card.xids.close()
         self._stack.close()

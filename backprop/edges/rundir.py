@@ -103,7 +103,7 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool, k
         try:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(directory))
-            _refuse_links(directory)
+            refuse_links(directory)
             goes_on = keep and _found(directory, identity, overwrite=overwrite) != "nothing"
             for name in ("crash.txt",) if goes_on else RUN_FILES:
                 remove(directory / name)
@@ -116,7 +116,7 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool, k
         yield goes_on
 
 
-def _refuse_links(directory: Path) -> None:
+def refuse_links(directory: Path) -> None:
     """Let no run that was handed over lead its writes and removals out of its own folder.
 
     Raises:

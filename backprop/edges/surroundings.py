@@ -25,7 +25,10 @@ DISPLAY = "0x03"
 ASKED = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 """The variables that are looked at, beside those of proxies; others may hold secrets."""
 PROBE_BYTES = 8 * 2**20
+TEMPORARY = "temporary files"
+"""Where every user has some, which nobody writes over."""
 PROXY_S = 0.5
+PORTS = {"https": 443, **dict.fromkeys(("socks4", "socks4a", "socks5", "socks5h"), 1080)}
 CUDA_LIBRARIES = ("libcudart.so", "libcudnn", "libcublas", "libnccl", "libcuda.so")
 
 
@@ -52,7 +55,7 @@ def look(root: Path = Path("/")) -> Surroundings:
         kernel_driver=_kernel_driver(root),
         device_nodes=nodes,
         closed_nodes=tuple(node for node in nodes if not os.access(root / node[1:], os.R_OK | os.W_OK)),
-        wsl=(root / "dev" / "dxg").exists(),
+        wsl=all((root / name).exists() for name in ("dev/dxg", "usr/lib/wsl/lib/libcuda.so.1")),
         compiler=next((name for name in (os.environ.get("CC"), "gcc", "clang") if name and shutil.which(name)), ""),
         headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
         foreign_libraries=_foreign_libraries(environment),
@@ -65,7 +68,7 @@ def look(root: Path = Path("/")) -> Surroundings:
             for name, path in (
                 ("output", OUTPUT.absolute()),
                 ("cache", places.cache_dir()),
-                ("temporary files", Path(tempfile.gettempdir())),
+                (TEMPORARY, Path(tempfile.gettempdir())),
             )
         ),
     )
@@ -86,7 +89,8 @@ def installed_torch() -> Torch | None:
 
 def look_at_volume(name: str, path: Path) -> Volume:
     """Look at the place where ``path`` is or would be, and write a file there for a moment if that may be."""
-    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    # Unlike a path's own methods, these fail nowhere, also not below folders that this user may not look into.
+    nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     usage = shutil.disk_usage(nearest)
     volume = Volume(name=name, path=str(path), free_bytes=usage.free)
     if hasattr(os, "statvfs"):
@@ -99,9 +103,9 @@ def look_at_volume(name: str, path: Path) -> Volume:
         )
     if volume.read_only:
         return volume
-    if not os.access(nearest, os.W_OK):
+    if not os.access(nearest, os.W_OK | os.X_OK):
         return replace(volume, refused=rundir.whose_it_is())
-    foreign = _foreign_file(path)
+    foreign = "" if name == TEMPORARY else _foreign_file(path)
     if foreign:
         return replace(volume, whose=foreign)
     if usage.free < 4 * PROBE_BYTES:
@@ -112,7 +116,7 @@ def look_at_volume(name: str, path: Path) -> Volume:
 
 def _foreign_file(folder: Path) -> str:
     """Find something in a folder, or one below, that this user may not write over."""
-    if not folder.is_dir() or not hasattr(os, "getuid") or os.getuid() == 0:
+    if not os.path.isdir(folder) or not hasattr(os, "getuid") or os.getuid() == 0:
         return ""
     with contextlib.suppress(OSError):
         for child in [*sorted(folder.iterdir())[:200], *sorted(folder.glob("*/*"))[:200]]:
@@ -219,7 +223,7 @@ def _silent_proxies(environment: Mapping[str, str]) -> tuple[str, ...]:
             continue
         try:
             url = urllib.parse.urlsplit(value if "://" in value else f"http://{value}")
-            host, port = url.hostname or "", url.port or {"https": 443, "socks5": 1080}.get(url.scheme, 80)
+            host, port = url.hostname or "", url.port or PORTS.get(url.scheme, 80)
         except ValueError:
             silent.append(f"{name}, which is no address,")
             continue

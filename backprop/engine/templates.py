@@ -29,7 +29,9 @@ HINT = "choose another model, or mend its chat_template.jinja"
 
 
 def check(template: "str | Mapping[str, str]") -> None:
-    """Refuse a template, or one of several, that could keep one step busy for ever: powers, products of two unknown numbers.
+    """Refuse a template, or one of several, that could keep one step busy for ever.
+
+    These are powers, products of two unknown numbers, and rounding to an unknown number of digits, which is a power too.
 
     Raises:
         ModelError: Saying where.
@@ -48,25 +50,45 @@ def _check(source: str) -> None:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(  # noqa: S701
             GENERATION.sub("", source)
         )
-    except (TemplateSyntaxError, RecursionError) as error:
+    except (TemplateSyntaxError, RecursionError, ValueError) as error:  # the last of a number of thousands of digits
         raise ModelError(f"the chat template cannot be read: {error}", hint=HINT) from error
     for node in tree.find_all((nodes.Pow, nodes.Mul)):
         if isinstance(node, nodes.Pow) or not any(map(_is_small, (node.left, node.right))):
             raise ModelError(
                 f"the chat template computes a power, or the product of two variables, in line {node.lineno}", hint=HINT
             )
+    for node in tree.find_all(nodes.Filter):
+        if not _rounds_shortly(node):
+            raise ModelError(
+                f"the chat template rounds to an unknown number of digits, in line {node.lineno}", hint=HINT
+            )
+
+
+def _rounds_shortly(node: Any) -> bool:
+    """Say whether a filter is none that rounds, or does so to a few digits; `map` may apply any filter, by its name."""
+    given = [*node.args, *(one.value for one in node.kwargs)]
+    if node.name == "round":
+        return not node.dyn_args and not node.dyn_kwargs and all(map(_is_small, given))
+    if node.name != "map":
+        return True
+    names = [_constant(one) for one in node.args[:1]]
+    return not node.dyn_args and all(isinstance(name, str) and name != "round" for name in names)
 
 
 def _is_small(node: Any) -> bool:
-    from jinja2 import nodes
-
-    value: object = node.value if isinstance(node, nodes.Const) else None
+    value = _constant(node)
     size = len(value) if isinstance(value, str) else value
     return isinstance(size, int) and abs(size) <= FACTOR_MOST
 
 
-class TooMuchError(Exception):
-    """A template took too long, or too much memory."""
+def _constant(node: Any) -> object:
+    from jinja2 import nodes
+
+    return node.value if isinstance(node, nodes.Const) else None
+
+
+class TooMuchError(BaseException):
+    """A template took too long. No `Exception`, all of which Jinja swallows while it computes constants beforehand."""
 
 
 class _Watch:
@@ -86,44 +108,47 @@ class _Watch:
             self.thread, self.ends_at = threading.get_ident(), time.monotonic() + SECONDS
 
     def end(self) -> None:
-        """Let it be."""
+        """Let it be, also if it was just about to be told."""
         with self.lock:
             self.ends_at = float("inf")
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), None)
 
     def _look(self) -> None:
         while True:
             time.sleep(SECONDS / 20)
             with self.lock:
-                if time.monotonic() > self.ends_at:
-                    self.ends_at = float("inf")
+                if time.monotonic() > self.ends_at:  # and again, should something have caught it
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(self.thread), ctypes.py_object(TooMuchError)
                     )
 
 
 _watch = _Watch()
+_one_at_a_time = threading.Lock()
 
 
 @contextmanager
 def limited() -> Generator[None]:
-    """Stop what the block renders after a time, or when it asks for much memory.
+    """Stop what the block renders after a time, or when it asks for much memory. One thread at a time may render.
 
     Raises:
         ModelError: If it was stopped.
     """
-    try:
+    with _one_at_a_time:
         try:
             with _memory_limited():
                 _watch.begin()
-                yield
-        finally:
-            _watch.end()
-    except TooMuchError as error:
-        raise ModelError(
-            f"the chat template works for more than {SECONDS:g} s on one conversation", hint=HINT
-        ) from error
-    except (MemoryError, OverflowError) as error:
-        raise ModelError(f"the chat template asks for too much: {str(error) or 'memory'}", hint=HINT) from error
+                try:
+                    yield
+                finally:
+                    _watch.end()
+        except TooMuchError as error:
+            _watch.end()  # had it come within the first one
+            raise ModelError(
+                f"the chat template works for more than {SECONDS:g} s on one conversation", hint=HINT
+            ) from error
+        except (MemoryError, OverflowError) as error:
+            raise ModelError(f"the chat template asks for too much: {str(error) or 'memory'}", hint=HINT) from error
 
 
 def hold(text: str) -> str:

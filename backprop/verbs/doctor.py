@@ -212,8 +212,9 @@ def try_all(names: Sequence[str], machine: trials.Machine) -> tuple[list[Finding
     with TemporaryDirectory() as folder:
         file = Path(folder) / "trials.jsonl"
         argv = [sys.executable, "-m", "backprop.engine.trials", str(file), json.dumps(asdict(machine)), *names]
-        hidden = {} if machine.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **hidden}
+        # By id: CUDA may number GPUs in another order than the driver.
+        seen = {"CUDA_VISIBLE_DEVICES": ",".join(machine.gpus)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **seen}
         broken: ToolError | None = None
         try:
             process.run(argv, env=environment, timeout_s=TRIALS_MOST_S)
@@ -234,7 +235,7 @@ def try_all(names: Sequence[str], machine: trials.Machine) -> tuple[list[Finding
 
 def _finding_of(tried: trials.Tried) -> Finding:
     if not tried.code:
-        return Finding(name=tried.name, found=tried.found)
+        return Finding(name=tried.name, found=tried.found, advice=(tried.needed, tried.mend) if tried.needed else None)
     error = BY_CODE.get(tried.code, ExportError)(tried.needed, hint=tried.mend)
     return Finding(name=tried.name, found="not usable", error=error)
 

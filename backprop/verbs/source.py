@@ -66,6 +66,8 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         )
     base = _base_of_run(manifest) if manifest.get("model") else _base_of(folder)
     model_files.check_adapter(folder)
+    if config.trust_remote_code:
+        _refuse_code_of_its_choice(base, folder)
     model = hub.find_model(base, offline=config.offline, code=config.trust_remote_code)
     known = (manifest.get("model") or {}).get("sha256")
     if known not in (None, model.sha256):
@@ -90,6 +92,22 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         four_bit_dtype=_four_bit_dtype(manifest),
         four_bit_by_card=not manifest and _is_of_four_bits(folder / "README.md"),
     )
+
+
+def _refuse_code_of_its_choice(base: str, folder: Path) -> None:
+    """Let no adapter, nor the run that it stands in, which may be a stranger's, choose whose code runs.
+
+    Raises:
+        UsageError: If its base is a repository of the hub, or lies in its own folder.
+    """
+    local = os.path.isdir(base)
+    own = local and Path(base).resolve().is_relative_to(folder.resolve())
+    if own or (not local and "/" in base):
+        raise UsageError(
+            f"`{folder}` itself chooses the code that `--trust-remote-code` would run: `{base}`",
+            hint="read that code, bring it here (`hf download NAME --revision COMMIT --local-dir FOLDER`), and write FOLDER "
+            "into base_model_name_or_path of adapter_config.json",
+        )
 
 
 def _four_bit_dtype(manifest: Mapping[str, Any]) -> str | None:

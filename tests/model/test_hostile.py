@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,8 +99,15 @@ def test_the_hubs_own_cache_may_link_to_its_files(tmp_path: Path, write: Callabl
     shutil.move(write([chat("a", "b")]), blob)
     folder = tmp_path / "datasets--a--b" / "snapshots" / "main"
     folder.mkdir(parents=True)
-    (folder / "rows.jsonl").symlink_to(blob)
+    (folder / "data").mkdir()
+    (folder / "data" / "rows.jsonl").symlink_to(blob)
     assert len(list(files.read_rows(str(folder)))) == 1
+    assert len(list(files.read_rows(str(folder / "data")))) == 1
+    blob.parent.rename(tmp_path / "datasets--a--b" / "others")
+    (folder / "data" / "rows.jsonl").unlink()
+    (folder / "data" / "rows.jsonl").symlink_to(tmp_path / "datasets--a--b" / "others" / "0123")
+    with pytest.raises(DataError, match="a link that leads out of"):
+        list(files.read_rows(str(folder)))
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device"])
@@ -158,9 +166,10 @@ def test_code_of_another_repository_never_runs(tiny_model: Path, write: Callable
 
 def test_code_of_the_hub_needs_a_revision(write: Callable[..., Path], tmp_path: Path) -> None:
     options = ["train", "--data", write(HERE), "--trust-remote-code", "--offline", "--dry-run", "--model"]
-    done = backprop(*options, "owner/name", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--model owner/name@COMMIT" in done.stderr
+    for name in ("owner/name", "owner/name@main", "owner/name@v1.0"):
+        done = backprop(*options, name, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "--model owner/name@COMMIT" in done.stderr
     done = backprop(*options, "owner/name@0123abc", cwd=tmp_path)
     assert done.returncode == 4
     assert "is not here" in done.stderr
@@ -172,13 +181,32 @@ def test_code_of_the_hub_needs_a_revision(write: Callable[..., Path], tmp_path: 
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, and 10000"),
         ({"vocab_size": 10**15}, "vocab_size: 1000000000000000"),
         ({"text_config": {"hidden_size": 10**12}}, "hidden_size"),
+        ({"hidden_size": float("nan")}, "hidden_size: nan"),
     ],
-    ids=["layers", "words", "inside"],
+    ids=["layers", "words", "inside", "no number"],
 )
 def test_absurd_numbers_are_refused(
     tiny_model: Path, write: Callable[..., Path], tmp_path: Path, config: dict[str, Any], said: str
 ) -> None:
     assert said in refused(copy_of(tiny_model, tmp_path / "model", **config), write(HERE), cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_no_kind_of_model_that_transformers_knows_is_refused(tmp_path: Path) -> None:
+    """The defaults of Gemma 3n and 4 were: words for each layer, gradients clipped at 1e10, infinite limits."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    tried = 0
+    for kind in CONFIG_MAPPING:
+        try:
+            text = CONFIG_MAPPING[kind]().to_json_string(use_diff=False)
+        except (ValueError, OSError, ImportError, StrictDataclassError):
+            continue  # made of others, which it must be given
+        (tmp_path / "config.json").write_text(text)
+        model_files.check_model(tmp_path)
+        tried += 1
+    assert tried > 500
 
 
 @pytest.mark.parametrize("shard", ["../../other/model.safetensors", "/etc/passwd", "..\\x.safetensors", "x.bin"])
@@ -208,6 +236,8 @@ def test_a_configuration_that_is_none_is_refused(
 
 # --- the chat template
 
+# Jinja computes it beforehand, and would take the end of the time for an error of the template.
+SWALLOWING = "{% set x = ('a' * 1000 * 900) | wordwrap(1) %}"
 LOOP = "{%- for a in range(90000) -%}{%- for b in range(90000) -%}{%- endfor -%}{%- endfor -%}"
 DOUBLING = (
     "{%- set n = namespace(s='ab') -%}{%- for a in range(60) -%}{%- set n.s = n.s + n.s -%}{%- endfor -%}{{ n.s }}"
@@ -219,6 +249,13 @@ DOUBLING = (
     [
         (LOOP, "works for more than"),
         (DOUBLING, "asks for too much: memory"),
+        (SWALLOWING + LOOP, "works for more than"),
+        ("{{ 1.5 | round(999999999, 'floor') }}", "rounds to an unknown number"),
+        ("{{ 1.5 | round(precision=n) }}", "rounds to an unknown number"),
+        ("{{ 1.5 | round(*many) }}", "rounds to an unknown number"),
+        ("{{ [1.5] | map('round', 999999999, 'floor') | list }}", "rounds to an unknown number"),
+        ("{{ [1.5] | map(name, 999999999, 'floor') | list }}", "rounds to an unknown number"),
+        ("{{ 1" + "0" * 5000 + " }}", "cannot be read"),
         ("{{ 'a' * 999 * 999 * 999 * 999 }}", "asks for too much"),
         ("{% for a in range(10 ** 2) %}{% endfor %}", "computes a power"),
         ("{% set n = namespace(x=9) %}{% for a in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}", "product of two"),
@@ -226,7 +263,11 @@ DOUBLING = (
         ("{{ messages", "cannot be read"),
         (" " * (2**20 + 1), "1,048,577 characters"),
     ],
-    ids=["a loop", "doubling", "a product", "a power", "squares", "a long text", "no template", "a long template"],
+    ids=[
+        *("a loop", "doubling", "a constant", "digits", "digits by name", "digits in a list", "digits of each"),
+        *("digits of any filter", "a huge number", "a product", "a power", "squares", "a long text", "no template"),
+        "a long template",
+    ],
 )
 def test_a_template_without_end_is_stopped(
     tiny_model: Path,
@@ -280,9 +321,28 @@ def test_a_slow_template_does_not_stop_what_comes_after(monkeypatch: pytest.Monk
         time.sleep(0.1)
 
 
+def test_threads_render_one_after_the_other_and_leave_the_limit_of_memory_as_it_was() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+
+    def render(seconds: float) -> None:
+        with templates.limited():
+            time.sleep(seconds)
+
+    threads = [threading.Thread(target=render, args=(seconds,)) for seconds in (0.2, 0.3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
 def test_templates_of_the_presets_kinds_are_not_refused(taught: Callable[[str], Path]) -> None:
     load_tokenizer(str(taught("llama-tied") / "lora"), trust_remote_code=False)
     templates.check("{{ '  ' * depth }}{{ 2 * loop.index0 }}{% generation %}x{% endgeneration %}{% break %}")
+    templates.check("{{ 1.23 | round(1) }}{{ 2 | round }}{{ messages | map(attribute='role') | map('upper') | list }}")
 
 
 # --- the adapter
@@ -297,6 +357,14 @@ def test_templates_of_the_presets_kinds_are_not_refused(taught: Callable[[str], 
         ({"layer_replication": [[0, 10**9]]}, "layer_replication"),
         ({"r": 10**9}, "r: 1000000000"),
         ({"rank_pattern": {"q": 10**9}}, "q: 1000000000"),
+        ({"target_modules": "(.*a)*(.*b)*x"}, "target_modules: `(.*a)*(.*b)*x`"),
+        ({"target_modules": "(a|a)+x"}, "which may take for ever"),
+        ({"target_modules": "(?x)(.+) +x"}, "which may take for ever"),
+        ({"target_modules": ".?" * 50 + "x"}, "which may take for ever"),
+        ({"exclude_modules": "((.+))+x"}, "exclude_modules"),
+        ({"layers_pattern": ["(.+)+x"]}, "layers_pattern"),
+        ({"rank_pattern": {"(.+){2,}x": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"(": 4}}, "alpha_pattern"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -313,6 +381,41 @@ def test_an_adapter_does_no_more_than_adapt(
     with pytest.raises(ModelError) as caught:
         find_adapter(folder, ExportConfig())
     assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "target_modules": ["q_proj", "(.*)*"],
+            "rank_pattern": {r"^layers\.0\.self_attn\.q_proj": 4, "mlp.down_proj": 8},
+        },
+        {"target_modules": "all-linear", "exclude_modules": None, "layers_pattern": "layers"},
+        {"target_modules": r"model\.layers\.(?:[0-9]|1[0-9])\.(self_attn|mlp)\.(?:(?:q|k|v|o)_proj|\w+_proj)"},
+        {
+            "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+            r"(?:q_proj|k_proj|v_proj|o_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))"
+        },
+    ],
+    ids=["names", "all", "a pattern", "as unsloth writes it"],
+)
+def test_patterns_of_adapters_that_end_are_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, **settings}))
+    model_files.check_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["owner/evil@0123abc", "its own"])
+def test_an_adapter_chooses_no_code(taught: Callable[[str], Path], tmp_path: Path, base: str) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(taught("llama-tied") / "lora", folder)
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    if base == "its own":
+        base = str(shutil.copytree(settings["base_model_name_or_path"], folder / "model"))
+    path.write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+    done = backprop("export", folder, "--trust-remote-code", "--offline", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "itself chooses the code" in done.stderr
 
 
 def test_a_pickled_adapter_is_not_opened(taught: Callable[[str], Path], tmp_path: Path) -> None:
@@ -349,6 +452,19 @@ def test_a_run_that_was_handed_over_leads_nowhere_else(train: Callable[..., Run]
     assert "is a link to" in again.failed.message
     assert again.failed.code == 2
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("by_itself", [True, False], ids=["an adapter", "a run"])
+def test_an_export_is_led_nowhere_else(taught: Callable[[str], Path], tmp_path: Path, by_itself: bool) -> None:
+    folder, ours = tmp_path / "theirs", tmp_path / "ours"
+    shutil.copytree(taught("llama-tied") / ("lora" if by_itself else ""), folder)
+    shutil.rmtree(folder / "export", ignore_errors=True)
+    ours.mkdir()
+    (folder / "export").symlink_to(ours)
+    done = backprop("export", folder, "--no-verify", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "is a link to" in done.stderr
+    assert list(ours.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["CON", "nul.txt", "Com1", "a/LPT9/b", "aux.", "com¹"])

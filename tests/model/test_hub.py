@@ -78,3 +78,25 @@ def test_an_adapter_names_its_base_as_others_know_it_and_finds_it_again(
 def test_what_no_model_can_be_called_is_exit_4(name: str) -> None:
     with pytest.raises(ModelError):
         hub.find_model(name, offline=True)
+
+
+@pytest.mark.parametrize("left_out", [["model.safetensors"], ["model-00002-of-00002.safetensors"]], ids=["all", "one"])
+def test_a_model_that_was_looked_at_without_its_weights_is_not_whole(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path, left_out: list[str]
+) -> None:
+    """As `doctor --model` leaves it, which needs none."""
+    cached = tmp_path / "models--owner--tiny"
+    folder = cached / "snapshots" / "0123abcd"
+    shutil.copytree(tiny_model, folder)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert hub.find_model("owner/tiny", offline=True).path == str(folder)
+    if left_out == ["model.safetensors"]:
+        (folder / "model.safetensors").unlink()
+    else:
+        shards = {"a": "model.safetensors", "b": left_out[0]}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert hub.find_model("owner/tiny", offline=True, weights=False).path == str(folder)
+    with pytest.raises(ModelError, match="is here without all of its weights"):
+        hub.find_model("owner/tiny", offline=True)

@@ -1,5 +1,6 @@
 """The GPUs of a run, looked after: each test is a sequence of readings, and what must come of it."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ class Watched:
     def __init__(self, all_cards: cards.Cards, said: list[Any], double: Any) -> None:
         self.cards, self.said, self.double = all_cards, said, double
         self.saved = 0
+        self.hangs = False
 
     def save(self) -> None:
         self.saved += 1
@@ -74,8 +76,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         said: list[Any] = sensor.said if isinstance(sensor, Warming) else []
         with cards.watching(said.append, asked_c=asked_c, started=time.monotonic()) as all_cards:
             cards.look_after([card.gpu for card in doubles])
-            yield Watched(all_cards, said, double)
-        assert double.opened == 0
+            run = Watched(all_cards, said, double)
+            yield run
+        assert double.opened == run.hangs, "a driver that hangs is not even told that we are done"
 
     return watched
 
@@ -182,14 +185,55 @@ def test_a_card_that_the_driver_does_not_show_is_trained_on(
 
 def test_a_driver_that_hangs_holds_up_no_training(watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cards, "CLOSE_MOST_S", 0.1)
-    with watched(Card()) as run:
-        run.steps()
-        monkeypatch.setattr(nvml, "read", lambda handle: time.sleep(2) or Reading())
+    monkeypatch.setattr(cards, "SILENT_S", 0.2)
+    released = threading.Event()
+    hot = Card(sensor=lambda: Now(core=86))
+    with watched(hot) as run:
         time.sleep(0.1)
-        started = time.monotonic()
-        cards.rest(run.save)
+        monkeypatch.setattr(nvml, "read", lambda handle: released.wait(60) and Reading())
+        run.hangs = True
+        time.sleep(0.3)
+        for _ in range(3):
+            cards.rest(run.save)
         run.cards.spent()
-    assert time.monotonic() - started < 1
+    assert run.warned.count("(it does not answer): training goes on unwatched") == 1
+    assert not released.is_set()
+    released.set()
+
+
+def test_a_reading_that_fails_otherwise_ends_no_watching(
+    watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card that was too warm when its last reading came is not waited for."""
+    monkeypatch.setattr(cards, "PAUSE_MOST_S", 0.2)
+    taken: list[Any] = []
+
+    def read(handle: Any) -> Reading:
+        taken.append(handle)
+        if len(taken) > 5:
+            raise OSError("of another kind")
+        return Reading(temperature_c=90)
+
+    with watched(Card()) as run:
+        monkeypatch.setattr(nvml, "read", read)
+        time.sleep(0.2)
+        cards.rest(run.save)
+    assert not run.all(Paused)
+    assert run.warned.count("OSError: of another kind") == 1
+
+
+def test_a_card_that_is_lost_between_two_looks_is_told_of(watched: Callable[..., Any]) -> None:
+    with pytest.raises(HardwareError, match="the driver has lost a card") as caught, watched(Card([Now(lost=True)])):
+        pass
+    assert caught.value.code == 5
+
+
+def test_the_card_that_is_too_warm_is_named(watched: Callable[..., Any]) -> None:
+    """And not the one that is warmer, which may be."""
+    other = Card(going(94), uuid="GPU-1", name="another", slowdown=105)
+    with watched(Card(sensor=Warming(70)), other) as run:
+        run.steps(until=Phase)
+    assert run.all(Paused)[0].reason.startswith("a card is at ")
 
 
 def test_slow_clocks_are_told_of_once_with_the_reason(watched: Callable[..., Any]) -> None:
@@ -253,14 +297,22 @@ def test_a_run_whose_card_failed_after_its_last_step_does_not_end_well(watched: 
             run.cards.refuse_if_lost()
 
 
-def test_a_run_that_hangs_with_a_lost_card_is_ended(
-    watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("now", [Now(lost=True), Now(xids=(62,)), Now(xids=(119,))], ids=["lost", "62", "119"])
+def test_a_run_that_hangs_with_its_card_is_ended(
+    watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, now: Now
 ) -> None:
+    """Also where the thread that looks hangs in the driver, from then on."""
     ended: list[Any] = []
     monkeypatch.setattr(cards, "STUCK_S", 0.1)
+    monkeypatch.setattr(cards, "CLOSE_MOST_S", 0.1)
     monkeypatch.setattr(stopping, "end_process", ended.append)
-    with watched(Card([Now(), Now(lost=True)])):
-        time.sleep(0.5)
+    released = threading.Event()
+    with watched(Card([Now(), now])) as run:
+        run.hangs = True
+        time.sleep(0.1)
+        monkeypatch.setattr(nvml, "read", lambda handle: released.wait(60) and Reading())
+        time.sleep(0.3)
+    released.set()
     assert ended
     assert ended[0].code == 5
 

@@ -2,13 +2,15 @@
 
 import collections
 import functools
+import io
+import json
 import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -24,7 +26,7 @@ from backprop.config import DoctorConfig
 from backprop.core.checkup import Torch, Volume, check_volume
 from backprop.edges import device, llama_cpp, surroundings
 from backprop.engine import trials
-from backprop.errors import BackpropError, HardwareError
+from backprop.errors import BackpropError
 from backprop.events import Checked
 from backprop.verbs import doctor as doctor_verb
 
@@ -122,6 +124,19 @@ class Place:
 
         self.patch.setattr(os, "statvfs", told)
 
+    def socks(self) -> None:
+        self.patch.setenv("ALL_PROXY", "socks5h://proxy.example")
+        connect = surroundings.socket.create_connection
+
+        def connected(address: tuple[str, int], *more: Any, **how: Any) -> Any:
+            if address[0] != "proxy.example":
+                return connect(address, *more, **how)
+            if address[1] != 1080:
+                raise OSError("nothing listens")
+            return io.BytesIO()
+
+        self.patch.setattr(surroundings.socket, "create_connection", connected)
+
     def forbidden(self, path: Path) -> None:
         real = os.access
         self.patch.setattr(os, "access", lambda one, mode: Path(one) != path and real(one, mode))
@@ -134,6 +149,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
     monkeypatch.setattr(doctor_verb, "try_all", lambda names, machine: ([], []))
     monkeypatch.setattr(llama_cpp, "quantize_tiny", lambda folder: 1)
     monkeypatch.setattr(llama_cpp, "bindings", lambda: None)
+    monkeypatch.setattr(surroundings.os, "fsync", lambda descriptor: None)
     return Place(monkeypatch, tmp_path)
 
 
@@ -182,6 +198,7 @@ def _(place: Place, _: Path) -> None:
 @sabotage("the driver's library not found in WSL2", "gpu", "/usr/lib/wsl/lib", 5)
 def _(place: Place, _: Path) -> None:
     place.file("dev/dxg", "")
+    place.file("usr/lib/wsl/lib/libcuda.so.1", "")
     place.patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
@@ -245,7 +262,7 @@ def _(place: Place, _: Path) -> None:
 
 @sabotage("another program on the GPU", "gpu 0 memory", f"process {STRANGER} hold 6.0 GiB", 0)
 def _(place: Place, _: Path) -> None:
-    place.card(readings=[Now(processes=((STRANGER - 1, 0), (STRANGER, 6 * GIB), (0, GIB)))])
+    place.card(readings=[Now(processes=((STRANGER, 6 * GIB),))])
 
 
 @sabotage("a card in a slot with too few lanes", "gpu 0 link", "1 of 16 lanes", 0)
@@ -363,6 +380,21 @@ def _(place: Place, folder: Path) -> None:
 def _(place: Place, folder: Path) -> None:
     (folder / "output").mkdir()
     place.forbidden(folder / "output")
+
+
+@sabotage("a folder that this user may not look into", "disk for output", "BACKPROP_USER", 9)
+def _(place: Place, folder: Path) -> None:
+    real, closed = os.stat, folder / "closed"
+    closed.mkdir()
+    place.patch.chdir(closed)
+    place.forbidden(closed)
+
+    def stat(path: Any, **how: Any) -> os.stat_result:
+        if closed in Path(os.fspath(path) if isinstance(path, str | os.PathLike) else "").parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **how)
+
+    place.patch.setattr(os, "stat", stat)
 
 
 @sabotage("an earlier run of another user in the output", "disk for output", "chown -R", 9)
@@ -483,6 +515,10 @@ HEALTHY: dict[str, Sabotage] = {
     "two GPUs": lambda place, folder: (place.card(), place.card(), place.shared(GIB)),
     "a container with a GPU": lambda place, folder: (place.card(), place.file(".dockerenv", "")),
     "WSL2 with a GPU": lambda place, folder: (place.card(), place.file("dev/dxg", "")),
+    "WSL2 without an NVIDIA card": lambda place, folder: (
+        place.file("dev/dxg", ""),
+        place.patch.delenv("CUDA_VISIBLE_DEVICES", raising=False),
+    ),
     "a card that tells little": lambda place, folder: place.card(
         slowdown=None, answers=dict.fromkeys(HEALTHY_CARD.answers, pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED))
     ),
@@ -508,6 +544,12 @@ HEALTHY: dict[str, Sabotage] = {
         place.file("sys/bus/pci/devices/0000:01:00.0/class", "0x040300\n"),
     ),
     "a container with two CPUs' worth": lambda place, folder: place.file("sys/fs/cgroup/cpu.max", "200000 100000\n"),
+    "another user's file beside our temporary ones": lambda place, folder: (
+        (folder / "theirs").mkdir(),
+        place.patch.setattr(surroundings.tempfile, "tempdir", str(folder)),
+        place.forbidden(folder / "theirs"),
+    ),
+    "a proxy of SOCKS on its usual port": lambda place, folder: place.socks(),
     "a proxy that answers": lambda place, folder: place.patch.setenv(
         "http_proxy", f"127.0.0.1:{page_server().server_address[1]}"
     ),
@@ -540,7 +582,7 @@ def test_the_least_memory_that_a_job_asks_for_is_held(place: Place) -> None:
 
 @pytest.mark.parametrize(
     "card",
-    [{"free": GIB // 2}, {"readings": [Now(processes=((STRANGER - 1, 0), (STRANGER, 6 * GIB), (0, GIB)))]}],
+    [{"free": GIB // 2}, {"readings": [Now(processes=((STRANGER, 6 * GIB),))]}],
     ids=["full", "busy"],
 )
 def test_a_card_that_a_run_uses_is_left_to_it(place: Place, card: dict[str, Any]) -> None:
@@ -617,10 +659,28 @@ def test_a_card_far_below_its_rate_is_named() -> None:
     ):
         expected = trials.expected_rate(capability, multiprocessors=processors, clock_hz=ghz * 1e9)
         assert expected == pytest.approx(sheet * 1e12, rel=0.01)
-        assert "70%" in trials.judge_rate(0.7 * sheet * 1e12, expected)
-        with pytest.raises(HardwareError, match="it reaches"):
-            trials.judge_rate(0.2 * sheet * 1e12, expected)
-    assert "TFLOP/s" in trials.judge_rate(1e12, trials.expected_rate((99, 0), multiprocessors=1, clock_hz=1e9))
+        for share, slow in ((0.7, False), (0.2, True)):
+            told = trials.judge_rate(share * sheet * 1e12, expected)
+            assert told[1] == slow
+            assert f"{share:.0%} of what" in told[0]
+    assert not trials.judge_rate(1e12, trials.expected_rate((99, 0), multiprocessors=1, clock_hz=1e9))[1]
+
+
+def test_a_slow_card_is_advised_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an H20 is, which has a seventh of an H100's rate by design; and each trial sees the GPUs that were asked about."""
+    seen: list[str] = []
+
+    def run(argv: Sequence[str], *, env: dict[str, str], timeout_s: float) -> str:
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        slow = trials.Tried(name="torch product", found="148 TFLOP/s", needed=trials.SLOW[0], mend=trials.SLOW[1])
+        Path(argv[3]).write_text(json.dumps(asdict(slow)) + "\n")
+        return ""
+
+    monkeypatch.setattr(doctor_verb.process, "run", run)
+    (finding,), _ = doctor_verb.try_all(["torch product"], trials.Machine(gpus=["GPU-1", "GPU-0"]))
+    assert finding.error is None
+    assert finding.advice == trials.SLOW
+    assert seen == ["GPU-1,GPU-0"]
 
 
 def test_what_is_tried_suits_the_machine() -> None:
