@@ -134,7 +134,8 @@ def _written(folder: Path) -> tuple[float | None, float | None]:
             file.flush()
             os.fsync(file.fileno())
             seconds = time.perf_counter() - started
-            skew = os.stat(file.name).st_mtime - asked_at
+            written_at = os.stat(file.name).st_mtime
+            skew = written_at - min(max(written_at, asked_at), time.time_ns() / 1e9)
     except OSError:
         return None, None
     return PROBE_BYTES / max(seconds, 1e-6), skew
