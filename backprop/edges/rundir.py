@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, TextIO, cast
 
 from backprop.config import differences
+from backprop.edges import stopping
 from backprop.errors import DiskError, UsageError
 from backprop.events import JSON, Checkpointed, Event, Sink, from_json, to_json
 
@@ -30,6 +32,19 @@ LEFTOVERS = (f"{MARK}*.part", f"{MARK}*.old", f"{MARK}export-*")
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file: with any ending.
 RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 Found = Literal["nothing", "unfinished", "finished"]
+
+
+@contextlib.contextmanager
+def scratch(directory: Path) -> Generator[Path]:
+    """Give a folder in ``directory`` for what an export makes on its way; gone after the block, whatever stops it."""
+    room: TemporaryDirectory[str] | None = None
+    try:
+        with stopping.held():
+            room = TemporaryDirectory(prefix=f"{MARK}export-", dir=directory)
+        yield Path(room.name)
+    finally:
+        if room is not None:
+            room.cleanup()
 
 
 def check(directory: Path, identity: Mapping[str, object], *, overwrite: bool) -> Found:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import get_args
 
 from backprop.config import ExportConfig, Quantization
@@ -33,14 +32,14 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
 
     loop.quieten()
     forget_rejected(adapter)
-    with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
+    with rundir.scratch(adapter.output) as scratch:
         if config.verify:
             room_for(Path(adapter.base))
         rounding = bases.nearest_base(adapter, config, say)
         say(Phase(name="merging and converting to GGUF"))
-        inputs = lay_out(adapter, Path(scratch), config, say, rounding=rounding)
+        inputs = lay_out(adapter, scratch, config, say, rounding=rounding)
         # Quantizing starts from 16 bits or more; a file that is wanted as it is serves as the source too.
-        source = Path(scratch) / "f16.gguf"
+        source = scratch / "f16.gguf"
         with llama_cpp.converting(inputs.folder, source, kind="f16", through=inputs.through) as finish:
             verifier = verifier_for(adapter, targets, config, say, rounding=rounding)
             finish()
@@ -50,7 +49,7 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
         imatrix = importance.find(adapter, config, inputs.tokenizer, source, say) if by_imatrix else None
         made = {"f16": source}
         base = bases.name_of(rounding, adapter, config)
-        maker = Maker(adapter, config, inputs, made, imatrix, verifier, base, Path(scratch), say)
+        maker = Maker(adapter, config, inputs, made, imatrix, verifier, base, scratch, say)
         if config.budget and verifier and not targets:
             ranked, nearest = budget.rank(config, source, verifier, imatrix, say)
             made[ranked[0]] = nearest

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from backprop.config import ExportConfig
@@ -34,10 +33,10 @@ def export_lora_gguf(adapter: Adapter, targets: Mapping[str, Path], config: Expo
     if adapter.four_bit_dtype:
         told = "the adapter was trained on weights of 4 bits, and is proved on the 16-bit original: on the former it is nearer"
         say(Warned(message=told))
-    with TemporaryDirectory(prefix=f"{rundir.MARK}export-", dir=adapter.output) as scratch:
+    with rundir.scratch(adapter.output) as scratch:
         say(Phase(name="converting the base model to GGUF, to apply the adapter to"))
-        base, plain = Path(scratch) / "base.gguf", Path(scratch) / "adapter"
-        inputs = lay_out(adapter, Path(scratch), config, say, merged=False)
+        base, plain = scratch / "base.gguf", scratch / "adapter"
+        inputs = lay_out(adapter, scratch, config, say, merged=False)
         with llama_cpp.converting(inputs.folder, base, kind="f16") as finish:
             verifier = verifier_for(adapter, targets, config, say)
             finish()
