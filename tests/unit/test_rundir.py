@@ -2,11 +2,14 @@
 
 import errno
 import os
+import signal
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from backprop.edges import rundir
+from backprop.edges import rundir, stopping
 from backprop.errors import DiskError, UsageError
 from backprop.events import Phase
 
@@ -225,3 +228,17 @@ def test_a_folder_of_another_user_is_told_with_who_asks(tmp_path: Path) -> None:
     assert found is not None
     assert f"user {os.getuid()}" in str(found.hint)
     assert "BACKPROP_USER" in str(found.hint)
+
+
+def test_a_stop_while_a_scratch_folder_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tempfile.mkdtemp
+
+    def stopped(*arguments: Any, **named: Any) -> str:
+        folder = made(*arguments, **named)
+        signal.raise_signal(signal.SIGINT)
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", stopped)
+    with stopping.armed(end_process=False), pytest.raises(KeyboardInterrupt), rundir.scratch(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
