@@ -126,8 +126,11 @@ def test_what_does_not_fit_is_left_out_and_if_nothing_does_the_plan_stands(
         return None if calls[0] <= 2 * len(WAYS) else real(self, share)
 
     monkeypatch.setattr(ranks.Rank, "_compute", full_at_first)
+    seen = used(monkeypatch)
     run = train(UNEVEN, **OPTIONS)
     assert not phases(run, "the fastest here")
+    assert max(one.examples for one in seen[2 * len(WAYS) :]) == 8
+    assert {one.recomputed for one in seen[2 * len(WAYS) :]} == {0}
     assert run.losses == pytest.approx(before, rel=1e-5)
 
 
