@@ -184,7 +184,7 @@ class _Fold:
     """The last run whose merge forgot little enough, and the hash of its file."""
 
     def __post_init__(self) -> None:
-        self.book = Book(self.config.output, self.say)
+        self.book = Book(self.config.output, self.say, choose=self.mode == "auto")
 
     def run(self, number: int) -> None:
         """Do a run, or take up what it did before; one whose training fails changes nothing."""
@@ -378,7 +378,7 @@ class _Fold:
         self.say(Gated(gate=f"forgetting at most {most:g}", ok=True, found=found))
 
 
-FORMAT = 3
+FORMAT = 4
 """Of `metrics.json`."""
 
 

@@ -1,14 +1,17 @@
 """What each run of a multi-run trains on, and what it holds out."""
 
+import functools
 import random
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 from backprop.config import MultiRunConfig, TrainConfig
 from backprop.core.data.formats import Conversation
+from backprop.core.data.inspect import identity
 from backprop.core.data.judge import Judged
 from backprop.core.data.replay import with_replay
 from backprop.core.data.sequences import pick
@@ -46,7 +49,7 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
             f"`--runs {options.runs}` would leave out {len(config.data) - options.runs} of {len(config.data)} `--data`",
             hint="leave `--runs` out, or leave out the `--data`",
         )
-    parts = _sources(config, options) if len(config.data) > 1 else _chunks(config, options)
+    parts = _leaks_told(_sources(config, options)) if len(config.data) > 1 else _chunks(config, options)
     rows = [part.judged.conversations for part in parts]
     mixed = [
         with_replay(rows[: number + 1], share=options.replay, seed=config.seed + number) for number in range(len(parts))
@@ -57,15 +60,43 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
     ]
 
 
+def _leaks_told(parts: Sequence[Part]) -> list[Part]:
+    """Warn of rows that one data set holds out and another trains on: what is remembered of these is no memory."""
+    data_sets = [
+        part for number, part in enumerate(parts) if all(part.judged is not one.judged for one in parts[:number])
+    ]
+    holders: defaultdict[int, list[Part]] = defaultdict(list)
+    for part in data_sets:
+        for digest in {identity(row) for row in part.held_out}:
+            holders[digest].append(part)
+    trainers: defaultdict[int, dict[int, str]] = defaultdict(dict)
+    for part in data_sets if holders else ():
+        for digest in map(identity, part.judged.conversations):
+            for holder in holders.get(digest, ()):
+                if holder is not part:
+                    trainers[id(holder.judged)].setdefault(digest, part.name)
+
+    def told(part: Part) -> tuple[str, ...]:
+        names = [*trainers[id(part.judged)].values()]
+        what = f"{len(names)} evaluation rows of part {part.name} are trained on in another part"
+        return (f"{what}, first in {names[0]}: its scores would flatter",) if names else ()
+
+    return [replace(part, judged=replace(part.judged, warnings=(*part.judged.warnings, *told(part)))) for part in parts]
+
+
 def _sources(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
+    evaluation = config.eval_data or [None] * len(config.data)
+    sources = list(zip(config.data, evaluation, strict=True))
+
+    @functools.cache
+    def read(data: str, held_out: str | None) -> tuple[Judged, Sequence[Conversation]]:
+        one = replace(config, data=(data,), eval_data=(held_out,) if held_out else ())
+        return read_data(one, most=options.samples)
+
     parts: list[Part] = []
-    for number in range(options.runs or len(config.data)):
-        index = number % len(config.data)
-        evaluation = config.eval_data[index : index + 1]
-        one = replace(config, data=(config.data[index],), eval_data=evaluation)
-        judged, held_out = read_data(one, most=options.samples)
-        name = f"{number + 1} {Path(config.data[index]).name}"
-        parts.append(Part(name=name, judged=judged, held_out=held_out))
+    for number, source in enumerate(islice(cycle(sources), options.runs or len(sources)), start=1):
+        judged, held_out = read(*source)
+        parts.append(Part(name=f"{number} {Path(source[0]).name}", judged=judged, held_out=held_out))
     return parts
 
 
