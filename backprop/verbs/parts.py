@@ -62,18 +62,15 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
 
 def _leaks_told(parts: Sequence[Part]) -> list[Part]:
     """Warn of rows that one data set holds out and another trains on: what is remembered of these is no memory."""
-    data_sets = [
-        part for number, part in enumerate(parts) if all(part.judged is not one.judged for one in parts[:number])
-    ]
     holders: defaultdict[int, list[Part]] = defaultdict(list)
-    for part in data_sets:
+    for part in parts:
         for digest in {identity(row) for row in part.held_out}:
             holders[digest].append(part)
     trainers: defaultdict[int, dict[int, str]] = defaultdict(dict)
-    for part in data_sets if holders else ():
+    for part in parts if holders else ():
         for digest in map(identity, part.judged.conversations):
             for holder in holders.get(digest, ()):
-                if holder is not part:
+                if holder.judged is not part.judged:  # of its own rows, the data ledger tells
                     trainers[id(holder.judged)].setdefault(digest, part.name)
 
     def told(part: Part) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ def test_held_out_rows_that_another_part_trains_on_are_told(write: Callable[...,
     """Each part was compared with its own held-out rows alone, and what it was never to see raised its scores later."""
     files = {
         "a": [chat(f"a {n}", "yes") for n in range(8)],
-        "a-held": [chat(f"held {n}", "yes") for n in range(4)],
+        "a-held": [*(chat(f"held {n}", "yes") for n in range(4)), chat("a 1", "yes")],
         "b": [*(chat(f"b {n}", "yes") for n in range(8)), chat("held 1", " yes "), chat("held 3", "yes")],
         "b-held": [chat("b-held", "yes"), chat("a 1", "no")],
     }
