@@ -77,6 +77,19 @@ def test_between_merges_the_score_counts_then_the_loss_then_the_papers_weight() 
     assert chosen(*exact) == 0.25, "who is exact is better, though the first has no exact answer at all"
 
 
+def test_a_merge_whose_loss_is_not_a_number_knows_nothing_is_not_chosen_and_meets_no_gate() -> None:
+    """What the general rows lost was compared with `max`, which passes over what is not a number: the gate was met."""
+    good, broken = Score(loss=math.log(2)), Score(loss=math.nan, exact_match=1.0)
+    general = Ledger(parts=["1 a"], runs=[1], scores=[[good]], general_before=good, general=[broken])
+    assert general.lost(1) == pytest.approx(1 / 2)
+    parts = Ledger(
+        parts=["1 a", "2 b"], runs=[1, 2], scores=[[good], [broken, good]], general_before=good, general=[good] * 2
+    )
+    assert parts.lost(2) == pytest.approx(1 / 2)
+    assert best_exponent((0.0, 0.5, 1.0), [[broken], [good], [good]]) == 0.5
+    assert best_exponent((0.0, 0.5, 1.0), [[broken], [broken], [Score(loss=9.0)]]) == 1.0
+
+
 def ledger() -> Ledger:
     return Ledger(
         parts=["1 a.jsonl", "3 c.jsonl"],
