@@ -19,7 +19,7 @@ from backprop.errors import DataError, TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
 from backprop.verbs.forgetting import MOST_EVALUATED, Book, best_of
-from backprop.verbs.parts import parts_of
+from backprop.verbs.parts import leaks, parts_of
 from backprop.verbs.prepare import (
     Prepared,
     fingerprint_of,
@@ -65,8 +65,9 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             session.end_again()
             return config.output
         _advise(config, options, say=session.say)
-        for warning in lasting.warnings:
-            session.say(Warned(message=f"general rows: {warning}"))
+        general = [f"general rows: {warning}" for warning in lasting.warnings]
+        for warning in (*general, *leaks(parts, lasting.conversations)):
+            session.say(Warned(message=warning))
         prepared: list[Prepared] = []
         for number, part in enumerate(parts):
             one = prepare(

@@ -49,7 +49,7 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
             f"`--runs {options.runs}` would leave out {len(config.data) - options.runs} of {len(config.data)} `--data`",
             hint="leave `--runs` out, or leave out the `--data`",
         )
-    parts = _leaks_told(_sources(config, options)) if len(config.data) > 1 else _chunks(config, options)
+    parts = _sources(config, options) if len(config.data) > 1 else _chunks(config, options)
     rows = [part.judged.conversations for part in parts]
     mixed = [
         with_replay(rows[: number + 1], share=options.replay, seed=config.seed + number) for number in range(len(parts))
@@ -60,25 +60,27 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
     ]
 
 
-def _leaks_told(parts: Sequence[Part]) -> list[Part]:
-    """Warn of rows that one data set holds out and another trains on: what is remembered of these is no memory."""
-    holders: defaultdict[int, list[Part]] = defaultdict(list)
-    for part in parts:
-        for digest in {identity(row) for row in part.held_out}:
-            holders[digest].append(part)
-    trainers: defaultdict[int, dict[int, str]] = defaultdict(dict)
-    for part in parts if holders else ():
-        for digest in map(identity, part.judged.conversations):
-            for holder in holders.get(digest, ()):
-                if holder.judged is not part.judged:  # of its own rows, the data ledger tells
-                    trainers[id(holder.judged)].setdefault(digest, part.name)
-
-    def told(part: Part) -> tuple[str, ...]:
-        names = [*trainers[id(part.judged)].values()]
-        what = f"{len(names)} evaluation rows of part {part.name} are trained on in another part"
-        return (f"{what}, first in {names[0]}: its scores would flatter",) if names else ()
-
-    return [replace(part, judged=replace(part.judged, warnings=(*part.judged.warnings, *told(part)))) for part in parts]
+def leaks(parts: Sequence[Part], general: Sequence[Conversation]) -> list[str]:
+    """Say which rows are held out of one part, or in no part, and trained on in another: to know these is no memory."""
+    # Data that comes again holds out the same rows. What it trains on of them, the data ledger tells.
+    measured = {id(part.held_out): (f"part {part.name}", part.held_out) for part in reversed(parts)}
+    measured[id(general)] = ("general", general)
+    owners: defaultdict[int, list[int]] = defaultdict(list)
+    for owner, (_, rows) in measured.items():
+        for digest in {identity(row) for row in rows}:
+            owners[digest].append(owner)
+    trained: defaultdict[int, dict[int, str]] = defaultdict(dict)
+    for part in parts if owners else ():
+        rows = part.judged.conversations
+        for digest in map(identity, islice(rows, len(rows) - part.judged.replayed)):
+            for owner in owners.get(digest, ()):
+                if owner != id(part.held_out):
+                    trained[owner].setdefault(digest, part.name)
+    return [
+        f"{len(found)} evaluation rows of {measured[owner][0]} are trained on, first in part {next(iter(found.values()))}: "
+        "its scores would flatter"
+        for owner, found in trained.items()
+    ]
 
 
 def _sources(config: TrainConfig, options: MultiRunConfig) -> list[Part]:

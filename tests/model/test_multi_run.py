@@ -614,10 +614,12 @@ def test_general_rows_are_of_every_source_and_what_is_wrong_with_them_is_told(
     runs: Callable[..., Told], write: Callable[..., Path]
 ) -> None:
     many = write([*rows("many") * 40], "many.jsonl")
-    few = write([*rows("few"), {"messages": [{"role": "user", "content": "and?"}]}], "few.jsonl")
+    few = write([*rows("few"), *rows("a")[:2], {"messages": [{"role": "user", "content": "and?"}]}], "few.jsonl")
     told = runs("a", num_runs=1, general_eval=[str(many), str(few)], dry_run=True)
     assert told.error is None
-    assert f"general rows: 1 rows without an assistant turn are left out, first: {few}, line 9" in told.warned
+    assert f"general rows: 1 rows without an assistant turn are left out, first: {few}, line 11" in told.warned
+    flattered = "2 evaluation rows of general are trained on, first in part 1 chunk: its scores would flatter"
+    assert flattered in told.warned
 
 
 def test_measuring_rows_longer_than_any_that_is_trained_on_takes_no_more_memory(

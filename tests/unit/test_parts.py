@@ -9,7 +9,7 @@ from conftest import chat
 from backprop.config import MultiRunConfig, TrainConfig
 from backprop.errors import UsageError
 from backprop.verbs import prepare
-from backprop.verbs.parts import parts_of
+from backprop.verbs.parts import leaks, parts_of
 
 
 def asked(part: object) -> list[str]:
@@ -73,16 +73,21 @@ def test_held_out_rows_that_another_part_trains_on_are_told(write: Callable[...,
     }
     paths = {name: str(write(rows, f"{name}.jsonl")) for name, rows in files.items()}
     config = TrainConfig(data=(paths["a"], paths["b"]), eval_data=(paths["a-held"], paths["b-held"]))
+    general = prepare.judge_rows(prepare.rows_of(paths["b-held"], offline=True), config).conversations
     parts = parts_of(config, MultiRunConfig(runs=4, replay=0.5))
-    told = "2 evaluation rows of part 1 a.jsonl are trained on in another part, first in 2 b.jsonl: its scores would flatter"
-    assert parts[0].judged.warnings == (told,)
-    assert parts[1].judged.warnings == ()
-    assert parts[2].judged.warnings == (told.replace("1 a", "3 a"),)
+    told = "2 evaluation rows of part 1 a.jsonl are trained on, first in part 2 b.jsonl: its scores would flatter"
+    assert leaks(parts, ()) == [told]
+    assert leaks(parts, general) == [told]
+    trained = parts[1].judged.conversations[:5]
+    assert leaks(parts, trained) == [
+        *("5 evaluation rows of general are trained on, first in part 2 b.jsonl: its scores would flatter", told)
+    ]
 
 
-def test_a_data_set_given_twice_is_no_leak_of_itself(source: Callable[..., str]) -> None:
-    both = source("a", 400)
-    first, second = parts_of(TrainConfig(data=(both, both)), MultiRunConfig())
-    assert first.held_out
-    assert first.held_out == second.held_out
-    assert not first.judged.warnings
+def test_a_data_set_given_twice_is_no_leak_of_itself_nor_are_its_chunks(source: Callable[..., str]) -> None:
+    both, held = source("a", 400), source("held")
+    twice = parts_of(TrainConfig(data=(both, both)), MultiRunConfig())
+    assert twice[0].held_out
+    assert twice[0].held_out == twice[1].held_out
+    chunks = [parts_of(TrainConfig(data=(both,), eval_data=more), MultiRunConfig(runs=2)) for more in ((), (held,))]
+    assert [leaks(parts, ()) for parts in (twice, *chunks)] == [[], [], []]
