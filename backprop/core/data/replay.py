@@ -1,8 +1,8 @@
 """Rows of earlier parts among those of a run, so that they are not forgotten."""
 
+import math
 import random
 from collections.abc import Sequence
-from itertools import chain, islice, zip_longest
 from typing import TypeVar
 
 from backprop.core.data.sequences import Joined, pick
@@ -22,14 +22,14 @@ def with_replay(parts: Sequence[Sequence[T]], *, share: float, seed: int) -> Seq
     earlier = [*{id(part): part for part in parts if part is not own}.values()]
     if not earlier or not share:
         return own
-    budget = round(share / (1 - share) * len(own))
+    left = round(share / (1 - share) * len(own))
     dice = random.Random(seed)
-    old = Joined(earlier)
-    starts = [sum(map(len, earlier[:number])) for number in range(len(earlier))]
-    places = [range(start, start + len(part)) for start, part in zip(starts, earlier, strict=True)]
-    piles = [dice.sample(some, min(budget, len(some))) for some in places]
-    dice.shuffle(piles)
-    dealt = (number for number in chain.from_iterable(zip_longest(*piles)) if number is not None)
-    drawn = pick(old, sorted(islice(dealt, budget)))
-    both = Joined([own, drawn])
+    dice.shuffle(earlier)  # who gives one more where the budget is not even
+    earlier.sort(key=len)
+    drawn: list[Sequence[T]] = []
+    for others, part in zip(reversed(range(len(earlier))), earlier, strict=True):
+        number = min(len(part), math.ceil(left / (others + 1)))
+        drawn.append(pick(part, sorted(dice.sample(range(len(part)), number))))
+        left -= number
+    both = Joined([own, *drawn])
     return tuple(both) if isinstance(own, tuple) else both
