@@ -70,6 +70,9 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             session.say(Warned(message=warning))
         prepared: list[Prepared] = []
         for number, part in enumerate(parts):
+            if options.replay and number:
+                old, rows = part.judged.replayed, len(part.judged.conversations)
+                session.say(Phase(name=f"part {part.name}: {old} of {rows} rows are of earlier parts"))
             one = prepare(
                 seeded(config, number),
                 part.judged,

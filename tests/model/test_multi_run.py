@@ -595,7 +595,10 @@ def test_advice_comes_before_the_training(runs: Callable[..., Told]) -> None:
         return "\n".join(event.name for event in runs(*words, **options, **more).all(events.Phase))
 
     assert "add `--replay 0.1`" in advised("a", "b")
-    assert "--replay" not in advised("a", "b", replay=0.1)
+    replayed = advised("a", "b", replay=0.2)
+    assert "--replay" not in replayed
+    assert "part 1 a.jsonl:" not in replayed
+    assert "part 2 b.jsonl: 2 of 10 rows are of earlier parts" in replayed
     chunks = advised("a", num_runs=2)
     assert "--replay" not in chunks
     assert "merged by `sequential`" in chunks
