@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -280,6 +281,13 @@ def test_joint_trains_on_all_at_once_for_as_many_steps(seen: Callable[[str], See
     assert joint.steps == [3 * STEPS]
     assert merges(joint, 1.0) >= {"last run"}
     assert joint.figures["AP"] == pytest.approx(joint.written["score"][0][0])
+
+
+def test_the_shrunk_arm_is_as_large_as_six_merges_of_slao(bench: ModuleType) -> None:
+    shares = [number**-0.5 for number in range(1, 7)]
+    kept = [1 - math.prod(1 - share for share in shares[number:]) for number in range(6)]  # of each run's change
+    shrinkage: float = bench.SHRINKAGE
+    assert shrinkage == pytest.approx(sum(kept) / 6, abs=5e-4)
 
 
 def test_all_arms_are_tested(bench: ModuleType) -> None:
