@@ -144,8 +144,8 @@ class TrainConfig:
     deterministic: Annotated[bool, Parameter(group=TRAINING, negative="", show_default=False)] = False
     """The same bits each time on a GPU too; slower."""
 
-    method: Annotated[Method, Parameter(group=LORA)] = "lora"
-    """`qlora` holds the base in 4 bits; `dora` also trains magnitudes; `full` trains every weight."""
+    method: Annotated[Method | None, Parameter(group=LORA)] = None
+    """`qlora` holds the base in 4 bits; `dora` also trains magnitudes; `full` trains every weight. Default: `lora`, or `qlora` where only that fits."""
     lora_r: Annotated[int, Bounds(least=1, most=1024), Parameter(group=LORA)] = 16
     """Rank."""
     lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
@@ -205,7 +205,7 @@ class TrainConfig:
             raise UsageError("`--method full` has no adapter to refine", hint="leave out the options of LoRA")
         if self.pissa and self.method in ("qlora", "dora"):
             raise UsageError(f"`--pissa` cannot begin `--method {self.method}`", hint="leave out one of them")
-        if self.fp8_backward and (self.method != "lora" or self.pissa or self.objective != "sft"):
+        if self.fp8_backward and (self.method not in (None, "lora") or self.pissa or self.objective != "sft"):
             raise UsageError(
                 "`--fp8-backward` is for plain `--method lora` and `--objective sft`", hint="leave out one of them"
             )

@@ -1,13 +1,13 @@
 """What a run will do, each choice with its reason: a pure function of config, hardware, model shape and data."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from backprop.config import TrainConfig
+from backprop.config import Method, TrainConfig
 from backprop.core import passes
 from backprop.core.hardware import Hardware
-from backprop.core.memory import ModelShape, adapter_weights, block_weights, word_weights
+from backprop.core.memory import ModelShape, adapter_weights, block_weights, step_memory, word_weights
 from backprop.core.passes import Passes
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import DEFAULTS, DEMO, GIB, PRESETS, Preset
@@ -37,6 +37,7 @@ class Plan:
     """Everything decided before the first step."""
 
     model: Choice[str]
+    method: Choice[str] = Choice("lora", "set by `--method`")
     device: Choice[str]
     gpus: Choice[int] = Choice(1, "all is done in one process")
     """How many share the passes of a step; 1 on a CPU."""
@@ -145,6 +146,38 @@ def spill_bytes(config: TrainConfig, *, rows: int, characters: int) -> int:
     """
     copies = 1 + (config.max_length is not None) + 2 * (config.objective == "kto")
     return int(copies * (EXAMPLE_BYTES_PER_CHARACTER * characters + EXAMPLE_BYTES * rows))
+
+
+def least_bytes(config: TrainConfig, shape: ModelShape, *, length: int, method: Method, dtype: str) -> int:
+    """Estimate what a step needs with a single example of ``length`` tokens, and every layer recomputed."""
+    own = replace(config, method=method)
+    tokens = length * sides_of(config)
+    return step_memory(own, shape, tokens=tokens, recomputed=shape.num_layers, compiled=False, dtype=dtype).total
+
+
+def choose_method(
+    config: TrainConfig, hardware: Hardware, shape: ModelShape, *, length: int, four_bit: bool
+) -> Choice[Method]:
+    """Take LoRA, or QLoRA where LoRA does not fit.
+
+    Args:
+        four_bit: Whether what holds weights in 4 bits is installed.
+    """
+    if config.method is not None:
+        return Choice(config.method, "set by `--method`")
+    if not hardware.gpus:
+        return Choice("lora", "the exact one that trains least")
+    dtype = _choose_dtype(hardware).value
+    room = passes.room_of(hardware.gpus[0])
+    need = least_bytes(config, shape, length=length, method="lora", dtype=dtype)
+    told = f"LoRA needs {need / GIB:.1f} GiB at least, and there is room for {room / GIB:.1f}"
+    if need <= room:
+        return Choice("lora", told)
+    if config.pissa or config.fp8_backward:
+        return Choice("lora", f"{told}; `--{'pissa' if config.pissa else 'fp8-backward'}` is for it alone")
+    if not four_bit:
+        return Choice("lora", f"{told}; for 4 bits, `pip install 'backprop[standard]'`")
+    return Choice("qlora", told)
 
 
 def make_plan(

@@ -6,9 +6,9 @@ from backprop.config import DoctorConfig, Method, TrainConfig
 from backprop.core import duration
 from backprop.core.data.judge import judge
 from backprop.core.hardware import Hardware
-from backprop.core.memory import ModelShape, step_memory
+from backprop.core.memory import ModelShape
 from backprop.core.passes import room_of
-from backprop.core.plan import Choice, DataShape, Plan, choose_model
+from backprop.core.plan import Choice, DataShape, Plan, choose_model, least_bytes
 from backprop.edges import hub
 from backprop.engine import load
 from backprop.errors import HardwareError
@@ -65,9 +65,7 @@ def method_that_fits(
     need = 0
     for method in methods:
         train = replace(train, method=method)
-        dtype = "bfloat16" if gpu else "float32"
-        least = step_memory(train, shape, tokens=length, recomputed=shape.num_layers, compiled=False, dtype=dtype)
-        need = least.total
+        need = least_bytes(train, shape, length=length, method=method, dtype="bfloat16" if gpu else "float32")
         if need <= room:
             return train, need
     raise HardwareError(

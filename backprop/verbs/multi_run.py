@@ -69,6 +69,7 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
         for warning in (*general, *leaks(parts, lasting.conversations)):
             session.say(Warned(message=warning))
         prepared: list[Prepared] = []
+        config = session.as_begun(config)
         for number, part in enumerate(parts):
             if options.replay and number:
                 old, rows = part.judged.replayed, len(part.judged.conversations)
@@ -82,6 +83,7 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
                 say=session.say,
             )
             if not number:
+                config = dataclasses.replace(config, method=one.config.method)  # one for all runs
                 check_rank(config, one)
             prepared.append(one)
         first = prepared[0]

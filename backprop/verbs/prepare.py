@@ -1,13 +1,14 @@
 """From rows to all that is known before weights are loaded: data judged and encoded, the model found, the plan made."""
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from backprop.config import TrainConfig
+from backprop.config import Method, TrainConfig
 from backprop.console import colour_spans
 from backprop.core import duration
 from backprop.core.data.formats import Conversation, Message, Row, parse_columns
@@ -17,7 +18,17 @@ from backprop.core.data.render import Encoded, Example, cut, encode_all, with_mi
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import Adapter, Forgeries, adapt
 from backprop.core.hardware import Hardware
-from backprop.core.plan import Choice, DataShape, Plan, choose_max_length, choose_model, disk_bytes, spill_bytes
+from backprop.core.memory import ModelShape
+from backprop.core.plan import (
+    Choice,
+    DataShape,
+    Plan,
+    choose_max_length,
+    choose_method,
+    choose_model,
+    disk_bytes,
+    spill_bytes,
+)
 from backprop.core.probes import choose
 from backprop.edges import device, files, hub, spill
 from backprop.errors import DataError, ModelError, UsageError
@@ -40,6 +51,8 @@ class Prepared:
     own: Sequence[Example]
     """Of those that are trained on, those of no earlier part."""
     plan: Plan
+    config: TrainConfig
+    """With what the plan has chosen where nothing was given, and the rest hangs on."""
     train_sha256: str
     """Of the tokens and masks that are trained on."""
     hardware: Hardware
@@ -140,8 +153,10 @@ def prepare(
     longest = config.max_length or min(shape.max_positions, max(max_length.value, MEASURED_TOKENS))
     gate_examples = _old_tasks(config, gate_rows, tokenizer, longest, say)
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
+    method = _choose_method(config, hardware, shape, max_length.value)
+    config = replace(config, method=method.value)
     plan, seconds = duration.plan_and_seconds(config, hardware, shape, sizes, model=chosen, max_length=max_length)
-    plan = _slowed(plan, rate_share)
+    plan = _slowed(replace(plan, method=method), rate_share)
     say(_data_read(judged, held_out, train, ledger))
     say(_plan_made(plan))
     return Prepared(
@@ -152,11 +167,17 @@ def prepare(
         gate_rows=gate_examples,
         own=_own(judged, train),
         plan=plan,
+        config=config,
         train_sha256=digest(train.examples),
         hardware=hardware,
         disk_bytes=disk_bytes(config, shape, sizes),
         seconds=seconds / plan.gpus.value,
     )
+
+
+def _choose_method(config: TrainConfig, hardware: Hardware, shape: ModelShape, length: int) -> Choice[Method]:
+    four_bit = importlib.util.find_spec("bitsandbytes") is not None
+    return choose_method(config, hardware, shape, length=length, four_bit=four_bit)
 
 
 def _own(judged: Judged, train: Encoded) -> Sequence[Example]:

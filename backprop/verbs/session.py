@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,11 @@ class Session:
         """Whether the run directory is this run's own."""
         return self._log is not None
 
+    def as_begun(self, config: TrainConfig) -> TrainConfig:
+        """Give the configuration with the method that was chosen when this very run began, if it goes on."""
+        before = (rundir.read_manifest(self.directory) or {}).get("config") or {}
+        return replace(config, method=before.get("method")) if self.goes_on and config.method is None else config
+
     def claim(self, prepared: Prepared, *, question: str, probes: Sequence[Sequence[Message]]) -> None:
         """Take the run directory, and write down what is known, with what export is going to ask.
 
@@ -123,6 +128,7 @@ class Session:
             self._tell_other_versions(before.get("versions") or {})
         self._manifest |= {
             "model": {**asdict(prepared.model), "revision": _revision(prepared.model)},
+            "config": {**self._manifest["config"], "method": prepared.config.method},
             "plan": {name: asdict(choice) for name, choice in prepared.plan.choices().items()},
             "question": question,
             "probes": [list(messages) for messages in probes],
@@ -356,6 +362,8 @@ def _as_known_before(directory: Path, identity: Mapping[str, object]) -> dict[st
     before = (rundir.read_manifest(directory) or {}).get("identity") or {}
     if not before:
         return dict(identity)
+    if identity["method"] is None and before.get("method") == "lora":  # what was the default once
+        identity = {**identity, "method": "lora"}
     defaults = {one.name: one.default for one in (*fields(TrainConfig), *fields(MultiRunConfig))}
     return {name: value for name, value in identity.items() if name in before or value != defaults.get(name, ...)}
 

@@ -55,7 +55,8 @@ def _train(config: TrainConfig, say: Sink) -> Path:
                 compare_with(original, losses_of(config.output), say=session.say, run=config.output)
             session.end_again()
             return config.output
-        prepared = prepare(config, judged, held_out, gate_rows=gate_rows, say=session.say)
+        prepared = prepare(session.as_begun(config), judged, held_out, gate_rows=gate_rows, say=session.say)
+        config = prepared.config
         if original is not None:
             refuse_other_inputs(original, prepared, fingerprint, say=session.say)
         if config.dry_run:
@@ -129,7 +130,7 @@ def check_packages(config: TrainConfig) -> None:
         PackageError: Naming the package and the command that brings it.
         UsageError: Naming the variable.
     """
-    for option in (config.method, *config.report_to):
+    for option in (*filter(None, [config.method]), *config.report_to):
         package, command = NEEDED.get(option, ("json", ""))
         if importlib.util.find_spec(package) is None:
             raise PackageError(f"`{option}` needs the package `{package}`", hint=command)

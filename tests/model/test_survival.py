@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from conftest import UNEVEN, Done, Run, backprop, chat, plant_in_training
 
-from backprop import events
+from backprop import Trainer, events
 from backprop.core import schedule
 from backprop.core.data.order import SampleOrder
+from backprop.core.plan import Choice
 from backprop.engine import batches, cross_entropy, exam, loop, objectives, trainer, validation
+from backprop.errors import Interrupted
+from backprop.verbs import prepare
 from backprop.verbs import train as train_verb
 
 pytestmark = pytest.mark.model
@@ -252,6 +255,29 @@ def test_a_checkpoint_holds_all_that_the_next_step_depends_on(
     assert 0 < state["next"]["rate_share"] < 1
     assert state["next"]["random_seed"] != 0
     assert json.loads((ended / "state.json").read_text())["next"] == {}
+
+
+@pytest.mark.parametrize("verb", ["train", "multi_run"])
+def test_a_run_goes_on_with_the_method_that_was_chosen_when_it_began(
+    tiny_model: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    data = [write(UNEVEN)] if verb == "train" else [write(UNEVEN, f"{name}.jsonl") for name in "ab"]
+
+    def method() -> str:
+        trainer = Trainer(str(tiny_model), say=lambda _: None, output=tmp_path / "run", skip_proofs=True, lora_r=4)
+        getattr(trainer, verb)(data, steps=6, batch_size=4, save_steps=1)
+        return json.loads((tmp_path / "run" / "run.json").read_text())["config"]["method"]
+
+    with monkeypatch.context() as patch:
+        # What another amount of free memory would do to a GPU, with a method that a CPU has.
+        patch.setattr(prepare, "choose_method", lambda *_, **__: Choice("dora", "a test"))
+        interrupt_at(patch, "the fifth step")
+        with pytest.raises(Interrupted):
+            method()
+    assert method() == "dora"
+    adapters = list((tmp_path / "run").rglob("lora/adapter_config.json"))
+    assert adapters
+    assert all(json.loads(path.read_text())["use_dora"] for path in adapters)
 
 
 @pytest.mark.slow

@@ -1,17 +1,22 @@
 """Choices and their reasons."""
 
+from typing import Any
+
 import pytest
 
 from backprop.config import Objective, TrainConfig
 from backprop.core.hardware import Gpu, Hardware
+from backprop.core.passes import room_of
 from backprop.core.plan import (
     Choice,
     DataShape,
     ModelShape,
     Plan,
     choose_max_length,
+    choose_method,
     choose_model,
     disk_bytes,
+    least_bytes,
     make_plan,
     spill_bytes,
 )
@@ -144,3 +149,30 @@ def test_tokens_are_kept_once_more_where_they_are_cut_and_beside_other_answers()
         )
     )
     assert (plain, cut, kto) == (8_150_000, 16_300_000, 24_450_000)
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "options", "four_bit", "expected"),
+    [
+        ((), {}, True, "lora"),
+        ((1.24,), {}, True, "qlora"),
+        ((1.24,), {}, False, "lora"),
+        ((1.24,), {"method": "lora"}, True, "lora"),
+        ((1.24,), {"method": "dora"}, True, "dora"),
+        ((1.24,), {"pissa": True}, True, "lora"),
+        ((24,), {}, True, "lora"),
+    ],
+)
+def test_4_bits_are_chosen_where_only_they_fit(
+    gpu_gib: tuple[float, ...], options: dict[str, Any], four_bit: bool, expected: str
+) -> None:
+    config = TrainConfig(data=("x",), **options)
+    chosen = choose_method(config, machine(*gpu_gib), SMALL, length=100, four_bit=four_bit)
+    assert chosen.value == expected
+    assert chosen.reason
+    least = {
+        method: least_bytes(TrainConfig(data=("x",)), SMALL, length=100, method=method, dtype="bfloat16")
+        for method in ("lora", "qlora")
+    }
+    if gpu_gib == (1.24,):
+        assert least["qlora"] < room_of(machine(*gpu_gib).gpus[0]) < least["lora"]
