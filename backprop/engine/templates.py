@@ -97,7 +97,7 @@ class _Watch:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.ends_at, self.thread = float("inf"), 0
-        self._started = False
+        self._started = self._told = False
 
     def begin(self) -> None:
         """Give the calling thread a time."""
@@ -111,16 +111,25 @@ class _Watch:
         """Let it be, also if it was just about to be told."""
         with self.lock:
             self.ends_at = float("inf")
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), None)
+            if not self._told:
+                return
+            try:  # Taken back by None, it would leave Python 3.11 hanging as soon as that is traced, as by a debugger.
+                self._tell()
+                while True:
+                    pass
+            except TooMuchError:
+                self._told = False
+
+    def _tell(self) -> None:
+        self._told = True
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(TooMuchError))
 
     def _look(self) -> None:
         while True:
             time.sleep(SECONDS / 20)
             with self.lock:
                 if time.monotonic() > self.ends_at:  # and again, should something have caught it
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                        ctypes.c_ulong(self.thread), ctypes.py_object(TooMuchError)
-                    )
+                    self._tell()
 
 
 _watch = _Watch()

@@ -9,6 +9,8 @@ from backprop.verbs.source import Adapter
 
 CARD = "README.md"
 MOST_CHARACTERS = 200
+# Of a stranger's card, what is read to find its licence.
+HEAD_CHARACTERS = 100_000
 
 
 def write_card(adapter: Adapter, folder: Path, *, name: str) -> None:
@@ -29,9 +31,16 @@ def licence_of(model: Path) -> str | None:
     import yaml
 
     try:
-        text = (model / CARD).read_text(encoding="utf-8")
+        with (model / CARD).open(encoding="utf-8") as card:
+            text = card.read(HEAD_CHARACTERS)
         found = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
-    except (FileNotFoundError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+    except (
+        FileNotFoundError,
+        IndexError,
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+    ):  # a value may be a day that never was
         return None
     licence = found.get("license") if isinstance(found, dict) else None
     return _plain(licence) if isinstance(licence, str) else None

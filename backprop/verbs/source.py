@@ -1,6 +1,5 @@
 """What is exported: an adapter on disk, its base model, and what is known of how it was trained."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,8 +63,8 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
             if manifest.get("status") == "failed"
             else "run its command again, to the end",
         )
-    base = _base_of_run(manifest) if manifest.get("model") else _base_of(folder)
     model_files.check_adapter(folder)
+    base = _base_of_run(manifest) if manifest.get("model") else _base_of(folder)
     if config.trust_remote_code:
         _refuse_code_of_its_choice(base, folder)
     model = hub.find_model(base, offline=config.offline, code=config.trust_remote_code)
@@ -139,10 +138,7 @@ def _base_of_run(manifest: Mapping[str, Any]) -> str:
 
 
 def _base_of(folder: Path) -> str:
-    try:
-        settings: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-        return str(settings["base_model_name_or_path"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"`{folder}/adapter_config.json` is damaged: {error}", hint="give the run it came from"
-        ) from error
+    name = model_files.read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise UsageError(f"`{folder}/adapter_config.json` names no base model", hint="give the run it came from")
+    return name

@@ -233,7 +233,12 @@ def test_a_base_model_is_named_by_the_hub_or_by_its_folder_without_the_way_to_it
 
 
 @pytest.mark.parametrize(
-    "text", ["", "---\n", "---\nlicense: [\n---\n", "---\n- a\n---\n", "# no front matter\n", "---\nlicense: 3\n---\n"]
+    "text",
+    [
+        *("", "---\n", "---\nlicense: [\n---\n", "---\n- a\n---\n", "# no front matter\n", "---\nlicense: 3\n---\n"),
+        *("---\ndate: 2026-99-99\n---\n", f"---\na: {'[' * 5000}\n---\n"),
+    ],
+    ids=lambda text: text[:20],
 )
 def test_a_card_that_names_no_licence_gives_none(tmp_path: Path, text: str) -> None:
     assert card.licence_of(tmp_path) is None

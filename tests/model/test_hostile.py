@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -67,10 +69,10 @@ def test_a_file_that_expands_without_end_is_refused(tmp_path: Path) -> None:
         with gzip.open(path, "wb") as file:
             for _ in range(40):
                 file.write(row)
-        started = time.monotonic()
+        started = time.process_time()
         with pytest.raises(DataError, match=r"expands to more than 200 times its size"):
             list(files.read_rows(str(path)))
-        assert time.monotonic() - started < 20
+        assert time.process_time() - started < 20
 
 
 def test_well_packed_data_is_read(tmp_path: Path) -> None:
@@ -321,6 +323,38 @@ def test_a_slow_template_does_not_stop_what_comes_after(monkeypatch: pytest.Monk
         time.sleep(0.1)
 
 
+TRACED = """
+import sys
+from backprop.engine import templates
+from backprop.errors import ModelError
+
+@templates.limited()
+def render(*, on_and_on):
+    while on_and_on:
+        pass
+
+def traced():
+    sys.settrace(lambda *_: lambda *_: None)
+    [None for _ in range(9)]
+    sys.settrace(None)
+
+render(on_and_on=False)
+traced()
+templates.SECONDS = 0.2
+try:
+    render(on_and_on=True)
+except ModelError:
+    traced()
+    print("ended")
+"""
+
+
+def test_the_limit_of_time_and_a_debugger_go_together() -> None:
+    """Python 3.11 traced the same instruction for ever once an exception of another thread was taken back."""
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "ended\n", done.stderr
+
+
 def test_threads_render_one_after_the_other_and_leave_the_limit_of_memory_as_it_was() -> None:
     import resource
 
@@ -363,6 +397,9 @@ def test_templates_of_the_presets_kinds_are_not_refused(taught: Callable[[str], 
         ({"target_modules": ".?" * 50 + "x"}, "which may take for ever"),
         ({"exclude_modules": "((.+))+x"}, "exclude_modules"),
         ({"layers_pattern": ["(.+)+x"]}, "layers_pattern"),
+        ({"modules_to_save": ["lm_head", "(.+)+x"]}, "modules_to_save"),
+        ({"modules_to_save": ["["]}, "modules_to_save"),
+        ({"auto_mapping": json.loads("[" * 150 + "]" * 150)}, "levels deep"),
         ({"rank_pattern": {"(.+){2,}x": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"(": 4}}, "alpha_pattern"),
     ],
