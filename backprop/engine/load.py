@@ -400,9 +400,10 @@ QUANTIZED = "The following `bitsandbytes` quantization config was used during tr
 """As PEFT has it (`PeftModel.create_or_update_model_card`)."""
 
 
-def name_base(model: Any, name: str) -> None:
-    """Let the adapter's configuration name its base model so that others find it too."""
+def name_base(model: Any, name: str, revision: str | None) -> None:
+    """Let the adapter's configuration name its base model so that others find it too, at the commit that it was trained on."""
     model.peft_config["default"].base_model_name_or_path = name
+    model.peft_config["default"].revision = revision
 
 
 def save_adapter(model: Any, tokenizer: HfTokenizer, folder: Path) -> None:

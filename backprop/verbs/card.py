@@ -52,8 +52,13 @@ def _base(name: str, folder: Path) -> dict[str, str]:
     is_path = Path(known).is_absolute() or known.startswith((".", "~")) or folder.parts[-2:] == Path(known).parts
     if is_path or known.count("/") != 1:
         return {"name": _plain(Path(known).name)}
-    owner, _, model = known.partition("/")
-    return {"name": _plain(model), "organization": _plain(owner), "repo_url": f"https://huggingface.co/{_plain(known)}"}
+    hub_id = known.partition("@")[0]
+    owner, _, model = hub_id.partition("/")
+    return {
+        "name": _plain(model),
+        "organization": _plain(owner),
+        "repo_url": f"https://huggingface.co/{_plain(hub_id)}",
+    }
 
 
 def _plain(text: str) -> str:

@@ -1,6 +1,7 @@
 """What is exported: an adapter on disk, its base model, and what is known of how it was trained."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
             else "run its command again, to the end",
         )
     model_files.check_adapter(folder)
-    base = _base_of_run(manifest) if manifest.get("model") else _base_of(folder)
+    base = _base_of_run(manifest, folder) if manifest.get("model") else _base_of(folder)
     if config.trust_remote_code:
         _refuse_code_of_its_choice(base, folder)
     model = hub.find_model(base, offline=config.offline, code=config.trust_remote_code)
@@ -131,14 +132,20 @@ def _adapter_hash(folder: Path) -> str:
     return rundir.sha256_of(weights)
 
 
-def _base_of_run(manifest: Mapping[str, Any]) -> str:
+def _base_of_run(manifest: Mapping[str, Any], folder: Path) -> str:
     """Give the folder that was trained on while it is there; else its name, which may be found again."""
     model = manifest["model"]
-    return str(model["path"] if os.path.isdir(model["path"]) else model["name"])
+    if os.path.isdir(model["path"]):
+        return str(model["path"])
+    named = _base_of(folder)
+    return named if "@" in named else str(model["name"])
 
 
 def _base_of(folder: Path) -> str:
-    name = model_files.read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    """Give the base model that an adapter names; one of the hub with the revision that it was trained on, if that is told."""
+    settings = model_files.read_object(folder / "adapter_config.json")
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str):
         raise UsageError(f"`{folder}/adapter_config.json` names no base model", hint="give the run it came from")
-    return name
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.isdir(name)
+    return f"{name}@{revision}" if of_hub and revision else name

@@ -213,6 +213,7 @@ def test_hostile_names_are_only_names(tmp_path: Path) -> None:
     [
         ("smollm2-135m", {"organization": "HuggingFaceTB", "name": "SmolLM2-135M-Instruct"}),
         ("Qwen/Qwen3-4B", {"organization": "Qwen", "name": "Qwen3-4B"}),
+        ("Qwen/Qwen3-4B@0123abcd", {"organization": "Qwen", "name": "Qwen3-4B"}),
         ("/home/me/models/mine", {"name": "mine"}),
         ("./models", {"name": "models"}),
         ("models/mine", {"name": "mine"}),
@@ -229,7 +230,9 @@ def test_a_base_model_is_named_by_the_hub_or_by_its_folder_without_the_way_to_it
     (found,) = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])["base_model"]
     url = found.pop("repo_url", None)
     assert found == base
-    assert (url is None) == ("organization" not in base)
+    assert url == (
+        f"https://huggingface.co/{found['organization']}/{found['name']}" if "organization" in base else None
+    )
 
 
 @pytest.mark.parametrize(
