@@ -8,6 +8,7 @@ import shutil
 import socket
 import sysconfig
 import tempfile
+import threading
 import time
 import urllib.parse
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ PROBE_BYTES = 8 * 2**20
 TEMPORARY = "temporary files"
 """Where every user has some, which nobody writes over."""
 PROXY_S = 0.5
+PROXY_MOST_S = 1.0
 PORTS = {"https": 443, **dict.fromkeys(("socks4", "socks4a", "socks5", "socks5h"), 1080)}
 CUDA_LIBRARIES = ("libcudart.so", "libcudnn", "libcublas", "libnccl", "libcuda.so")
 
@@ -228,8 +230,21 @@ def _silent_proxies(environment: Mapping[str, str]) -> tuple[str, ...]:
         except ValueError:
             silent.append(f"{name}, which is no address,")
             continue
-        try:
-            socket.create_connection((host, port), timeout=PROXY_S).close()
-        except OSError:
+        if not _answers(host, port):
             silent.append(f"{name} ({host}:{port})")
     return tuple(silent)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Say whether somebody listens there; soon, also where names are looked up in vain, which has no limit of time of its own."""
+    heard = threading.Event()
+
+    def call() -> None:
+        with contextlib.suppress(OSError, UnicodeError):  # the latter of a name that can be none
+            socket.create_connection((host, port), timeout=PROXY_S).close()
+            heard.set()
+
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(PROXY_MOST_S)
+    return heard.is_set()
