@@ -100,7 +100,7 @@ def check_adapter(folder: Path) -> None:
         for pattern in [named] if isinstance(named, str) else cast(Iterable[object], named) if regular else ():
             if not _ends_soon(str(pattern)):
                 raise ModelError(
-                    f"`{path}` says {name}: `{pattern:.80}`, which may take for ever to search for",
+                    f"`{path}` says {name}: `{pattern!s:.80}`, which may take for ever to search for",
                     hint="name the layers in a list",
                 )
     for name, number in _numbers({key: settings.get(key) for key in ("r", "rank_pattern", "lora_alpha")}):

@@ -239,6 +239,10 @@ def test_a_stop_while_a_scratch_folder_is_made_leaves_none(tmp_path: Path, monke
         return folder
 
     monkeypatch.setattr(tempfile, "mkdtemp", stopped)
-    with stopping.armed(end_process=False), pytest.raises(KeyboardInterrupt), rundir.scratch(tmp_path):
-        pass
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with stopping.armed(end_process=False), pytest.raises(KeyboardInterrupt), rundir.scratch(tmp_path):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.iterdir())
