@@ -1,17 +1,19 @@
 """Names of models and data sets, where nothing can be reached."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from conftest import backprop_process, chat
 
 from backprop.cli import run
 from backprop.config import ExportConfig
 from backprop.edges import hub
-from backprop.errors import DataError, ModelError
+from backprop.errors import BackpropError, DataError, DiskError, ModelError
 from backprop.verbs.source import find_adapter
 
 pytestmark = pytest.mark.model
@@ -167,3 +169,79 @@ def test_an_adapter_is_exported_onto_the_revision_that_it_was_trained_on(
     find_adapter(tmp_path / "alone", ExportConfig())
     of_run = (base if "@" in base else "owner/tiny") if taken_away else folder
     assert asked == [of_run, base.format(folder=folder)]
+
+
+def answered(kind: str) -> Exception:
+    """Make what huggingface_hub raises for an answer of the hub."""
+    from huggingface_hub import errors
+
+    response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co/owner/name"))
+    return getattr(errors, kind)("no", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said", "hint"),
+    [
+        (lambda: answered("GatedRepoError"), ModelError, "its licence must be accepted", "hf auth login"),
+        (lambda: answered("RepositoryNotFoundError"), ModelError, "the hub has no model `owner/name`", "hf auth login"),
+        (lambda: answered("RevisionNotFoundError"), ModelError, "`owner/name` has no revision `v2`", "commits"),
+        (lambda: PermissionError(13, "denied", "/cache/x"), DiskError, "`/cache/x` may not be written", "user"),
+        (lambda: httpx.ConnectError("down"), ModelError, "`owner/name@v2` is not here", "go online"),
+    ],
+    ids=["gated", "absent", "no such revision", "another user's cache", "offline"],
+)
+def test_what_the_hub_answers_is_told_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], kind: type[BackpropError], said: str, hint: str
+) -> None:
+    def refusing(hub_id: str, **_: object) -> str:
+        assert hub_id == "owner/name"
+        raise error()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refusing)
+    with pytest.raises(kind, match=said) as raised:
+        hub.find_model("owner/name@v2", offline=False)
+    assert hint in (raised.value.hint or "")
+
+
+def test_rows_of_the_hub_are_streamed_from_the_split_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, bool]] = []
+
+    def load_dataset(name: str, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        asked.append((name, split, streaming))
+        return [{"text": "a"}, {"text": "b"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    rows = list(hub.stream_rows("owner/rows:test", offline=False))
+    assert [(row.place, row.value) for row in rows] == [
+        ("owner/rows:test, row 1", {"text": "a"}),
+        ("owner/rows:test, row 2", {"text": "b"}),
+    ]
+    list(hub.stream_rows("owner/rows", offline=False))
+    assert asked == [("owner/rows", "test", True), ("owner/rows", "train", True)]
+
+
+def absent() -> Exception:
+    from datasets.exceptions import DatasetNotFoundError
+
+    return DatasetNotFoundError("no")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (absent, "the hub has no data set `owner/rows`"),
+        (lambda: ConnectionError("down"), "the hub cannot be reached"),
+        (lambda: ValueError("Bad split: x"), "`owner/rows:x` cannot be read: Bad split: x"),
+    ],
+    ids=["absent", "offline", "no such split"],
+)
+def test_a_data_set_of_the_hub_that_cannot_be_read_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], said: str
+) -> None:
+    def refusing(*_: object, **__: object) -> None:
+        raise error()
+
+    monkeypatch.setattr("datasets.load_dataset", refusing)
+    with pytest.raises(DataError, match=re.escape(said)) as raised:
+        list(hub.stream_rows("owner/rows:x", offline=False))
+    assert raised.value.hint
