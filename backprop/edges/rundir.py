@@ -124,7 +124,7 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool, k
                 remove(directory / name)
             tidy(directory)
             probe = directory / ".writable"
-            probe.write_text("")
+            probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
             raise _unusable(directory, error) from error
@@ -231,7 +231,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"`{path}` is damaged: {error}", hint="choose another `--output`") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):

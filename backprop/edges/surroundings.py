@@ -82,7 +82,7 @@ def installed_torch() -> Torch | None:
     if spec is None or spec.origin is None:
         return None
     try:
-        text = Path(spec.origin).with_name("version.py").read_text()
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
     except OSError:
         return None
     version, cuda = (re.search(rf"^{name}[^=\n]*= '([^'\n]*)'", text, re.MULTILINE) for name in ("__version__", "cuda"))
@@ -152,7 +152,7 @@ def _cpu_flags(root: Path) -> frozenset[str] | None:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     try:
-        lines = (root / "proc" / "cpuinfo").read_text().splitlines()
+        lines = (root / "proc" / "cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), None)
@@ -163,10 +163,12 @@ def _cpu_share(root: Path) -> float | None:
     """Give the CPUs' worth of time that the container's group may use, by either version of control groups."""
     folder = root / "sys" / "fs" / "cgroup"
     with contextlib.suppress(OSError, ValueError):
-        quota, period = (folder / "cpu.max").read_text().split()
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         return None if quota == "max" else int(quota) / int(period)
     with contextlib.suppress(OSError, ValueError):
-        quota, period = (int((folder / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        quota, period = (
+            int((folder / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")) for name in ("quota", "period")
+        )
         return None if quota < 0 else quota / period
     return None
 
@@ -189,7 +191,7 @@ def _pci_gpus(root: Path) -> int:
     found = 0
     for device in (root / "sys" / "bus" / "pci" / "devices").glob("*"):
         with contextlib.suppress(OSError):
-            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+            vendor, kind = ((device / name).read_text(encoding="utf-8").strip() for name in ("vendor", "class"))
             found += vendor == NVIDIA and kind.startswith(DISPLAY)
     return found
 
@@ -197,7 +199,7 @@ def _pci_gpus(root: Path) -> int:
 def _kernel_driver(root: Path) -> str:
     """Give the version of the driver that the kernel has loaded; empty if it has none."""
     with contextlib.suppress(OSError):
-        text = (root / "proc" / "driver" / "nvidia" / "version").read_text()
+        text = (root / "proc" / "driver" / "nvidia" / "version").read_text(encoding="utf-8")
         found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
         return found[1] if found else "of unknown version"
     return ""

@@ -350,10 +350,10 @@ def _write_difference(model: Any, folder: Path) -> None:
     }
     save_file(parts, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     path = folder / "adapter_config.json"
-    settings = json.loads(path.read_text())
+    settings = json.loads(path.read_text(encoding="utf-8"))
     scale = math.sqrt(2) if settings["use_rslora"] else 2
     plain = {"init_lora_weights": True, "r": 2 * settings["r"], "lora_alpha": scale * settings["lora_alpha"]}
-    path.write_text(json.dumps({**settings, **plain}, indent=2))
+    path.write_text(json.dumps({**settings, **plain}, indent=2), encoding="utf-8")
 
 
 def _check_targets(base: "PreTrainedModel", targets: Sequence[str]) -> None:

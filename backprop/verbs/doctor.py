@@ -220,7 +220,7 @@ def try_all(names: Sequence[str], machine: trials.Machine) -> tuple[list[Finding
             process.run(argv, env=environment, timeout_s=TRIALS_MOST_S)
         except ToolError as error:
             broken = error
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     findings = [_finding_of(trials.Tried(**line)) for line in lines if "name" in line]
     left = list(names[len(findings) :])
     if left:

@@ -20,7 +20,7 @@ RECORDS = "exports.json"
 def _records(adapter: Adapter) -> dict[str, Any]:
     """Read what earlier calls wrote down; nothing where that cannot be read."""
     try:
-        found = json.loads((adapter.output / RECORDS).read_text())
+        found = json.loads((adapter.output / RECORDS).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
