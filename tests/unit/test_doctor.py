@@ -199,6 +199,7 @@ def _(place: Place, _: Path) -> None:
 def _(place: Place, _: Path) -> None:
     place.pci()
     place.file(".dockerenv", "")
+    place.torch = CUDA_TORCH
 
 
 @sabotage("the driver's library not found", "gpu", "libnvidia-ml.so.1 is not found", 5)
@@ -536,6 +537,7 @@ HEALTHY: dict[str, Sabotage] = {
         place.program("nvidia-ctk"),
     ),
     "two GPUs": lambda place, folder: (place.card(), place.card(), place.shared(GIB)),
+    "the image for CPUs on a machine with a GPU": lambda place, folder: (place.pci(), place.file(".dockerenv", "")),
     "a container with a GPU": lambda place, folder: (place.card(), place.file(".dockerenv", "")),
     "WSL2 with a GPU": lambda place, folder: (place.card(), place.file("dev/dxg", "")),
     "WSL2 without an NVIDIA card": lambda place, folder: (
