@@ -58,7 +58,12 @@ def plan_and_seconds(
     gpus = choose_gpus(plan, hardware, seconds)
     compiled = choose_compile(config, plan, hardware, seconds / gpus.value, experts=shape.num_experts)
     plan = make_plan(config, hardware, shape, data, model=model, max_length=max_length, compiled=compiled)
-    return replace(plan, gpus=gpus), seconds
+    worth_trying = seconds / gpus.value > TRIED_ABOVE_S and not config.deterministic
+    return replace(plan, gpus=gpus, to_try=plan.to_try if worth_trying else ()), seconds
+
+
+# Six passes are tried; what comes of it is kept for later runs.
+TRIED_ABOVE_S = 5 * 60
 
 
 # A process for another GPU is ready after some 20 seconds: imports, the model's weights, the first exchange.

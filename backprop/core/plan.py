@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from backprop.config import TrainConfig
-from backprop.core.hardware import Gpu, Hardware
-from backprop.core.memory import ModelShape, adapter_weights, block_weights, step_memory, word_weights
+from backprop.core import passes
+from backprop.core.hardware import Hardware
+from backprop.core.memory import ModelShape, adapter_weights, block_weights, word_weights
+from backprop.core.passes import Passes
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import DEFAULTS, DEMO, GIB, PRESETS, Preset
 
@@ -52,10 +54,13 @@ class Plan:
     compile: Choice[bool]
     fp8_backward: Choice[bool] = Choice(False, "in 16 bits")
     """Whether gradients go through frozen feed-forward layers in 8 bits."""
+    to_try: tuple[Passes, ...] = ()
+    """What is tried on the GPU before the first step, instead of micro_batch and recompute as estimated."""
 
     def choices(self) -> dict[str, Choice[str | int | float | bool]]:
         """Give every choice by name, in the order they are shown."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if isinstance(value, Choice)}
 
 
 def choose_model(name: str | None, hardware: Hardware) -> Choice[str]:
@@ -163,7 +168,7 @@ def make_plan(
         raise HardwareError("`--method qlora` needs an NVIDIA GPU, and none was found", hint="add `--method lora`")
     fp8_backward = _choose_fp8_backward(config, hardware)
     batch = _choose_batch(config, data)
-    micro, recompute = _choose_passes(
+    micro, recompute, to_try = _choose_passes(
         config,
         batch.value,
         max_length.value * sides_of(config),
@@ -189,6 +194,7 @@ def make_plan(
         recompute=recompute,
         compile=compiled or Choice(False, "nothing is known of how long it takes"),
         fp8_backward=fp8_backward,
+        to_try=to_try,
     )
 
 
@@ -249,50 +255,26 @@ def _choose_batch(config: TrainConfig, data: DataShape) -> Choice[int]:
 
 # Tokens of one forward pass on a CPU: more brings no speed, and less memory is touched (scripts/bench).
 CPU_TOKENS_PER_PASS = 2048
-# Of the memory that is free, CUDA itself takes some; and what is estimated is not exact.
-CUDA_BYTES = 512 * 2**20
-SHARE_FOR_STEP = 0.95
-# A pass takes at least 5 ms for each layer, in which its kernels are started (docs/speed-notes.md); and a GPU computes,
-# by the data sheets from RTX 3060 to B200, 2 to 12 TFLOP/s in bfloat16 for each GiB of its memory.
-START_SECONDS = 5e-3
-START_SECONDS_4_BIT = 7.5e-3
-RATE_PER_GIB = 3e12
-# Going forward once more, against forward and back: 1.40 and 1.41 times the time were measured.
-COST_OF_RECOMPUTING = 0.4
 
 
 def _choose_passes(
     config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
-) -> tuple[Choice[int], Choice[int]]:
-    """Choose how many examples go through the model at once, and how many layers are computed again on the way back."""
+) -> tuple[Choice[int], Choice[int], tuple[Passes, ...]]:
+    """Choose how many examples go through the model at once, and how many layers are computed again on the way back; and
+    give what else may be as fast.
+    """
     if not hardware.gpus:
         most = config.micro_batch or max(1, CPU_TOKENS_PER_PASS // length)
-        micro = Choice(_divisor(batch, most), f"at most {CPU_TOKENS_PER_PASS} tokens at once")
+        micro = Choice(passes.divisor(batch, most), f"at most {CPU_TOKENS_PER_PASS} tokens at once")
         recompute = Choice(min(config.recompute or 0, shape.num_layers), "main memory is enough")
-        return _as_set(config, micro, recompute, shape)
-    gpu = hardware.gpus[0]
-    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
-    if config.micro_batch is not None:
-        sizes = [_divisor(batch, config.micro_batch)]
-    again = range(shape.num_layers + 1) if config.recompute is None else [min(config.recompute, shape.num_layers)]
-    candidates = [(size, layers) for size in sizes for layers in again]
-    dtype = _choose_dtype(hardware).value
-    need = {
-        (size, layers): step_memory(
-            config, shape, tokens=size * length, recomputed=layers, compiled=compiled, dtype=dtype
-        ).total
-        for size, layers in candidates
-    }
-    room = room_of(gpu)
-    fitting = [one for one in candidates if need[one] <= room]
-    seconds = START_SECONDS_4_BIT if config.method == "qlora" else START_SECONDS
-    start = seconds * RATE_PER_GIB * gpu.memory_bytes / GIB * shape.num_layers / (4 * block_weights(shape))
-    size, layers = min(
-        fitting or [min(candidates, key=need.__getitem__)],
-        key=lambda one: _cost(one[1] / shape.num_layers, one[0] * length, start),
-    )
-    told = f"about {need[size, layers] / GIB:.1f} GiB for a step, and {gpu.memory_free_bytes / GIB:.1f} GiB are free"
-    return _as_set(config, Choice(size, told), Choice(layers, f"of {shape.num_layers} layers; {told}"), shape)
+        return *_as_set(config, micro, recompute, shape), ()
+    gpu, dtype = hardware.gpus[0], _choose_dtype(hardware).value
+    need = passes.needs(config, batch, length, shape, compiled=compiled, dtype=dtype)
+    ways = passes.fastest_first(config, need, length, shape, gpu)
+    chosen = ways[0]
+    told = f"about {need[chosen] / GIB:.1f} GiB for a step, and {gpu.memory_free_bytes / GIB:.1f} GiB are free"
+    recompute = Choice(chosen.recomputed, f"of {shape.num_layers} layers; {told}")
+    return *_as_set(config, Choice(chosen.examples, told), recompute, shape), passes.worth_trying(ways)
 
 
 def _as_set(
@@ -303,27 +285,6 @@ def _as_set(
     if config.recompute is not None:
         recompute = Choice(recompute.value, f"set by `--recompute`, of {shape.num_layers} layers")
     return micro, recompute
-
-
-def room_of(gpu: Gpu) -> float:
-    """Give the bytes that a step may be estimated to need."""
-    return SHARE_FOR_STEP * (gpu.memory_free_bytes - CUDA_BYTES)
-
-
-def _cost(recomputed: float, tokens: int, start: float) -> float:
-    """Estimate the time of a token's way through the model, against that in a long pass without recomputing.
-
-    Args:
-        recomputed: Share of the layers.
-        tokens: Of the pass.
-        start: Tokens that are computed while a pass is started; both go on side by side.
-    """
-    return (1 + COST_OF_RECOMPUTING * recomputed) * math.hypot(1, start / tokens)
-
-
-def _divisor(number: int, most: int) -> int:
-    """Give the largest divisor of ``number`` that is at most ``most``."""
-    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
 
 
 # A small set is learnt in about this many steps, and passes beyond ten only repeat (examples/, SmolLM2 135M).

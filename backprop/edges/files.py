@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from backprop.core.data.formats import Row, has_known_shape
 from backprop.core.data.shapes import is_turn
+from backprop.edges.json_text import JsonText
 from backprop.errors import DataError, PackageError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -175,8 +176,6 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 HEAD_BYTES = 4096
-SPACE = re.compile(r"[ \t\r\n]*")
-DECODER = json.JSONDecoder()
 
 
 def _refuse_other_encodings(path: Path, head: bytes) -> None:
@@ -296,47 +295,48 @@ def _parse(text: str, place: str) -> object:
 def _document_rows(path: Path, file: IO[bytes]) -> Iterator[Row]:
     """Read the rows of a list, of a list inside an object, or of objects one after another.
 
-    A list is parsed row by row, so that never both the text and all its rows are in memory.
+    Only what wraps its rows in an object is in memory as a whole.
     """
-    text = file.read().decode("utf-8-sig")
-    values = _items(path, text) if text[_after_space(text, 0) :][:1] == "[" else _values(path, text)
+    text = JsonText(path, file)
+    values = _items(text) if text.at(text.after_space(0)) == "[" else _values(text)
     for number, value in enumerate(values, start=1):
         yield Row(place=f"{path}, row {number}", value=value)
 
 
-def _items(path: Path, text: str) -> Iterator[object]:
+def _items(text: JsonText) -> Iterator[object]:
     """Give the items of the list that ``text`` is; or the list itself, if it is one conversation."""
-    start = _after_space(text, 0)
-    at = _after_space(text, start + 1)
-    closed = text[at : at + 1] == "]"
+    start = text.after_space(0)
+    at = text.after_space(start + 1)
+    closed, first = text.at(at) == "]", True
     while not closed:
-        item, at = _decode(path, text, at)
-        if is_turn(item):
-            whole, at = _decode(path, text, start)
+        item, at = text.decode(at)
+        if first and is_turn(item):
+            whole, at = text.decode(start)
             yield whole
             break
+        first = False
         yield item
-        at = _after_space(text, at)
-        closed = text[at : at + 1] == "]"
-        if not closed and text[at : at + 1] != ",":
-            raise _not_json(path, json.JSONDecodeError("Expecting ',' delimiter", text, at))
-        at = at if closed else _after_space(text, at + 1)
-    at = _after_space(text, at + closed)
-    if at < len(text):
-        raise _not_json(path, json.JSONDecodeError("Extra data", text, at))
+        at = text.after_space(text.forget(at))
+        closed = text.at(at) == "]"
+        if not closed and text.at(at) != ",":
+            raise text.fault("Expecting ',' delimiter", at)
+        at = at if closed else text.after_space(at + 1)
+    at = text.after_space(at + closed)
+    if text.at(at):
+        raise text.fault("Extra data", at)
 
 
-def _values(path: Path, text: str) -> Iterator[object]:
+def _values(text: JsonText) -> Iterator[object]:
     """Give the objects of ``text``; or the rows of a single one that wraps them, as {"data": […]} does."""
-    value, at = _decode(path, text, _after_space(text, 0))
-    at = _after_space(text, at)
-    if at == len(text) and isinstance(value, Mapping):
+    value, at = text.decode(text.after_space(0))
+    at = text.after_space(at)
+    if not text.at(at) and isinstance(value, Mapping):
         yield from _wrapped(value) or [value]
         return
     yield value
-    while at < len(text):
-        value, at = _decode(path, text, at)
-        at = _after_space(text, at)
+    while text.at(at):
+        value, at = text.decode(at)
+        at = text.after_space(text.forget(at))
         yield value
 
 
@@ -348,29 +348,6 @@ def _wrapped(value: Mapping[str, object]) -> list[object]:
         if isinstance(items, list) and items and all(isinstance(item, Mapping) for item in items)
     ]
     return lists[0] if len(lists) == 1 and not has_known_shape(value) and not is_turn(lists[0][0]) else []
-
-
-def _after_space(text: str, at: int) -> int:
-    found = SPACE.match(text, at)
-    return found.end() if found else at
-
-
-def _decode(path: Path, text: str, at: int) -> tuple[object, int]:
-    try:
-        return DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        raise _not_json(path, error) from error
-    except RecursionError as error:
-        raise DataError(f"{path} is nested too deeply", hint="a .json file is one list of flat objects") from error
-    except ValueError as error:  # a number of over 4,300 digits
-        raise DataError(f"{path} cannot be read: {error}", hint="quote numbers that are text") from error
-
-
-def _not_json(path: Path, error: json.JSONDecodeError) -> DataError:
-    return DataError(
-        f"{path}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}",
-        hint="a .json file is one list of objects",
-    )
 
 
 def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[Row]:

@@ -6,6 +6,7 @@ of the same version, unpacked beside them by `python -m backprop.edges.llama_cpp
 
 import contextlib
 import ctypes
+import logging
 import os
 import shutil
 import sys
@@ -41,6 +42,7 @@ def bindings() -> Any:
         raise ToolError(
             f"llama-cpp-python is {llama_cpp.__version__}, and the converter is of {LLAMA_CPP_VERSION}", hint=BUILD_HINT
         )
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # else each backend that is loaded is told
     if own:
         _load_backends()
     return llama_cpp

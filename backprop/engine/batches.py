@@ -28,6 +28,8 @@ class PassSize:
     """What the model computes in: training, evaluation and proofs alike."""
     ranks: int = 1
     """How many processes share the passes out: each is given as many, of about the same length, where there is enough."""
+    recomputed: int | None = None
+    """Layers whose activations are computed again on the way back; None for as many as the plan has."""
 
 
 def labels_of(example: Example) -> list[int]:

@@ -10,13 +10,14 @@ from typing import Any, cast
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.plan import Choice, Plan, sides_of
+from backprop.core.plan import Plan, sides_of
 from backprop.core.schedule import schedule_of
 from backprop.edges import checkpoints, rundir, stopping
 from backprop.edges.checkpoints import Checkpoint
 from backprop.engine import proofs, snapshot
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize
+from backprop.engine.choosing import fastest, with_fp8_if_proved
 from backprop.engine.exam import MOST_EXAMINED, Exam, Prove
 from backprop.engine.load import HfTokenizer, adapter_state, set_adapter_state
 from backprop.engine.objectives import Objective, objective_of
@@ -167,8 +168,14 @@ class _Training:
             refuse_other_future(checkpoint, schedule_of(len(self.examples), self.config, self.plan))
         if self.objective.needs_reference:
             self._refer(checkpoint)
+        given = (self.model, self.objective, self.examples, self.size)
         if self.plan.fp8_backward.value:
-            self._decide_fp8(checkpoint)
+            before = checkpoint.state["fp8_backward"] if checkpoint else None
+            self.plan = with_fp8_if_proved(
+                *given, plan=self.plan, ranks=self.ranks, prove=self.prove, say=self.say, before=before
+            )
+        if checkpoint is None:
+            self.size = fastest(*given, config=self.config, plan=self.plan, ranks=self.ranks, say=self.say)
         stand = self._stand(checkpoint)
         for left in reversed(range(MOST_ROLLBACKS + 1)):
             try:
@@ -187,17 +194,6 @@ class _Training:
         self.references = self._weighed() if checkpoint is None else snapshot.references_of(checkpoint)
         of_trained, of_held = self.references.split([len(trained), len(held)])
         self.examples, self.held_out = Weighed(trained, of_trained), Weighed(held, of_held)
-
-    def _decide_fp8(self, checkpoint: Checkpoint | None) -> None:
-        """Go back in 8 bits if that was proved when the run began."""
-        from backprop.engine import fp8
-
-        self.ranks.meet(self.model)
-        given = (self.model, self.objective, self.examples, self.size, self.ranks)
-        if not (checkpoint.state["fp8_backward"] if checkpoint else self.prove(lambda: fp8.prove(*given)).ok):
-            self.ranks.keep_16_bits()
-            self.plan = replace(self.plan, fp8_backward=Choice(False, "not proved"))
-            self.say(Warned(message="gradients go back in 16 bits, which is slower: 8 were not proved in this run"))
 
     def _weighed(self) -> Any:
         """Find it, or the rest of it where that was interrupted."""
@@ -255,6 +251,8 @@ class _Training:
         with closing(trackers), _saved_when_stopped(saver.save):
             if not (stand.progress.ended or watch.evaluate_if_due()):
                 self.ranks.meet(self.model)
+                if stand.size.recomputed is not None:
+                    self.ranks.recompute(stand.size.recomputed)
                 with within_documents(self.model) if stand.size.packing else nullcontext():
                     trainer.train()
         return replace(stand, size=steps.size)
@@ -286,6 +284,8 @@ class _Training:
                     examples=min(size.examples, self.size.examples),
                     tokens=min(size.tokens, self.size.tokens),
                 )
+            if self.config.recompute is not None:
+                size = replace(size, recomputed=None)
         examined = known or before.get("exam")
         exam = Exam(
             self.model,

@@ -162,7 +162,7 @@ class Rank:
             _spread(flat, gradients)
 
     def forget(self) -> None:
-        """Drop the gradients of a step that is done again with less at once."""
+        """Drop the gradients of a step that is done again in another way, and the memory that it left."""
         import torch
 
         self._model.zero_grad(set_to_none=True)
@@ -284,7 +284,7 @@ class Ranks:
             objective.totals(passes, [moved[0][number].to(rank.device) for number in mismatched]),
         )
         if parts is None:
-            self._all(rank, "forget")
+            self.forget()
             return None
         if self._workers:
             self._all(rank, "add_up", parts[1])
@@ -310,14 +310,20 @@ class Ranks:
         values = {number: value for one in whole for number, value in one.values.items()}
         return values, sorted({number for one in whole for number in one.with_gradient})
 
-    def recompute_all(self) -> bool:
-        """Let every layer compute its activations again on the way back; false if all do already."""
-        return self._rank is not None and self._all(self._rank, "recompute", sys.maxsize)
+    def recompute(self, count: int) -> bool:
+        """Let so many layers compute their activations again on the way back, on every rank; false if they do already."""
+        assert self._rank is not None
+        return self._all(self._rank, "recompute", count)
 
     def keep_16_bits(self) -> None:
         """Let every rank compute the way back as the way forward."""
         assert self._rank is not None
         self._all(self._rank, "keep_16_bits")
+
+    def forget(self) -> None:
+        """Let every rank drop its gradients, and memory that it keeps for others."""
+        assert self._rank is not None
+        self._all(self._rank, "forget")
 
     def meet(self, model: Any) -> None:
         """Wait until every rank has loaded the model and can exchange weights with the others, if that is not so yet.

@@ -72,6 +72,12 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         size = replace(self.size, ranks=self._num_ranks)
         return self.objective.passes([self._examples[number] for number in numbers], size)
 
+    def recompute_all(self, ranks: Ranks, model: Any) -> bool:
+        """Let every layer compute its activations again on the way back; false if all do already."""
+        layers = len(layers_of(model))
+        self.size = replace(self.size, recomputed=layers)
+        return ranks.recompute(layers)
+
     def shrink(self) -> bool:
         """Halve what goes through the model at once; false if it is one example already."""
         tokens, examples = max(self.size.tokens // 2, self._longest), max(self.size.examples // 2, 1)
@@ -281,19 +287,21 @@ class StepTrainer(SFTTrainer):
         """Run every pass forward and backward, and give the loss of the step; less at once if the memory is full."""
         model.train()
         self._watch.numbers = inputs["numbers"]
-        todo, before = inputs["passes"], self._steps.size
+        todo, shrunk = inputs["passes"], False
         seed = self._steps.schedule.random_seed(inputs["step"])
         while (parts := self._ranks.step(model, self._steps.objective, todo, seed=seed)) is None:
-            if self._ranks.recompute_all():
+            if self._steps.recompute_all(self._ranks, model):
                 self._watch.recomputing()
-            elif not self._steps.shrink():
+            elif self._steps.shrink():
+                shrunk = True
+            else:
                 longest = self._plan.max_length.value
                 raise HardwareError(
                     f"the GPU's memory is too small for one example of up to {longest} tokens",
                     hint=f"add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
                 )
             todo = self._steps.passes_of(self._watch.numbers)
-        if self._steps.size != before:
+        if shrunk:
             self._watch.shrunk(self._steps.size)
         self._watch.tell_if_not_compiled(self._ranks.not_compiled)
         margins = [margin for part in parts if part.margins is not None for margin in part.margins.tolist()]

@@ -7,7 +7,8 @@ from backprop.core import duration
 from backprop.core.data.judge import judge
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape, step_memory
-from backprop.core.plan import Choice, DataShape, Plan, choose_model, room_of
+from backprop.core.passes import room_of
+from backprop.core.plan import Choice, DataShape, Plan, choose_model
 from backprop.edges import hub
 from backprop.engine import load
 from backprop.errors import HardwareError

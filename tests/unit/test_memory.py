@@ -8,7 +8,8 @@ from backprop.config import TrainConfig
 from backprop.core.duration import plan_and_seconds
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.memory import ModelShape, adapter_weights, block_weights, met_weights, step_memory, word_weights
-from backprop.core.plan import Choice, DataShape, Plan, room_of
+from backprop.core.passes import Passes, room_of, worth_trying
+from backprop.core.plan import Choice, DataShape, Plan
 from backprop.presets import GIB
 
 CONFIG = TrainConfig(data=("x",))
@@ -136,3 +137,21 @@ def test_every_expert_is_held_and_few_are_met() -> None:
 def test_what_is_trained_in_full_is_held_in_20_bytes_a_weight() -> None:
     full = step_memory(replace(CONFIG, method="full"), QWEN25_7B, tokens=8, recomputed=28, compiled=False)
     assert full.weights / 7.615e9 == pytest.approx(20, rel=0.01)
+
+
+def test_the_fastest_of_each_size_is_worth_trying() -> None:
+    ways = [Passes(4, 0), Passes(4, 1), Passes(2, 0), Passes(8, 3), Passes(1, 0)]
+    assert worth_trying(ways) == (Passes(4, 0), Passes(2, 0), Passes(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "tried"),
+    [({}, True), ({"steps": 1}, False), ({"deterministic": True}, False), ({"micro_batch": 2, "recompute": 0}, False)],
+    ids=["long", "short", "deterministic", "forced"],
+)
+def test_a_long_run_on_a_gpu_tries_what_fits(options: dict[str, object], tried: bool) -> None:
+    plan, _ = planned(80, **options)
+    assert (len(plan.to_try) > 1) == tried
+    if tried:
+        assert plan.to_try[0] == Passes(plan.micro_batch.value, plan.recompute.value)
+    assert "to_try" not in plan.choices()

@@ -1,0 +1,104 @@
+"""How much goes through the model at once, and how much of that is computed again: what fits, the fastest first."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from backprop.config import TrainConfig
+from backprop.core.hardware import Gpu
+from backprop.core.memory import ModelShape, block_weights, step_memory
+from backprop.presets import GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How the examples of a step go through the model."""
+
+    examples: int
+    """At once."""
+    recomputed: int
+    """Layers whose activations are computed again on the way back."""
+
+
+# Of the memory that is free, CUDA itself takes some; and what is estimated is not exact.
+CUDA_BYTES = 512 * 2**20
+SHARE_FOR_STEP = 0.95
+# A pass takes at least 5 ms for each layer, in which its kernels are started (docs/speed-notes.md); and a GPU computes,
+# by the data sheets from RTX 3060 to B200, 2 to 12 TFLOP/s in bfloat16 for each GiB of its memory.
+START_SECONDS = 5e-3
+START_SECONDS_4_BIT = 7.5e-3
+RATE_PER_GIB = 3e12
+# Going forward once more, against forward and back: 1.40 and 1.41 times the time were measured.
+COST_OF_RECOMPUTING = 0.4
+
+
+def room_of(gpu: Gpu) -> float:
+    """Give the bytes that a step may be estimated to need."""
+    return SHARE_FOR_STEP * (gpu.memory_free_bytes - CUDA_BYTES)
+
+
+def needs(
+    config: TrainConfig, batch: int, length: int, shape: ModelShape, *, compiled: bool, dtype: str
+) -> Mapping[Passes, int]:
+    """Estimate the bytes that a step needs, of each way that the configuration allows.
+
+    Args:
+        length: Of the longest example, in tokens.
+    """
+    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
+    if config.micro_batch is not None:
+        sizes = [divisor(batch, config.micro_batch)]
+    again = range(shape.num_layers + 1) if config.recompute is None else [min(config.recompute, shape.num_layers)]
+    return {
+        Passes(size, layers): step_memory(
+            config, shape, tokens=size * length, recomputed=layers, compiled=compiled, dtype=dtype
+        ).total
+        for size in sizes
+        for layers in again
+    }
+
+
+def fastest_first(
+    config: TrainConfig, need: Mapping[Passes, int], length: int, shape: ModelShape, gpu: Gpu
+) -> Sequence[Passes]:
+    """Order the ways that fit by how long a token is estimated to take; give the one that needs least if none fits."""
+    room = room_of(gpu)
+    fitting = [one for one, size in need.items() if size <= room]
+    seconds = START_SECONDS_4_BIT if config.method == "qlora" else START_SECONDS
+    start = seconds * RATE_PER_GIB * gpu.memory_bytes / GIB * shape.num_layers / (4 * block_weights(shape))
+    return sorted(
+        fitting or [min(need, key=need.__getitem__)],
+        key=lambda one: _cost(one.recomputed / shape.num_layers, one.examples * length, start),
+    )
+
+
+# A try takes two passes, and the first of all compiles.
+MOST_TRIED = 3
+
+
+def worth_trying(ways: Sequence[Passes]) -> tuple[Passes, ...]:
+    """Choose those whose order the estimate may have wrong: the fastest of each size.
+
+    Args:
+        ways: The fastest first.
+    """
+    of_each_size: dict[int, Passes] = {}
+    for one in ways:
+        of_each_size.setdefault(one.examples, one)
+    return tuple(of_each_size.values())[:MOST_TRIED]
+
+
+def _cost(recomputed: float, tokens: int, start: float) -> float:
+    """Estimate the time of a token's way through the model, against that in a long pass without recomputing.
+
+    Args:
+        recomputed: Share of the layers.
+        tokens: Of the pass.
+        start: Tokens that are computed while a pass is started; both go on side by side.
+    """
+    return (1 + COST_OF_RECOMPUTING * recomputed) * math.hypot(1, start / tokens)
+
+
+def divisor(number: int, most: int) -> int:
+    """Give the largest divisor of ``number`` that is at most ``most``."""
+    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)

@@ -1,0 +1,153 @@
+"""What is chosen on the loaded model, just before the first step: by trying it, not by an estimate."""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from heapq import nlargest
+from itertools import chain, islice, repeat
+from typing import Any
+
+import backprop
+from backprop.config import TrainConfig
+from backprop.core.data.render import Example
+from backprop.core.passes import Passes
+from backprop.core.plan import Choice, Plan, sides_of
+from backprop.edges import tried
+from backprop.engine.attention import within_documents
+from backprop.engine.batches import PassSize, num_tokens
+from backprop.engine.exam import Prove
+from backprop.engine.objectives import Objective
+from backprop.engine.ranks import Ranks
+from backprop.events import JSON, Phase, Sink, Warned
+
+
+def with_fp8_if_proved(
+    model: Any,
+    objective: Objective,
+    examples: Sequence[Example],
+    size: PassSize,
+    *,
+    plan: Plan,
+    ranks: Ranks,
+    prove: Prove,
+    say: Sink,
+    before: JSON,
+) -> Plan:
+    """Let gradients go back in 8 bits if that was proved when the run began.
+
+    Args:
+        before: What was found then; None if it begins now.
+    """
+    from backprop.engine import fp8
+
+    ranks.meet(model)
+    proved = prove(lambda: fp8.prove(model, objective, examples, size, ranks)).ok if before is None else before
+    if proved:
+        return plan
+    ranks.keep_16_bits()
+    say(Warned(message="gradients go back in 16 bits, which is slower: 8 were not proved in this run"))
+    return replace(plan, fp8_backward=Choice(False, "not proved"))
+
+
+# Of so many examples the longest are tried.
+MOST_EXAMPLES = 4096
+
+
+def fastest(
+    model: Any,
+    objective: Objective,
+    examples: Sequence[Example],
+    size: PassSize,
+    *,
+    config: TrainConfig,
+    plan: Plan,
+    ranks: Ranks,
+    say: Sink,
+) -> PassSize:
+    """Try the ways of the plan on the longest examples, and give the fastest that fits; as planned if none does.
+
+    What an earlier run found under the same circumstances is taken as it is. No weight is changed.
+    """
+    if len(plan.to_try) < 2:
+        return size
+    known = _circumstances(model, size, config, plan)
+    before = tried.recall(known)
+    chosen = next((one for one in plan.to_try if asdict(one) == before), None)
+    if chosen is not None:
+        say(Phase(name=f"{_told(chosen)}: was the fastest when this was tried in an earlier run"))
+        return _sized(size, chosen, config, plan)
+    ranks.meet(model)
+    speeds: dict[Passes, float] = {}
+    with within_documents(model) if size.packing else nullcontext():
+        for one in plan.to_try:
+            say(Phase(name=f"trying {_told(one)}"))
+            ranks.recompute(one.recomputed)
+            passes = _longest(objective, examples, _sized(size, one, config, plan), plan.gpus.value)
+            seconds = [_seconds(ranks, model, objective, passes) for _ in range(2)]  # the first compiles
+            if seconds[1] is not None:
+                speeds[one] = sum(map(num_tokens, passes)) / seconds[1]
+    if not speeds:
+        ranks.recompute(plan.recompute.value)
+        return size
+    chosen = max(speeds, key=speeds.__getitem__)
+    tried.remember(known, asdict(chosen))
+    others = ", ".join(f"{_told(one)} {speed:,.0f}" for one, speed in speeds.items() if one != chosen)
+    say(Phase(name=f"the fastest here: {_told(chosen)}, {speeds[chosen]:,.0f} tokens/s ({others or 'no other fits'})"))
+    return _sized(size, chosen, config, plan)
+
+
+def _told(one: Passes) -> str:
+    return f"{one.examples} at once with {one.recomputed} layers recomputed"
+
+
+def _sized(size: PassSize, one: Passes, config: TrainConfig, plan: Plan) -> PassSize:
+    tokens = one.examples * plan.max_length.value * sides_of(config)
+    return replace(size, examples=one.examples, tokens=tokens, recomputed=one.recomputed)
+
+
+def _longest(
+    objective: Objective, examples: Sequence[Example], size: PassSize, num_ranks: int
+) -> Sequence[dict[str, Any]]:
+    """Give a full pass for each rank, of the longest of the first examples; again and again if these are few."""
+    longest = sorted(islice(examples, MOST_EXAMPLES), key=lambda one: len(one.ids), reverse=True)
+    wanted, chosen = num_ranks * size.tokens, list[Example]()
+    for example in chain.from_iterable(repeat(longest)):
+        chosen.append(example)
+        wanted -= sum(len(side.ids) for side in example.sides)
+        if wanted <= 0 and len(chosen) >= num_ranks * size.examples:
+            break
+    return nlargest(num_ranks, objective.passes(chosen, size), key=num_tokens)
+
+
+def _seconds(ranks: Ranks, model: Any, objective: Objective, passes: Sequence[Any]) -> float | None:
+    """Measure a step without its update; None if the memory was full."""
+    import torch
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    started = time.monotonic()
+    parts = ranks.step(model, objective, passes, seed=0)
+    wait()
+    seconds = time.monotonic() - started
+    ranks.forget()
+    return None if parts is None else seconds
+
+
+def _circumstances(model: Any, size: PassSize, config: TrainConfig, plan: Plan) -> JSON:
+    """Give all that may change which way is the fastest."""
+    import torch
+
+    chosen = {name: choice.value for name, choice in plan.choices().items()}
+    for name in ("steps", "eval_steps", "learning_rate", "lora_alpha", "micro_batch", "recompute"):
+        del chosen[name]
+    return {
+        "version": backprop.__version__,
+        "torch": torch.__version__,
+        "gpu": plan.device.reason,
+        "weights": sum(weight.numel() for weight in model.parameters()),
+        "method": [config.method, config.lora_r, config.lora_dropout, config.objective, *config.target_modules],
+        "packing": size.packing,
+        "to_try": [asdict(one) for one in plan.to_try],
+        **chosen,
+    }

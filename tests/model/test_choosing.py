@@ -1,0 +1,144 @@
+"""Ways of sending a step through the model are tried before training; the fastest is taken, kept, and gone on with."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import UNEVEN, Run, went_on
+
+from backprop import events
+from backprop.core import duration
+from backprop.core.passes import Passes
+from backprop.engine import choosing, ranks
+
+WAYS = (Passes(4, 0), Passes(2, 0), Passes(1, 2))
+OPTIONS: dict[str, Any] = {"packing": False, "skip_proofs": True, "learning_rate": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let each plan name ways to try, as on a GPU, in an empty cache."""
+    real = duration.plan_and_seconds
+
+    def with_ways(*arguments: Any, **options: Any) -> Any:
+        plan, seconds = real(*arguments, **options)
+        return replace(plan, to_try=WAYS), seconds
+
+    monkeypatch.setattr(duration, "plan_and_seconds", with_ways)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[Passes], None]:
+    """Let one way seem fast, whatever the clock says."""
+
+    def quick(fast: Passes) -> None:
+        real = choosing._seconds
+        rank = ranks.Rank
+
+        def seconds(all_ranks: Any, *arguments: Any) -> float | None:
+            own: Any = all_ranks._rank
+            assert isinstance(own, rank)
+            found = real(all_ranks, *arguments)
+            examples = max(one["input_ids"].shape[0] for one in arguments[2])
+            return found and (1e-9 if Passes(examples, own._recomputed) == fast else 1.0)
+
+        monkeypatch.setattr(choosing, "_seconds", seconds)
+
+    return quick
+
+
+def phases(run: Run, word: str) -> list[str]:
+    return [event.name for event in run.said if isinstance(event, events.Phase) and word in event.name]
+
+
+def used(monkeypatch: pytest.MonkeyPatch) -> list[Passes]:
+    """Note how each pass of the trained steps goes through the model."""
+    seen: list[Passes] = []
+    real = ranks.Rank.compute
+
+    def compute(self: Any, share: Any) -> Any:
+        seen.extend(Passes(one["input_ids"].shape[0], self._recomputed) for one in share.passes.values())
+        return real(self, share)
+
+    monkeypatch.setattr(ranks.Rank, "compute", compute)
+    return seen
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("fast", WAYS, ids=str)
+def test_the_fastest_is_trained_with_and_changes_no_weight_before(
+    train: Callable[..., Run], quick: Callable[[Passes], None], monkeypatch: pytest.MonkeyPatch, fast: Passes
+) -> None:
+    quick(fast)
+    seen = used(monkeypatch)
+    tried = train(UNEVEN, **OPTIONS)
+    assert [name.split(" ")[1] for name in phases(tried, "trying")] == ["4", "2", "1"]
+    steps = seen[2 * len(WAYS) :]
+    assert {one.recomputed for one in steps} == {fast.recomputed}
+    assert max(one.examples for one in steps) == fast.examples
+    monkeypatch.undo()
+    plain = train(UNEVEN, **OPTIONS)
+    assert not phases(plain, "trying")
+    assert tried.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_was_found_is_kept_for_the_same_circumstances(
+    train: Callable[..., Run], quick: Callable[[Passes], None], tmp_path: Path
+) -> None:
+    quick(WAYS[2])
+    assert phases(train(UNEVEN, **OPTIONS), "trying")
+    again = train(UNEVEN, **OPTIONS)
+    assert not phases(again, "trying")
+    assert phases(again, "1 at once with 2 layers recomputed: was the fastest")
+    assert phases(train(UNEVEN, **OPTIONS, lora_dropout=0.1), "trying"), "other circumstances"
+    for file in (tmp_path / "cache" / "backprop" / "tried").iterdir():
+        file.write_text(json.dumps({"found": {"examples": 64, "recomputed": 0}}))
+    assert phases(train(UNEVEN, **OPTIONS), "trying"), "what does not fit is not taken"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_does_not_fit_is_left_out_and_if_nothing_does_the_plan_stands(
+    train: Callable[..., Run], quick: Callable[[Passes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(WAYS[0])
+    real = ranks.Rank._compute
+    full = {4, 2}
+
+    def compute(self: Any, share: Any) -> Any:
+        return None if {one["input_ids"].shape[0] for one in share.passes.values()} & full else real(self, share)
+
+    monkeypatch.setattr(ranks.Rank, "_compute", compute)
+    run = train(UNEVEN, **OPTIONS)
+    assert phases(run, "the fastest here: 1 at once with 2 layers recomputed")
+    assert phases(run, "no other fits")
+    full.add(1)
+    monkeypatch.setattr(choosing.tried, "recall", lambda _: None)
+    before = run.losses
+    calls = [0]
+
+    def full_at_first(self: Any, share: Any) -> Any:
+        calls[0] += 1
+        return None if calls[0] <= 2 * len(WAYS) else real(self, share)
+
+    monkeypatch.setattr(ranks.Rank, "_compute", full_at_first)
+    seen = used(monkeypatch)
+    run = train(UNEVEN, **OPTIONS)
+    assert not phases(run, "the fastest here")
+    assert max(one.examples for one in seen[2 * len(WAYS) :]) == 8
+    assert {one.recomputed for one in seen[2 * len(WAYS) :]} == {0}
+    assert run.losses == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_goes_on_with_what_was_chosen(
+    train: Callable[..., Run], quick: Callable[[Passes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(WAYS[2])
+    seen = used(monkeypatch)
+    went_on(train, UNEVEN, step=2, **OPTIONS)
+    assert seen[-1] == WAYS[2]

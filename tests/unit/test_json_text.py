@@ -1,0 +1,76 @@
+"""JSON files are read a piece at a time, to the same values and the same faults as at once."""
+
+import io
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backprop.edges import json_text
+from backprop.edges.files import read_rows
+from backprop.edges.json_text import JsonText
+from backprop.errors import DataError
+
+PATH = Path("rows.json")
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+chunks = st.integers(min_value=1, max_value=40)
+
+
+def items(text: str, chunk: int) -> list[object]:
+    """Read the values of a text one after another, forgetting each."""
+    found: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_text, "CHUNK_BYTES", chunk)
+        held = JsonText(PATH, io.BytesIO(text.encode()))
+        at = held.after_space(0)
+        while held.at(at):
+            value, at = held.decode(at)
+            found.append(value)
+            at = held.after_space(held.forget(at))
+    return found
+
+
+@given(st.lists(values, min_size=1, max_size=6), st.booleans(), st.sampled_from(["\n", " ", "\n\n \r\n"]), chunks)
+def test_values_come_out_whole_wherever_chunks_end(
+    wanted: list[Any], ascii_only: bool, between: str, chunk: int
+) -> None:
+    text = between.join(json.dumps(value, ensure_ascii=ascii_only, indent=chunk % 3 or None) for value in wanted)
+    assert items(text, chunk) == wanted
+
+
+@given(values, st.data(), chunks)
+def test_a_fault_is_named_where_it_is(value: Any, data: st.DataObject, chunk: int) -> None:
+    text = json.dumps([value, value], indent=1)
+    at = data.draw(st.integers(min_value=0, max_value=len(text) - 1))
+    broken = f"[1]\n\n[2]  {text[:at]}\x01{text[at + 1 :]}"
+    with pytest.raises(json.JSONDecodeError) as wanted:
+        json.loads(broken[10:])
+    with pytest.raises(DataError) as caught:
+        items(broken, chunk)
+    line, column = wanted.value.lineno, wanted.value.colno + (5 if wanted.value.lineno == 1 else 0)
+    assert f"line {line + 2} is not JSON: {wanted.value.msg} at column {column}" in caught.value.message
+
+
+def test_a_long_list_is_never_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    with path.open("w") as file:
+        file.write("[\n")
+        for number in range(60_000):
+            file.write(f'{", " if number else ""}{{"prompt": "question {number}", "completion": "{"word " * 60}"}}')
+        file.write("]")
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_rows(str(path))) == 60_000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 19 * 2**20
+    assert peak < 8 * 2**20
