@@ -50,7 +50,9 @@ class HfTokenizer:
                     tokenize=False,
                 )
             return templates.hold(str(text))
-        except (TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except (
+            *(TemplateError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError),
+        ) as error:
             raise DataError(
                 f"this model's chat template refuses a conversation: {error}; turns: "
                 f"{', '.join(message['role'] for message in messages)}",
@@ -99,7 +101,10 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
     loader: Any = AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except BaseException as error:
+        # The library for tokenizers tells of damaged files by bare exceptions, or by a panic, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"the tokenizer of `{path}` cannot be loaded: {error}", hint=_code_hint(error)) from error
     if not tokenizer.is_fast:
         raise ModelError(
@@ -110,6 +115,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
         raise ModelError(
             f"the tokenizer of `{path}` has no end-of-text token, so that no answer could stop",
             hint="name one as `eos_token` in its tokenizer_config.json",
+        )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"the tokenizer of `{path}` says model_max_length: {tokenizer.model_max_length!r:.80}",
+            hint="make it a number in its tokenizer_config.json",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -192,7 +202,7 @@ def _widest(size: Any) -> int:
     return max(map(int, size)) if isinstance(size, list | tuple) else int(size)
 
 
-def _code_hint(error: Exception) -> str:
+def _code_hint(error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return "it brings its own Python code: read it, then add `--trust-remote-code`"
     return "check the folder, or choose a preset: `backprop doctor`"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from backprop.errors import ModelError
 
@@ -28,7 +28,7 @@ GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 HINT = "choose another model, or mend its chat_template.jinja"
 
 
-def check(template: "str | Mapping[str, str]") -> None:
+def check(template: object) -> None:
     """Refuse a template, or one of several, that could keep one step busy for ever.
 
     These are powers, products of two unknown numbers, and rounding to an unknown number of digits, which is a power too.
@@ -36,7 +36,10 @@ def check(template: "str | Mapping[str, str]") -> None:
     Raises:
         ModelError: Saying where.
     """
-    for source in [template] if isinstance(template, str) else template.values():
+    named = cast(Mapping[object, object], template) if isinstance(template, Mapping) else {"default": template}
+    for source in named.values() if "default" in named else [None]:
+        if not isinstance(source, str):
+            raise ModelError("the chat template is no text, nor several of which one is `default`", hint=HINT)
         _check(source)
 
 
@@ -159,13 +162,17 @@ def limited() -> Generator[None]:
 
 
 def hold(text: str) -> str:
-    """Give a rendered text, if it is not absurdly long.
+    """Give a rendered text, if it is one, and not absurdly long.
 
     Raises:
         ModelError: If it is.
     """
     if len(text) > TEXT_MOST:
         raise ModelError(f"the chat template makes {len(text):,} characters of one conversation", hint=HINT)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"the chat template makes what is no text: {error}", hint=HINT) from error
     return text
 
 

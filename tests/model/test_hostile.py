@@ -307,6 +307,69 @@ def test_a_template_stays_in_its_sandbox(
     assert "Popen" not in done.stderr + done.stdout
 
 
+@pytest.mark.parametrize(
+    ("template", "kind"),
+    [
+        ("{{ 1 / 0 }}", DataError),
+        ("{{ '%z' % 1 }}", DataError),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", DataError),
+        ('{{ "\\ud800" }}', ModelError),
+    ],
+    ids=["a division by nothing", "no such format", "a macro of itself", "half a character"],
+)
+def test_a_template_that_fails_is_an_error_of_ours(
+    tiny_model: Path, tmp_path: Path, template: str, kind: type[Exception]
+) -> None:
+    model = copy_of(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(str(model), trust_remote_code=False)
+    with pytest.raises(kind, match="chat template"):
+        tokenizer.render([{"role": "user", "content": "hi"}], add_generation_prompt=False)
+
+
+BROKEN_MERGES = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {
+        "type": "BPE",
+        "continuing_subword_prefix": "a long one",
+        "vocab": {"h": 0, "i": 1, "hi": 2},
+        "merges": [["h", "i"]],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "added'),
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "Evil"}}'),
+        ("tokenizer.json", json.dumps(BROKEN_MERGES)),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+        ("tokenizer_config.json", '{"eos_token": "<|im_end|>", "model_max_length": "x"}'),
+        ("tokenizer_config.json", '{"eos_token": "<|im_end|>", "chat_template": 3}'),
+        ("tokenizer_config.json", '{"eos_token": "<|im_end|>", "chat_template": [{"name": "a", "template": "x"}]}'),
+    ],
+    ids=[
+        *(
+            "cut off",
+            "of no known kind",
+            "that makes its library panic",
+            "nested without end",
+            "an end that is a number",
+        ),
+        *("a length that is text", "a template that is a number", "templates without a default"),
+    ],
+)
+def test_a_tokenizer_that_is_damaged_is_refused(tiny_model: Path, tmp_path: Path, name: str, text: str) -> None:
+    model = copy_of(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    (model / name).write_text(text)
+    with pytest.raises(ModelError):
+        load_tokenizer(str(model), trust_remote_code=False)
+
+
 @templates.limited()
 def endless() -> None:
     while True:
