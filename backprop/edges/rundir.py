@@ -228,7 +228,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         UsageError: If it is not what `backprop` wrote.
     """
     path = directory / MANIFEST
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike a path's own method, false where the name is too long to be one
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -49,9 +49,10 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         UsageError: If there is none.
         ModelError: If its base model cannot be found.
     """
-    folder = source if (source / "adapter_config.json").is_file() else source / "lora"
+    # Unlike a path's own method, `isfile` is false where the name is too long to be one.
+    folder = source if os.path.isfile(source / "adapter_config.json") else source / "lora"
     run = folder.parent
-    if not (folder / "adapter_config.json").is_file():
+    if not os.path.isfile(folder / "adapter_config.json"):
         raise UsageError(
             f"`{source}` holds no adapter", hint="give a run directory, or a folder with adapter_config.json"
         )
