@@ -90,6 +90,9 @@ class HfTokenizer:
         return {str(token.content) for token in added.values() if token.special}
 
 
+IN_NO_VOCABULARY = "\U0010ffff"
+
+
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
     """Load a model's tokenizer.
 
@@ -101,6 +104,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
     loader: Any = AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer(IN_NO_VOCABULARY)
     except BaseException as error:
         # The library for tokenizers tells of damaged files by bare exceptions, or by a panic, which is none.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -115,11 +119,6 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
         raise ModelError(
             f"the tokenizer of `{path}` has no end-of-text token, so that no answer could stop",
             hint="name one as `eos_token` in its tokenizer_config.json",
-        )
-    if not isinstance(tokenizer.model_max_length, int | float):
-        raise ModelError(
-            f"the tokenizer of `{path}` says model_max_length: {tokenizer.model_max_length!r:.80}",
-            hint="make it a number in its tokenizer_config.json",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -339,12 +339,20 @@ BROKEN_MERGES = {
 }
 
 
+WITHOUT_UNKNOWN = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "WordLevel", "vocab": {"h": 0}, "unk_token": "x"},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("tokenizer.json", '{"version": "1.0", "added'),
         ("tokenizer.json", '{"version": "1.0", "model": {"type": "Evil"}}'),
         ("tokenizer.json", json.dumps(BROKEN_MERGES)),
+        ("tokenizer.json", json.dumps(WITHOUT_UNKNOWN)),
         ("tokenizer_config.json", "[" * 100_000),
         ("tokenizer_config.json", '{"eos_token": 3}'),
         ("tokenizer_config.json", '{"eos_token": "<|im_end|>", "model_max_length": "x"}'),
@@ -356,6 +364,7 @@ BROKEN_MERGES = {
             "cut off",
             "of no known kind",
             "that makes its library panic",
+            "without its token for the unknown",
             "nested without end",
             "an end that is a number",
         ),
