@@ -244,7 +244,7 @@ class MultiRunConfig:
     init: Annotated[Literal["function-preserving", "literal"], Parameter(group=RUNS)] = "function-preserving"
     """How the next run starts from the last: with the same function, or as the paper of SLAO has it."""
     replay: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=RUNS)] = 0.0
-    """Share of rows from earlier parts."""
+    """Share of a run's rows that is old, of all parts alike."""
     schedule: Annotated[RunSchedule, Parameter(group=RUNS)] = "constant"
     """How the rate falls from run to run."""
     general_eval: Annotated[tuple[str, ...], Parameter(group=RUNS, negative="", show_default=False)] = ()

@@ -27,13 +27,15 @@ def values_of(column: Sequence[Score]) -> list[float]:
     """Give the scores of the same rows, in the order they were measured in, on one scale.
 
     It is exact match if the first of them has any, else the inverse perplexity: a token's likelihood, as a geometric mean.
-    Where no answer is exact, none can be lost, and exact match would be blind to all that is forgotten.
+    Where no answer is exact, none can be lost, and exact match would be blind to all that is forgotten. Who gives no loss, because it
+    is not a number, knows nothing.
     """
     return _on_scale(column, exact=bool(column[0].exact_match))
 
 
 def _on_scale(column: Sequence[Score], *, exact: bool) -> list[float]:
-    return [score.exact_match or 0.0 if exact else math.exp(-score.loss) for score in column]
+    known = [score.exact_match or 0.0 if exact else math.exp(-score.loss) for score in column]
+    return [0.0 if math.isnan(score.loss) else value for score, value in zip(column, known, strict=True)]
 
 
 def matrix_of(scores: Sequence[Sequence[Score]]) -> list[list[float]]:
@@ -87,7 +89,7 @@ def best_exponent(exponents: Sequence[float], measured: Sequence[Sequence[Score]
 
     def rank(number: int) -> tuple[float, float, bool]:
         score = math.fsum(column[number] for column in columns)
-        loss = math.fsum(one.loss for one in measured[number])
+        loss = math.fsum(math.inf if math.isnan(one.loss) else one.loss for one in measured[number])
         return score, -loss, exponents[number] == PAPERS_EXPONENT
 
     return exponents[max(range(len(exponents)), key=rank)]

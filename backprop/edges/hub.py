@@ -211,6 +211,7 @@ def stream_rows(source: str, *, offline: bool) -> Iterator[Row]:
         raise DataError(
             f"`{source}` is no local file, and with `--offline` the hub is not asked", hint="give a local file"
         )
+    import httpx
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -221,7 +222,7 @@ def stream_rows(source: str, *, offline: bool) -> Iterator[Row]:
             yield Row(place=f"{source}, row {number}", value=dict(row))
     except DatasetNotFoundError as error:
         raise DataError(f"the hub has no data set `{name}`", hint="check its name, or give a local file") from error
-    except (ConnectionError, OSError) as error:
+    except (httpx.HTTPError, OSError) as error:
         raise DataError(
             f"`{source}` is no local file, and the hub cannot be reached", hint="give a local file, or go online"
         ) from error

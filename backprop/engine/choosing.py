@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from heapq import nlargest
 from itertools import chain, islice, repeat
 from typing import Any
@@ -20,6 +20,7 @@ from backprop.engine.exam import Prove
 from backprop.engine.objectives import Objective
 from backprop.engine.ranks import Ranks
 from backprop.events import JSON, Phase, Sink, Warned
+from backprop.presets import GIB
 
 
 def with_fp8_if_proved(
@@ -78,23 +79,34 @@ def fastest(
         say(Phase(name=f"{_told(chosen)}: was the fastest when this was tried in an earlier run"))
         return _sized(size, chosen, config, plan)
     ranks.meet(model)
-    speeds: dict[Passes, float] = {}
+    found: dict[Passes, _Measured] = {}
     with within_documents(model) if size.packing else nullcontext():
         for one in plan.to_try:
             say(Phase(name=f"trying {_told(one)}"))
             ranks.recompute(one.recomputed)
             passes = _longest(objective, examples, _sized(size, one, config, plan), plan.gpus.value)
-            seconds = [_seconds(ranks, model, objective, passes) for _ in range(2)]  # the first compiles
-            if seconds[1] is not None:
-                speeds[one] = sum(map(num_tokens, passes)) / seconds[1]
-    if not speeds:
+            measured = _measured(ranks, model, objective, passes)
+            if measured is not None:
+                found[one] = measured
+    if not found:
         ranks.recompute(plan.recompute.value)
         return size
-    chosen = max(speeds, key=speeds.__getitem__)
+    chosen = max(found, key=lambda one: found[one].speed)
     tried.remember(known, asdict(chosen))
-    others = ", ".join(f"{_told(one)} {speed:,.0f}" for one, speed in speeds.items() if one != chosen)
-    say(Phase(name=f"the fastest here: {_told(chosen)}, {speeds[chosen]:,.0f} tokens/s ({others or 'no other fits'})"))
+    others = "; ".join(f"{_told(one)}: {measured}" for one, measured in found.items() if one != chosen)
+    say(Phase(name=f"the fastest here: {_told(chosen)}: {found[chosen]} ({others or 'no other fits'})"))
     return _sized(size, chosen, config, plan)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    speed: float
+    """Tokens per second, forward and back."""
+    memory_bytes: int
+    """The most that torch held on a GPU meanwhile."""
+
+    def __str__(self) -> str:
+        return f"{self.speed:,.0f} tokens/s" + (f" in {self.memory_bytes / GIB:.1f} GiB" if self.memory_bytes else "")
 
 
 def _told(one: Passes) -> str:
@@ -118,6 +130,17 @@ def _longest(
         if wanted <= 0 and len(chosen) >= num_ranks * size.examples:
             break
     return nlargest(num_ranks, objective.passes(chosen, size), key=num_tokens)
+
+
+def _measured(ranks: Ranks, model: Any, objective: Objective, passes: Sequence[Any]) -> _Measured | None:
+    """Run the passes twice, since the first time compiles; None if the memory was full."""
+    import torch
+
+    both = [_seconds(ranks, model, objective, passes) for _ in range(2)]
+    held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    if held:
+        torch.cuda.reset_peak_memory_stats()  # a step tells of its own
+    return None if both[1] is None else _Measured(sum(map(num_tokens, passes)) / both[1], held)
 
 
 def _seconds(ranks: Ranks, model: Any, objective: Objective, passes: Sequence[Any]) -> float | None:

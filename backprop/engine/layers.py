@@ -71,8 +71,9 @@ class Compiled:
             layer.forward = compiled
         plain, linear_cross_entropy.losses_and_gradient = self._loss
         try:
-            # Layers of more kinds than torch compiles would run as they are without a word.
-            with config.patch(fail_on_recompile_limit_hit=True):
+            # Layers of more kinds than torch compiles would run as they are without a word; and scales that never change would
+            # be handed over as tensors of the CPU, for which each start would find out anew what this CPU knows.
+            with config.patch(fail_on_recompile_limit_hit=True, specialize_float=True):
                 yield
         finally:
             for layer, _ in self._layers:

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from backprop.core.data.render import Example
+from backprop.core.data.split import choosing
 from backprop.core.forgetting import Ledger, Score, best_exponent, matrix_of, measure
 from backprop.edges import rundir
 from backprop.engine.batches import PassSize
-from backprop.events import Eval, Forgetting, Sink, Warned
+from backprop.events import Eval, Forgetting, Phase, Sink, Warned
 from backprop.verbs.prepare import Prepared
 
 # Examples that a part is measured on: enough to tell a loss to about a hundredth, few enough to cost little.
 MOST_EVALUATED = 200
-# Of each part, to choose between merges.
-MOST_COMPARED = 32
+# Of each part, to choose between merges; fewer than the least would choose by chance.
+MOST_CHOOSING, FEWEST_CHOOSING = 32, 4
 # Where half of the answers have at most so many tokens, the end included, they are a label, a number, or a name.
 SHORT_ANSWER_TOKENS = 16
 # Exact match needs the logits themselves, of all words: these are held for a few answers at once.
@@ -40,20 +41,51 @@ def score(model: Any, examples: Sequence[Example], size: PassSize) -> Score:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a part is measured on."""
+
+    scored: Sequence[Example]
+    """Its scores are of these."""
+    choosing: Sequence[Example] = ()
+    """The merge is chosen on these: others than are scored, if there are enough rows."""
+    told: str = ""
+    """Which rows these are."""
+
+
+def asked_of(part: Prepared, *, choose: bool) -> Asked:
+    """Take the held-out rows of a part, or those it was trained on where none are; of these some ``choose`` the merge."""
+    rows = part.held_out or part.own
+    if not choose:
+        return Asked(scored=rows)
+    kind = "held-out" if part.held_out else "trained"
+    some, others = choosing(rows, most=MOST_CHOOSING, most_others=MOST_EVALUATED)
+    if len(some) >= FEWEST_CHOOSING and others:
+        told = f"{len(some)} of its {kind} rows choose the merge, {len(others)} others are scored"
+        return Asked(scored=others, choosing=some, told=told)
+    trained = part.own[:MOST_CHOOSING]
+    which = (
+        "that are trained on choose the merge" if part.held_out else "choose the merge and are scored, which flatters"
+    )
+    told = f"{len(rows)} {kind} rows are too few to set some apart: {len(trained)} rows {which}"
+    return Asked(scored=rows, choosing=trained, told=told)
+
+
 def best_of(
     model: Any, candidates: Mapping[float, Mapping[str, Any]], seen: Sequence[Prepared], size: PassSize
 ) -> float:
-    """Find the adapter that does best on rows of all parts alike, of those that were trained on: what is held out stays unseen.
+    """Find the adapter that does best on the choosing rows of all parts alike.
 
     Returns:
         Its exponent of the merge weight. Of equal scores the lower loss counts, and of equal losses the paper's exponent.
     """
     from backprop.engine.load import set_adapter_state
 
+    rows = [asked_of(part, choose=True).choosing for part in seen]
     measured: list[list[Score]] = []
     for state in candidates.values():
         set_adapter_state(model, state)
-        measured.append([score(model, part.own[:MOST_COMPARED], size) for part in seen])
+        measured.append([score(model, some, size) for some in rows])
     return best_exponent(list(candidates), measured)
 
 
@@ -63,6 +95,8 @@ class Book:
 
     output: Path
     say: Sink
+    choose: bool = False
+    """Whether some rows of each part choose the merge."""
     parts: list[str] = field(default_factory=list[str])
     runs: list[int] = field(default_factory=list[int])
     scores: list[list[Score]] = field(default_factory=list[list[Score]])
@@ -81,8 +115,11 @@ class Book:
             self._tell(self.general_before, "general", run=0)
             self._tell_if_none_is_exact(self.general_before, "general", run=0)
         row: list[Score] = []
+        name, newest = seen[-1]
+        if told := asked_of(newest, choose=self.choose).told:
+            self.say(Phase(name=f"part {name}: {told}"))
         for name, part in seen:
-            row.append(score(model, part.held_out or part.own, size))
+            row.append(score(model, asked_of(part, choose=self.choose).scored, size))
             self._tell(row[-1], f"part {name}" if part.held_out else f"part {name} (its training rows)", run=run)
         self._tell_if_none_is_exact(row[-1], f"part {seen[-1][0]}", run=run)
         if general:

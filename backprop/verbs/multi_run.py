@@ -19,7 +19,7 @@ from backprop.errors import DataError, TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
 from backprop.verbs.forgetting import MOST_EVALUATED, Book, best_of
-from backprop.verbs.parts import parts_of
+from backprop.verbs.parts import leaks, parts_of
 from backprop.verbs.prepare import (
     Prepared,
     fingerprint_of,
@@ -65,10 +65,14 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             session.end_again()
             return config.output
         _advise(config, options, say=session.say)
-        for warning in lasting.warnings:
-            session.say(Warned(message=f"general rows: {warning}"))
+        general = [f"general rows: {warning}" for warning in lasting.warnings]
+        for warning in (*general, *leaks(parts, lasting.conversations)):
+            session.say(Warned(message=warning))
         prepared: list[Prepared] = []
         for number, part in enumerate(parts):
+            if options.replay and number:
+                old, rows = part.judged.replayed, len(part.judged.conversations)
+                session.say(Phase(name=f"part {part.name}: {old} of {rows} rows are of earlier parts"))
             one = prepare(
                 seeded(config, number),
                 part.judged,
@@ -184,7 +188,7 @@ class _Fold:
     """The last run whose merge forgot little enough, and the hash of its file."""
 
     def __post_init__(self) -> None:
-        self.book = Book(self.config.output, self.say)
+        self.book = Book(self.config.output, self.say, choose=self.mode == "auto")
 
     def run(self, number: int) -> None:
         """Do a run, or take up what it did before; one whose training fails changes nothing."""
@@ -380,7 +384,7 @@ class _Fold:
         self.say(Gated(gate=f"forgetting at most {most:g}", ok=True, found=found))
 
 
-FORMAT = 3
+FORMAT = 4
 """Of `metrics.json`."""
 
 

@@ -1,14 +1,17 @@
 """What each run of a multi-run trains on, and what it holds out."""
 
+import functools
 import random
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 from backprop.config import MultiRunConfig, TrainConfig
 from backprop.core.data.formats import Conversation
+from backprop.core.data.inspect import identity
 from backprop.core.data.judge import Judged
 from backprop.core.data.replay import with_replay
 from backprop.core.data.sequences import pick
@@ -57,15 +60,42 @@ def parts_of(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
     ]
 
 
+def leaks(parts: Sequence[Part], general: Sequence[Conversation]) -> list[str]:
+    """Say which rows are held out of one part, or in no part, and trained on in another: to know these is no memory."""
+    # Data that comes again holds out the same rows. What it trains on of them, the data ledger tells.
+    measured = {id(part.held_out): (f"part {part.name}", part.held_out) for part in reversed(parts)}
+    measured[id(general)] = ("general", general)
+    owners: defaultdict[int, list[int]] = defaultdict(list)
+    for owner, (_, rows) in measured.items():
+        for digest in {identity(row) for row in rows}:
+            owners[digest].append(owner)
+    trained: defaultdict[int, dict[int, str]] = defaultdict(dict)
+    for part in parts if owners else ():
+        rows = part.judged.conversations
+        for digest in map(identity, islice(rows, len(rows) - part.judged.replayed)):
+            for owner in owners.get(digest, ()):
+                if owner != id(part.held_out):
+                    trained[owner].setdefault(digest, part.name)
+    return [
+        f"{len(found)} evaluation rows of {measured[owner][0]} are trained on, first in part {next(iter(found.values()))}: "
+        "its scores would flatter"
+        for owner, found in trained.items()
+    ]
+
+
 def _sources(config: TrainConfig, options: MultiRunConfig) -> list[Part]:
+    evaluation = config.eval_data or [None] * len(config.data)
+    sources = list(zip(config.data, evaluation, strict=True))
+
+    @functools.cache
+    def read(data: str, held_out: str | None) -> tuple[Judged, Sequence[Conversation]]:
+        one = replace(config, data=(data,), eval_data=(held_out,) if held_out else ())
+        return read_data(one, most=options.samples)
+
     parts: list[Part] = []
-    for number in range(options.runs or len(config.data)):
-        index = number % len(config.data)
-        evaluation = config.eval_data[index : index + 1]
-        one = replace(config, data=(config.data[index],), eval_data=evaluation)
-        judged, held_out = read_data(one, most=options.samples)
-        name = f"{number + 1} {Path(config.data[index]).name}"
-        parts.append(Part(name=name, judged=judged, held_out=held_out))
+    for number, source in enumerate(islice(cycle(sources), options.runs or len(sources)), start=1):
+        judged, held_out = read(*source)
+        parts.append(Part(name=f"{number} {Path(source[0]).name}", judged=judged, held_out=held_out))
     return parts
 
 

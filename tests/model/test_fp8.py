@@ -91,6 +91,27 @@ def test_what_does_not_give_the_gradient_is_not_used(
     assert run.losses == train(UNEVEN).losses
 
 
+@pytest.mark.usefixtures("one_thread", "asked")
+@pytest.mark.parametrize("message", ["no such kernel", "CUDA error: device-side assert"])
+def test_what_cannot_be_computed_is_not_used_and_what_broke_the_gpu_is_told(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    from backprop.engine import fp8
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(fp8, "product_in_8_bits", fails)
+    run = train(UNEVEN, steps=1)
+    if "CUDA" in message:
+        assert run.failed.code == 5
+        return
+    (proof,) = [event for event in run.all(events.Proved) if "8 bits" in event.name]
+    assert proof.found == "it cannot be computed here: no such kernel"
+    assert NOT_PROVED in run.warned
+    assert len(run.losses) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "asked")
 def test_a_run_goes_on_as_was_decided_when_it_began(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

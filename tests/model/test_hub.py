@@ -3,8 +3,12 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from urllib.parse import parse_qs, urlparse
 
 import httpx
 import pytest
@@ -245,3 +249,96 @@ def test_a_data_set_of_the_hub_that_cannot_be_read_is_told(
     with pytest.raises(DataError, match=re.escape(said)) as raised:
         list(hub.stream_rows("owner/rows:x", offline=False))
     assert raised.value.hint
+
+
+def test_a_hub_that_breaks_off_is_exit_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What httpx raises then is no OSError, and ended in a traceback."""
+    import datasets
+    import httpx
+
+    def broken(*arguments: object, **options: object) -> Iterator[dict[str, object]]:
+        yield {"text": "first"}
+        raise httpx.RemoteProtocolError("peer closed connection")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    rows = hub.stream_rows("owner/set", offline=False)
+    assert next(rows).value == {"text": "first"}
+    with pytest.raises(DataError, match="the hub cannot be reached"):
+        next(rows)
+
+
+@contextmanager
+def hub_of(files: Mapping[str, bytes]) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    """Serve a data set `owner/set` as the hub does; give the address, and what was sent: files, each with the last byte."""
+    sent: list[tuple[str, int]] = []
+    listed = [{"type": "file", "oid": "1" * 40, "size": len(content), "path": name} for name, content in files.items()]
+    about = {"id": "owner/set", "sha": "0" * 40, "siblings": [{"rfilename": name} for name in files]}
+
+    class Hub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *arguments: object) -> None: ...
+
+        def answer(self, code: int, content: bytes, **headers: str) -> None:
+            self.send_response(code)
+            for name, value in {"Content-Length": str(len(content)), "X-Repo-Commit": "0" * 40, **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            path = urlparse(self.path).path
+            name = path.partition("/resolve/")[2].partition("/")[2]
+            if "/tree/" in path:
+                self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
+            elif path.startswith("/api/datasets/owner/set"):
+                self.answer(200, json.dumps(about).encode(), Content_Type="application/json")
+            elif name in files:
+                whole = files[name]
+                first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+                end = min(int(last or len(whole)) + 1, len(whole))
+                if self.command == "GET":
+                    sent.append((name, end))
+                of = f"bytes {first}-{end - 1}/{len(whole)}"
+                self.answer(206, whole[int(first) : end], Content_Range=of, ETag='"it"', Accept_Ranges="bytes")
+            else:
+                self.answer(404, b"{}", X_Error_Code="EntryNotFound")
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def do_POST(self) -> None:
+            paths = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+            found = [one for one in listed if one["path"] in paths]
+            self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", sent
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.slow
+def test_multi_run_streams_samples_of_a_hub_data_set_without_the_rest(tiny_model: Path, tmp_path: Path) -> None:
+    row = json.dumps(chat(f"What is it? {'x' * 900}", "It is here.")).encode() + b"\n"
+    shards = dict.fromkeys((f"data/train-{number:05d}-of-00003.jsonl" for number in range(3)), row * 25_000)
+    options = ("--model", tiny_model, "--samples", "3", "--dry-run", "--json")
+    with hub_of(shards) as (address, sent):
+        done = backprop_process(
+            *("multi-run", "--data", "owner/set", "--data", "owner/set:train", *options),
+            cwd=tmp_path,
+            HF_ENDPOINT=address,
+            HF_HOME=str(tmp_path / "home"),
+            HF_HUB_OFFLINE="0",
+            HF_DATASETS_OFFLINE="0",
+        )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["rows"] for event in told if event["event"] == "data"] == [3, 3]
+    assert {name for name, _ in sent} == {"data/train-00000-of-00003.jsonl"}
+    assert max(end for _, end in sent) < len(row) * 20_000, "not all of that either"
+    kept = sum(path.stat().st_size for path in (tmp_path / "home").rglob("*") if path.is_file())
+    assert kept < len(row) * 100, "nothing of it is kept"

@@ -449,6 +449,58 @@ def test_auto_delivers_the_merge_that_does_best_on_rows_of_every_part(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("trained", "held", "told"),
+    [
+        (8, 24, "held-out rows choose the merge, "),
+        (8, 3, "3 held-out rows are too few to set some apart: 8 rows that are trained on choose the merge"),
+        (24, 0, "trained rows choose the merge, "),
+        (1, 0, "1 trained rows are too few to set some apart: 1 rows choose the merge and are scored, which flatters"),
+    ],
+)
+def test_auto_chooses_on_other_rows_than_its_scores_are_of(
+    runs: Callable[..., Told],
+    write: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    trained: int,
+    held: int,
+    told: str,
+) -> None:
+    from backprop.verbs import forgetting
+
+    real, seen = forgetting.score, []
+
+    def watched(model: Any, examples: Any, size: Any) -> Any:
+        seen.append([example.ids for example in examples])
+        return real(model, examples, size)
+
+    def numbered(word: str) -> list[dict[str, object]]:
+        return [chat(f"{word} {n}?", "It is here.") for n in range(trained)]
+
+    monkeypatch.setattr(forgetting, "score", watched)
+    options = {"of": numbered, "merge_mode": "auto", "steps_per_run": 2}
+    if held:
+        asked = {word: [chat(f"{word} held {n}?", "It is here.") for n in range(held)] for word in ("left", "right")}
+        options["eval_data"] = [str(write(rows, f"held-{word}.jsonl")) for word, rows in asked.items()]
+    ended = runs("left", "right", **options)
+    assert ended.error is None
+    after_first, *compared, left, right = seen  # five times both, then what is written down
+    assert len(compared) == 10
+    assert after_first == left
+    assert compared[::2] == [compared[0]] * 5
+    phases = [event.name for event in ended.all(events.Phase) if event.name.startswith("part")]
+    assert [phase.split(":")[0] for phase in phases] == ["part 1 left.jsonl", "part 2 right.jsonl"]
+    for choosing, scored, phase in zip(compared[:2], (left, right), phases, strict=True):
+        assert told in phase
+        if "too few" in told:
+            assert (len(choosing), len(scored)) == (trained, held or trained)
+        else:
+            assert f"{len(choosing)} of its" in phase
+            assert f"{len(scored)} others are scored" in phase
+            assert len({*choosing, *scored}) == len(choosing) + len(scored) == (held or trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("place", "mode"),
     [
         ("before it is measured", "auto"),
@@ -543,7 +595,10 @@ def test_advice_comes_before_the_training(runs: Callable[..., Told]) -> None:
         return "\n".join(event.name for event in runs(*words, **options, **more).all(events.Phase))
 
     assert "add `--replay 0.1`" in advised("a", "b")
-    assert "--replay" not in advised("a", "b", replay=0.1)
+    replayed = advised("a", "b", replay=0.2)
+    assert "--replay" not in replayed
+    assert "part 1 a.jsonl:" not in replayed
+    assert "part 2 b.jsonl: 2 of 10 rows are of earlier parts" in replayed
     chunks = advised("a", num_runs=2)
     assert "--replay" not in chunks
     assert "merged by `sequential`" in chunks
@@ -562,10 +617,12 @@ def test_general_rows_are_of_every_source_and_what_is_wrong_with_them_is_told(
     runs: Callable[..., Told], write: Callable[..., Path]
 ) -> None:
     many = write([*rows("many") * 40], "many.jsonl")
-    few = write([*rows("few"), {"messages": [{"role": "user", "content": "and?"}]}], "few.jsonl")
+    few = write([*rows("few"), *rows("a")[:2], {"messages": [{"role": "user", "content": "and?"}]}], "few.jsonl")
     told = runs("a", num_runs=1, general_eval=[str(many), str(few)], dry_run=True)
     assert told.error is None
-    assert f"general rows: 1 rows without an assistant turn are left out, first: {few}, line 9" in told.warned
+    assert f"general rows: 1 rows without an assistant turn are left out, first: {few}, line 11" in told.warned
+    flattered = "2 evaluation rows of general are trained on, first in part 1 chunk: its scores would flatter"
+    assert flattered in told.warned
 
 
 def test_measuring_rows_longer_than_any_that_is_trained_on_takes_no_more_memory(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 
 import pytest
 
@@ -76,6 +77,19 @@ def test_between_merges_the_score_counts_then_the_loss_then_the_papers_weight() 
     assert chosen(*exact) == 0.25, "who is exact is better, though the first has no exact answer at all"
 
 
+def test_a_merge_whose_loss_is_not_a_number_knows_nothing_is_not_chosen_and_meets_no_gate() -> None:
+    """What the general rows lost was compared with `max`, which passes over what is not a number: the gate was met."""
+    good, broken = Score(loss=math.log(2)), Score(loss=math.nan, exact_match=1.0)
+    general = Ledger(parts=["1 a"], runs=[1], scores=[[good]], general_before=good, general=[broken])
+    assert general.lost(1) == pytest.approx(1 / 2)
+    parts = Ledger(
+        parts=["1 a", "2 b"], runs=[1, 2], scores=[[good], [broken, good]], general_before=good, general=[good] * 2
+    )
+    assert parts.lost(2) == pytest.approx(1 / 2)
+    assert best_exponent((0.0, 0.5, 1.0), [[broken], [good], [good]]) == 0.5
+    assert best_exponent((0.0, 0.5, 1.0), [[broken], [broken], [Score(loss=9.0)]]) == 1.0
+
+
 def ledger() -> Ledger:
     return Ledger(
         parts=["1 a.jsonl", "3 c.jsonl"],
@@ -131,6 +145,33 @@ def test_replay_is_its_share_of_the_rows_drawn_from_earlier_parts_only() -> None
     assert with_replay(parts, share=0.1, seed=2) != mixed
     assert with_replay(parts[:1], share=0.1, seed=1) == parts[0]
     assert with_replay(parts, share=0.0, seed=1) == parts[2]
+
+
+def test_the_budget_of_replay_is_shared_alike_and_does_not_grow_with_the_parts() -> None:
+    """Rows were drawn as evenly as parts are large: of a small one beside a large one, nearly none."""
+    own = tuple(f"own{n}" for n in range(90))
+    large, middle, small = (tuple(f"{name}{n}" for n in range(num)) for name, num in (("a", 5000), ("b", 60), ("c", 2)))
+
+    def given(*earlier: tuple[str, ...], seed: int = 1) -> Counter[str]:
+        return Counter(one[0] for one in with_replay([*earlier, own], share=0.1, seed=seed)[90:])
+
+    assert given(large) == {"a": 10}
+    assert given(large, middle) == {"a": 5, "b": 5}
+    for seed in range(9):
+        assert given(large, middle, small, seed=seed) == {"a": 4, "b": 4, "c": 2}, (
+            "what a small one lacks the others give"
+        )
+    few = [(name,) * 3 for name in "abcdefghijklmnopqrst"]
+    assert set(given(*few).values()) == {1}
+    assert len({frozenset(given(*few, seed=seed)) for seed in range(9)}) > 1, "it is not always the same that give none"
+
+
+def test_replay_does_not_draw_what_is_trained_on_anyway_and_takes_a_part_that_came_twice_for_one() -> None:
+    first, second, own = (tuple(f"{name}{n}" for n in range(20)) for name in "abc")
+    assert with_replay([own, own], share=0.5, seed=1) == own
+    drawn = with_replay([first, own, second, first, own], share=0.5, seed=1)[20:]
+    assert Counter(one[0] for one in drawn) == {"a": 10, "b": 10}
+    assert len(set(drawn)) == 20
 
 
 def test_replay_of_more_than_there_is_takes_all_that_there_is() -> None:

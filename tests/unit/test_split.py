@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backprop.core.data.formats import Conversation
-from backprop.core.data.split import hold_out
+from backprop.core.data.render import Example
+from backprop.core.data.split import choosing, hold_out
 
 
 def texts(*names: str) -> list[Conversation]:
@@ -43,3 +44,31 @@ def test_a_small_set_holds_nothing_out_by_itself() -> None:
 def test_the_share_is_about_what_was_asked() -> None:
     _, held = hold_out(texts(*map(str, range(5000))), fraction=0.1)
     assert 437 <= len(held) <= 563  # 500, give or take three standard deviations of 21.2
+
+
+def examples(*numbers: int) -> list[Example]:
+    return [Example(ids=(number, number + 1), mask=(False, True)) for number in numbers]
+
+
+numbered = st.lists(st.integers(0, 50), max_size=60).map(lambda numbers: examples(*numbers))
+
+
+@settings(max_examples=50)
+@given(rows=numbered, more=numbered)
+def test_rows_that_choose_are_never_scored_whatever_is_beside_them(rows: list[Example], more: list[Example]) -> None:
+    chosen, others = choosing(rows, most=99, most_others=99)
+    assert sorted(one.ids for one in (*chosen, *others)) == sorted(one.ids for one in rows)
+    chosen_beside, others_beside = choosing([*more, *rows], most=999, most_others=999)
+    assert set(chosen) <= set(chosen_beside)
+    assert set(others) <= set(others_beside)
+    assert set(chosen_beside).isdisjoint(others_beside)
+
+
+def test_a_third_chooses_up_to_a_number_and_no_more_rows_are_read_than_are_needed() -> None:
+    chosen, others = choosing(examples(*range(900)), most=999, most_others=999)
+    assert 258 <= len(chosen) <= 342  # 300, give or take three standard deviations of 14.1
+    assert choosing(examples(*range(900)), most=8, most_others=20) == (chosen[:8], others[:20])
+    read: list[int] = []
+    endless = (read.append(number) or one for number, one in enumerate(examples(*range(900))))
+    choosing(endless, most=8, most_others=20)
+    assert len(read) < 60
