@@ -352,7 +352,7 @@ def _yaml_of(tokens: Sequence[str]) -> list[Any]:
     from cyclopts.config import Dict
 
     try:
-        options = yaml.safe_load(Path(path).read_text())
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check the path of `--config`") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

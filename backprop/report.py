@@ -324,7 +324,7 @@ def _mappings(value: object) -> list[Mapping[str, object]]:
 
 
 def _buckets(value: object) -> list[tuple[int, int, int]]:
-    return [(low, high, count) for low, high, count in value] if isinstance(value, list | tuple) else []
+    return [(int(low), int(high), int(count)) for low, high, count in value] if isinstance(value, list | tuple) else []
 
 
 def _axis(value: float) -> str:

@@ -252,6 +252,8 @@ def check_driver(facts: Surroundings, hardware: Hardware, torch: Torch | None) -
     """Judge what is between torch and the GPUs: kernel driver, its library, the container, and torch's own CUDA."""
     if facts.environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         yield Finding(name="gpu", found="none: CUDA_VISIBLE_DEVICES hides all; the CPU trains")
+    elif not hardware.gpus and facts.in_container and torch is not None and not torch.cuda:
+        yield Finding(name="gpu", found=f"none: torch {torch.version} of this container is built for CPUs alone")
     elif not hardware.gpus:
         yield _no_gpu(facts)
     elif torch is not None and not torch.cuda:

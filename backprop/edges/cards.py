@@ -215,7 +215,9 @@ class Cards:
                 stopping.check()
                 if time.monotonic() - started > PAUSE_MOST_S:
                     minutes = f"{PAUSE_MOST_S / 60:.0f} minutes"
-                    self._harm = Harm(message=f"{card.name} is still {card.temperature} after a pause of {minutes}")
+                    with self._lock:  # a worse one may have come meanwhile
+                        still = f"{card.name} is still {card.temperature} after a pause of {minutes}"
+                        self._harm = self._harm or Harm(message=still)
                 self._tell(save)
         finally:
             waited = time.monotonic() - started

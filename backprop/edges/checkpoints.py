@@ -62,9 +62,9 @@ def put(folder: Path, state: Mapping[str, JSON], fill: Callable[[Path], None]) -
     with rundir.whole(folder) as beside:
         beside.mkdir()
         fill(beside)
-        (beside / STATE).write_text(json.dumps(state, allow_nan=True) + "\n")
+        (beside / STATE).write_text(json.dumps(state, allow_nan=True) + "\n", encoding="utf-8")
         files = {path.name: _facts_of(path) for path in sorted(beside.iterdir())}
-        (beside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+        (beside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
 
 
 def newest(parent: Path, *, say: Sink) -> Checkpoint | None:
@@ -90,7 +90,7 @@ def newest_state(parent: Path) -> Mapping[str, Any]:
     folders = _folders(parent)
     if not folders or _damage(folders[-1]):
         return {}
-    return cast(Mapping[str, Any], json.loads((folders[-1] / STATE).read_text()))
+    return cast(Mapping[str, Any], json.loads((folders[-1] / STATE).read_text(encoding="utf-8")))
 
 
 def read(folder: Path) -> Checkpoint:
@@ -105,13 +105,15 @@ def read(folder: Path) -> Checkpoint:
     damage = _damage(folder)
     if damage:
         raise UsageError(f"the checkpoint `{folder}` is damaged: {damage}", hint="give another, or none")
-    return Checkpoint(folder=folder, state=json.loads((folder / STATE).read_text()))
+    return Checkpoint(folder=folder, state=json.loads((folder / STATE).read_text(encoding="utf-8")))
 
 
 def _damage(folder: Path) -> str:
     """Say what is wrong with a checkpoint; empty for nothing."""
     try:
-        files = cast(Mapping[str, Mapping[str, Any]], json.loads((folder / MANIFEST).read_text())["files"])
+        files = cast(
+            Mapping[str, Mapping[str, Any]], json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        )
         for name, facts in files.items():
             if _facts_of(folder / name) != facts:
                 return f"`{name}` is not what was written"

@@ -65,14 +65,14 @@ def use_one_gpu(hardware: Hardware) -> Hardware:
 def _memory_bytes() -> int:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
     return min(machine, int(text)) if text.isdigit() else machine
 
 
 def memory_free_bytes() -> int:
     """Give the main memory that is not in use, within what this process may use."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return _memory_bytes()
     available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
@@ -84,10 +84,10 @@ def _used_by_container() -> int:
     """Give what this container's processes hold, without the files that the system may drop."""
     try:
         folder = Path("/sys/fs/cgroup")
-        if not (folder / "memory.max").read_text().strip().isdigit():
+        if not (folder / "memory.max").read_text(encoding="utf-8").strip().isdigit():
             return 0
-        files = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int((folder / "memory.current").read_text()) - int(files.get("inactive_file", 0))
+        files = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        return int((folder / "memory.current").read_text(encoding="utf-8")) - int(files.get("inactive_file", 0))
     except (OSError, ValueError):
         return 0
 

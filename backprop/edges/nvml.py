@@ -211,7 +211,7 @@ def others(handle: Any, *, computing: bool) -> list[tuple[int, int]]:
 def children_of(pid: int) -> list[int]:
     """Give the processes that ``pid`` has started, on Linux."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
     except OSError:
         return []
 
@@ -318,6 +318,6 @@ def state_of(handle: Any, *, whole: bool = True) -> CardState:
 def _program(pid: int) -> str:
     """Name another user's program, by what the system shows of it."""
     try:
-        return f"{Path(f'/proc/{pid}/comm').read_text().strip()} ({pid})"
+        return f"{Path(f'/proc/{pid}/comm').read_text(encoding='utf-8').strip()} ({pid})"
     except OSError:
         return f"process {pid}"

@@ -102,7 +102,7 @@ def _host_and_port(authority: str, text: str) -> tuple[str, int | None]:
     port = int(digits) if digits else None
     if port is not None and not 1 <= port <= 65535:
         raise _no_address(text)
-    return "127.0.0.1" if host in ("", "0.0.0.0") else host, port  # noqa: S104 - nothing is bound
+    return "127.0.0.1" if host in ("", "0.0.0.0") else host, port  # noqa: S104 - nothing is bound # nosec B104
 
 
 def _no_address(text: str) -> UsageError:

@@ -124,7 +124,7 @@ def claim(directory: Path, identity: Mapping[str, object], *, overwrite: bool, k
                 remove(directory / name)
             tidy(directory)
             probe = directory / ".writable"
-            probe.write_text("")
+            probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
             raise _unusable(directory, error) from error
@@ -228,10 +228,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         UsageError: If it is not what `backprop` wrote.
     """
     path = directory / MANIFEST
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike a path's own method, false where the name is too long to be one
         return None
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"`{path}` is damaged: {error}", hint="choose another `--output`") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):

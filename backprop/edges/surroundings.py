@@ -8,6 +8,7 @@ import shutil
 import socket
 import sysconfig
 import tempfile
+import threading
 import time
 import urllib.parse
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ PROBE_BYTES = 8 * 2**20
 TEMPORARY = "temporary files"
 """Where every user has some, which nobody writes over."""
 PROXY_S = 0.5
+PROXY_MOST_S = 1.0
 PORTS = {"https": 443, **dict.fromkeys(("socks4", "socks4a", "socks5", "socks5h"), 1080)}
 CUDA_LIBRARIES = ("libcudart.so", "libcudnn", "libcublas", "libnccl", "libcuda.so")
 
@@ -80,7 +82,7 @@ def installed_torch() -> Torch | None:
     if spec is None or spec.origin is None:
         return None
     try:
-        text = Path(spec.origin).with_name("version.py").read_text()
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
     except OSError:
         return None
     version, cuda = (re.search(rf"^{name}[^=\n]*= '([^'\n]*)'", text, re.MULTILINE) for name in ("__version__", "cuda"))
@@ -150,7 +152,7 @@ def _cpu_flags(root: Path) -> frozenset[str] | None:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     try:
-        lines = (root / "proc" / "cpuinfo").read_text().splitlines()
+        lines = (root / "proc" / "cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), None)
@@ -161,10 +163,12 @@ def _cpu_share(root: Path) -> float | None:
     """Give the CPUs' worth of time that the container's group may use, by either version of control groups."""
     folder = root / "sys" / "fs" / "cgroup"
     with contextlib.suppress(OSError, ValueError):
-        quota, period = (folder / "cpu.max").read_text().split()
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         return None if quota == "max" else int(quota) / int(period)
     with contextlib.suppress(OSError, ValueError):
-        quota, period = (int((folder / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        quota, period = (
+            int((folder / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")) for name in ("quota", "period")
+        )
         return None if quota < 0 else quota / period
     return None
 
@@ -187,7 +191,7 @@ def _pci_gpus(root: Path) -> int:
     found = 0
     for device in (root / "sys" / "bus" / "pci" / "devices").glob("*"):
         with contextlib.suppress(OSError):
-            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+            vendor, kind = ((device / name).read_text(encoding="utf-8").strip() for name in ("vendor", "class"))
             found += vendor == NVIDIA and kind.startswith(DISPLAY)
     return found
 
@@ -195,7 +199,7 @@ def _pci_gpus(root: Path) -> int:
 def _kernel_driver(root: Path) -> str:
     """Give the version of the driver that the kernel has loaded; empty if it has none."""
     with contextlib.suppress(OSError):
-        text = (root / "proc" / "driver" / "nvidia" / "version").read_text()
+        text = (root / "proc" / "driver" / "nvidia" / "version").read_text(encoding="utf-8")
         found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
         return found[1] if found else "of unknown version"
     return ""
@@ -228,8 +232,21 @@ def _silent_proxies(environment: Mapping[str, str]) -> tuple[str, ...]:
         except ValueError:
             silent.append(f"{name}, which is no address,")
             continue
-        try:
-            socket.create_connection((host, port), timeout=PROXY_S).close()
-        except OSError:
+        if not _answers(host, port):
             silent.append(f"{name} ({host}:{port})")
     return tuple(silent)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Say whether somebody listens there; soon, also where names are looked up in vain, which has no limit of time of its own."""
+    heard = threading.Event()
+
+    def call() -> None:
+        with contextlib.suppress(OSError, UnicodeError):  # the latter of a name that can be none
+            socket.create_connection((host, port), timeout=PROXY_S).close()
+            heard.set()
+
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(PROXY_MOST_S)
+    return heard.is_set()

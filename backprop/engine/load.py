@@ -50,7 +50,9 @@ class HfTokenizer:
                     tokenize=False,
                 )
             return templates.hold(str(text))
-        except (TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except (
+            *(TemplateError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError),
+        ) as error:
             raise DataError(
                 f"this model's chat template refuses a conversation: {error}; turns: "
                 f"{', '.join(message['role'] for message in messages)}",
@@ -88,6 +90,9 @@ class HfTokenizer:
         return {str(token.content) for token in added.values() if token.special}
 
 
+IN_NO_VOCABULARY = "\U0010ffff"
+
+
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
     """Load a model's tokenizer.
 
@@ -99,7 +104,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> HfTokenizer:
     loader: Any = AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer(IN_NO_VOCABULARY)
+    except BaseException as error:
+        # The library for tokenizers tells of damaged files by bare exceptions, or by a panic, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"the tokenizer of `{path}` cannot be loaded: {error}", hint=_code_hint(error)) from error
     if not tokenizer.is_fast:
         raise ModelError(
@@ -192,7 +201,7 @@ def _widest(size: Any) -> int:
     return max(map(int, size)) if isinstance(size, list | tuple) else int(size)
 
 
-def _code_hint(error: Exception) -> str:
+def _code_hint(error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return "it brings its own Python code: read it, then add `--trust-remote-code`"
     return "check the folder, or choose a preset: `backprop doctor`"
@@ -350,10 +359,10 @@ def _write_difference(model: Any, folder: Path) -> None:
     }
     save_file(parts, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     path = folder / "adapter_config.json"
-    settings = json.loads(path.read_text())
+    settings = json.loads(path.read_text(encoding="utf-8"))
     scale = math.sqrt(2) if settings["use_rslora"] else 2
     plain = {"init_lora_weights": True, "r": 2 * settings["r"], "lora_alpha": scale * settings["lora_alpha"]}
-    path.write_text(json.dumps({**settings, **plain}, indent=2))
+    path.write_text(json.dumps({**settings, **plain}, indent=2), encoding="utf-8")
 
 
 def _check_targets(base: "PreTrainedModel", targets: Sequence[str]) -> None:
@@ -400,9 +409,10 @@ QUANTIZED = "The following `bitsandbytes` quantization config was used during tr
 """As PEFT has it (`PeftModel.create_or_update_model_card`)."""
 
 
-def name_base(model: Any, name: str) -> None:
-    """Let the adapter's configuration name its base model so that others find it too."""
+def name_base(model: Any, name: str, revision: str | None) -> None:
+    """Let the adapter's configuration name its base model so that others find it too, at the commit that it was trained on."""
     model.peft_config["default"].base_model_name_or_path = name
+    model.peft_config["default"].revision = revision
 
 
 def save_adapter(model: Any, tokenizer: HfTokenizer, folder: Path) -> None:

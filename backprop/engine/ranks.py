@@ -233,7 +233,7 @@ def hear(connection: Connection) -> Any:
     Raises:
         EOFError: If the other process has ended.
     """
-    return pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own process, over a socket without a name
+    return pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own process, over a socket without a name # nosec B301 # nosemgrep
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def why_not(base: Path, adapter: Path, rounding: Rounding | None = None) -> str:
     odd = sorted((changed | (rounding.weights if rounding else frozenset())) - weights)
     if odd:
         return f"{odd[0]} is stored under another name, or not by itself"
-    settings = json.loads((base / "config.json").read_text())
+    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
     tied = any(one.get("tie_word_embeddings") for one in (settings, settings.get("text_config") or {}))
     tied = tied or not any(name.endswith("lm_head.weight") for name in weights)
     shared = sorted(name for name in changed if tied and not any(part.isdecimal() for part in name.split(".")))
@@ -132,7 +132,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Give the safetensors that transformers loads: those of the index, where there is one; a folder may hold others too."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     whole = folder / "model.safetensors"
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
@@ -206,9 +206,9 @@ def write_weights(base: Path, merger: Merger, folder: Path) -> None:
         (folder / path.name).chmod((folder / "config.json").stat().st_mode)
     for path in base.glob("*.safetensors.index.json"):
         shutil.copyfile(path, folder / path.name)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n", encoding="utf-8")
 
 
 def _merged_as_read(name: str, read: Callable[[], Any], merger: Merger) -> Callable[[], Any]:
@@ -300,12 +300,12 @@ def write_options(path: Path, base: Path, adapter: Path, *, rounding: Rounding |
     """Write down for `main` what is to be merged."""
     rounded = {"dtype": rounding.dtype, "weights": sorted(rounding.weights)} if rounding else None
     told = {"base": str(base), "adapter": str(adapter), "rounding": rounded, "trust_remote_code": trust_remote_code}
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(told), encoding="utf-8")
 
 
 def read_options(path: Path) -> Merger:
     """Make the merger of what `write_options` wrote."""
-    told = json.loads(path.read_text())
+    told = json.loads(path.read_text(encoding="utf-8"))
     rounded = told["rounding"]
     rounding = Rounding(weights=frozenset(rounded["weights"]), dtype=rounded["dtype"]) if rounded else None
     trust = bool(told["trust_remote_code"])

@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from backprop.errors import ModelError
 
@@ -28,7 +28,7 @@ GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 HINT = "choose another model, or mend its chat_template.jinja"
 
 
-def check(template: "str | Mapping[str, str]") -> None:
+def check(template: object) -> None:
     """Refuse a template, or one of several, that could keep one step busy for ever.
 
     These are powers, products of two unknown numbers, and rounding to an unknown number of digits, which is a power too.
@@ -36,7 +36,10 @@ def check(template: "str | Mapping[str, str]") -> None:
     Raises:
         ModelError: Saying where.
     """
-    for source in [template] if isinstance(template, str) else template.values():
+    named = cast(Mapping[object, object], template) if isinstance(template, Mapping) else {"default": template}
+    for source in named.values() if "default" in named else [None]:
+        if not isinstance(source, str):
+            raise ModelError("the chat template is no text, nor several of which one is `default`", hint=HINT)
         _check(source)
 
 
@@ -46,10 +49,8 @@ def _check(source: str) -> None:
     if len(source) > SOURCE_MOST:
         raise ModelError(f"the chat template has {len(source):,} characters", hint=HINT)
     try:
-        # Nothing is rendered.
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(  # noqa: S701
-            GENERATION.sub("", source)
-        )
+        parser = Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701 - nothing is rendered # nosec B701
+        tree = parser.parse(GENERATION.sub("", source))
     except (TemplateSyntaxError, RecursionError, ValueError) as error:  # the last of a number of thousands of digits
         raise ModelError(f"the chat template cannot be read: {error}", hint=HINT) from error
     for node in tree.find_all((nodes.Pow, nodes.Mul)):
@@ -97,7 +98,7 @@ class _Watch:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.ends_at, self.thread = float("inf"), 0
-        self._started = False
+        self._started = self._told = False
 
     def begin(self) -> None:
         """Give the calling thread a time."""
@@ -111,16 +112,25 @@ class _Watch:
         """Let it be, also if it was just about to be told."""
         with self.lock:
             self.ends_at = float("inf")
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), None)
+            if not self._told:
+                return
+            try:  # Taken back by None, it would leave Python 3.11 hanging as soon as that is traced, as by a debugger.
+                self._tell()
+                while True:
+                    pass
+            except TooMuchError:
+                self._told = False
+
+    def _tell(self) -> None:
+        self._told = True
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(TooMuchError))
 
     def _look(self) -> None:
         while True:
             time.sleep(SECONDS / 20)
             with self.lock:
                 if time.monotonic() > self.ends_at:  # and again, should something have caught it
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                        ctypes.c_ulong(self.thread), ctypes.py_object(TooMuchError)
-                    )
+                    self._tell()
 
 
 _watch = _Watch()
@@ -152,13 +162,17 @@ def limited() -> Generator[None]:
 
 
 def hold(text: str) -> str:
-    """Give a rendered text, if it is not absurdly long.
+    """Give a rendered text, if it is one, and not absurdly long.
 
     Raises:
         ModelError: If it is.
     """
     if len(text) > TEXT_MOST:
         raise ModelError(f"the chat template makes {len(text):,} characters of one conversation", hint=HINT)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"the chat template makes what is no text: {error}", hint=HINT) from error
     return text
 
 

@@ -282,7 +282,7 @@ def try_triton(machine: Machine) -> str:
 
     with TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        (Path(folder) / "kernel.py").write_text(KERNEL)
+        (Path(folder) / "kernel.py").write_text(KERNEL, encoding="utf-8")
         try:
             spec: Any = importlib.util.spec_from_file_location("kernel", Path(folder) / "kernel.py")
             kernel: Any = importlib.util.module_from_spec(spec)

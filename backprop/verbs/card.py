@@ -9,6 +9,8 @@ from backprop.verbs.source import Adapter
 
 CARD = "README.md"
 MOST_CHARACTERS = 200
+# Of a stranger's card, what is read to find its licence.
+HEAD_CHARACTERS = 100_000
 
 
 def write_card(adapter: Adapter, folder: Path, *, name: str) -> None:
@@ -29,9 +31,16 @@ def licence_of(model: Path) -> str | None:
     import yaml
 
     try:
-        text = (model / CARD).read_text(encoding="utf-8")
+        with (model / CARD).open(encoding="utf-8") as card:
+            text = card.read(HEAD_CHARACTERS)
         found = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
-    except (FileNotFoundError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+    except (
+        FileNotFoundError,
+        IndexError,
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+    ):  # a value may be a day that never was
         return None
     licence = found.get("license") if isinstance(found, dict) else None
     return _plain(licence) if isinstance(licence, str) else None
@@ -43,8 +52,13 @@ def _base(name: str, folder: Path) -> dict[str, str]:
     is_path = Path(known).is_absolute() or known.startswith((".", "~")) or folder.parts[-2:] == Path(known).parts
     if is_path or known.count("/") != 1:
         return {"name": _plain(Path(known).name)}
-    owner, _, model = known.partition("/")
-    return {"name": _plain(model), "organization": _plain(owner), "repo_url": f"https://huggingface.co/{_plain(known)}"}
+    hub_id = known.partition("@")[0]
+    owner, _, model = hub_id.partition("/")
+    return {
+        "name": _plain(model),
+        "organization": _plain(owner),
+        "repo_url": f"https://huggingface.co/{_plain(hub_id)}",
+    }
 
 
 def _plain(text: str) -> str:

@@ -220,11 +220,11 @@ def try_all(names: Sequence[str], machine: trials.Machine) -> tuple[list[Finding
             process.run(argv, env=environment, timeout_s=TRIALS_MOST_S)
         except ToolError as error:
             broken = error
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     findings = [_finding_of(trials.Tried(**line)) for line in lines if "name" in line]
     left = list(names[len(findings) :])
-    if left and broken is not None:
-        why = broken.message.splitlines()
+    if left:
+        why = broken.message.splitlines() if broken else ["it ended early"]
         error = ToolError(
             f"a process that comes to its end: {why[0]} {why[-1] if len(why) > 1 else ''}".strip(),
             hint="install the packages again; `illegal instruction` (-4) means that they are built for another CPU",

@@ -61,7 +61,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     Raises:
         ExportError: If llama.cpp's adapters have no place for a part of it.
     """
-    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if settings.get("use_dora"):
         raise ExportError(
             "llama.cpp's adapters have no place for DoRA's magnitudes", hint="leave out `--format lora-gguf`"
@@ -87,4 +87,4 @@ def _write_plain(adapter: Adapter, settings: Mapping[str, Any], folder: Path) ->
     write_card(adapter, folder, name=adapter.name)
     alpha = settings["lora_alpha"] * (math.sqrt(settings["r"]) if settings.get("use_rslora") else 1)
     plain = {**settings, "use_rslora": False, "lora_alpha": alpha}
-    (folder / "adapter_config.json").write_text(json.dumps(plain))
+    (folder / "adapter_config.json").write_text(json.dumps(plain), encoding="utf-8")

@@ -197,7 +197,7 @@ class _Fold:
         folder = self._folder(number)
         measured = folder / "metrics.json"
         if measured.is_file():
-            self._take_up(number, folder, json.loads(measured.read_text()))
+            self._take_up(number, folder, json.loads(measured.read_text(encoding="utf-8")))
             return
         figures: dict[str, Any]
         try:
@@ -308,7 +308,9 @@ class _Fold:
         return best_of(model, {exponent: state.merged for exponent, state in self.states.items()}, seen, size)
 
     def _check_settings(self, folder: Path) -> None:
-        settings: Mapping[str, object] = json.loads((folder / "lora" / "adapter_config.json").read_text())
+        settings: Mapping[str, object] = json.loads(
+            (folder / "lora" / "adapter_config.json").read_text(encoding="utf-8")
+        )
         self.settings = self.settings or settings
         slao.check_mergeable(self.settings, settings)
 

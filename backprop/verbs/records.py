@@ -20,9 +20,10 @@ RECORDS = "exports.json"
 def _records(adapter: Adapter) -> dict[str, Any]:
     """Read what earlier calls wrote down; nothing where that cannot be read."""
     try:
-        return json.loads((adapter.output / RECORDS).read_text())
-    except (FileNotFoundError, ValueError):
+        found = json.loads((adapter.output / RECORDS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def refuse_others(

@@ -1,7 +1,7 @@
 """What is exported: an adapter on disk, its base model, and what is known of how it was trained."""
 
-import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +49,10 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         UsageError: If there is none.
         ModelError: If its base model cannot be found.
     """
-    folder = source if (source / "adapter_config.json").is_file() else source / "lora"
+    # Unlike a path's own method, `isfile` is false where the name is too long to be one.
+    folder = source if os.path.isfile(source / "adapter_config.json") else source / "lora"
     run = folder.parent
-    if not (folder / "adapter_config.json").is_file():
+    if not os.path.isfile(folder / "adapter_config.json"):
         raise UsageError(
             f"`{source}` holds no adapter", hint="give a run directory, or a folder with adapter_config.json"
         )
@@ -64,8 +65,8 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
             if manifest.get("status") == "failed"
             else "run its command again, to the end",
         )
-    base = _base_of_run(manifest) if manifest.get("model") else _base_of(folder)
     model_files.check_adapter(folder)
+    base = _base_of_run(manifest, folder) if manifest.get("model") else _base_of(folder)
     if config.trust_remote_code:
         _refuse_code_of_its_choice(base, folder)
     model = hub.find_model(base, offline=config.offline, code=config.trust_remote_code)
@@ -132,17 +133,20 @@ def _adapter_hash(folder: Path) -> str:
     return rundir.sha256_of(weights)
 
 
-def _base_of_run(manifest: Mapping[str, Any]) -> str:
+def _base_of_run(manifest: Mapping[str, Any], folder: Path) -> str:
     """Give the folder that was trained on while it is there; else its name, which may be found again."""
     model = manifest["model"]
-    return str(model["path"] if os.path.isdir(model["path"]) else model["name"])
+    if os.path.isdir(model["path"]):
+        return str(model["path"])
+    named = _base_of(folder)
+    return named if "@" in named else str(model["name"])
 
 
 def _base_of(folder: Path) -> str:
-    try:
-        settings: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-        return str(settings["base_model_name_or_path"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"`{folder}/adapter_config.json` is damaged: {error}", hint="give the run it came from"
-        ) from error
+    """Give the base model that an adapter names; one of the hub with the revision that it was trained on, if that is told."""
+    settings = model_files.read_object(folder / "adapter_config.json")
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not isinstance(name, str):
+        raise UsageError(f"`{folder}/adapter_config.json` names no base model", hint="give the run it came from")
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.isdir(name)
+    return f"{name}@{revision}" if of_hub and revision else name

@@ -245,8 +245,8 @@ def forget(output: Path, kinds: Iterable[str]) -> None:
 
 def _read(output: Path) -> dict[str, Any]:
     try:
-        record = json.loads((output / RECORD).read_text())
-    except (FileNotFoundError, ValueError):
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) and isinstance(record.get("proofs"), dict) else {}
 

@@ -130,6 +130,7 @@ def test_a_slip_of_the_keyboard_is_still_answered_with_the_nearest_option(capsys
         (["train", "--data", "x", "--method", "magic"], "magic"),
         (["train", "--data", "x", "--steps", "1", "--epochs", "1"], "both `--steps` and `--epochs`"),
         (["export", "no-such-run"], "holds no adapter"),
+        (["export", "x" * 300], "holds no adapter"),
         (["export", ".", "--quantization", "q99"], "q99"),
         (["doctor", "--min-vram", "-1"], "`--min-vram` must be above 0"),
     ],

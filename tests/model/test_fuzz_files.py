@@ -1,4 +1,4 @@
-"""Damaged settings, models, adapters, run directories, GGUF headers and answers of servers: the short form of scripts/fuzz-files."""
+"""Damaged settings, models, tokenizers, adapters, run directories, GGUF headers and answers of servers: the short form of scripts/fuzz-files."""
 
 import runpy
 from collections import Counter
@@ -11,7 +11,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.model
 
-NUMBERS = {"config": 60, "model": 80, "adapter": 50, "manifest": 120, "gguf": 150, "ollama": 80}
+NUMBERS = {"config": 60, "model": 80, "tokenizer": 150, "adapter": 50, "manifest": 120, "gguf": 150, "ollama": 80}
 
 
 @pytest.fixture(scope="module")

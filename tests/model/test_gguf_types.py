@@ -213,6 +213,7 @@ def test_hostile_names_are_only_names(tmp_path: Path) -> None:
     [
         ("smollm2-135m", {"organization": "HuggingFaceTB", "name": "SmolLM2-135M-Instruct"}),
         ("Qwen/Qwen3-4B", {"organization": "Qwen", "name": "Qwen3-4B"}),
+        ("Qwen/Qwen3-4B@0123abcd", {"organization": "Qwen", "name": "Qwen3-4B"}),
         ("/home/me/models/mine", {"name": "mine"}),
         ("./models", {"name": "models"}),
         ("models/mine", {"name": "mine"}),
@@ -229,11 +230,18 @@ def test_a_base_model_is_named_by_the_hub_or_by_its_folder_without_the_way_to_it
     (found,) = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])["base_model"]
     url = found.pop("repo_url", None)
     assert found == base
-    assert (url is None) == ("organization" not in base)
+    assert url == (
+        f"https://huggingface.co/{found['organization']}/{found['name']}" if "organization" in base else None
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["", "---\n", "---\nlicense: [\n---\n", "---\n- a\n---\n", "# no front matter\n", "---\nlicense: 3\n---\n"]
+    "text",
+    [
+        *("", "---\n", "---\nlicense: [\n---\n", "---\n- a\n---\n", "# no front matter\n", "---\nlicense: 3\n---\n"),
+        *("---\ndate: 2026-99-99\n---\n", f"---\na: {'[' * 5000}\n---\n"),
+    ],
+    ids=lambda text: text[:20],
 )
 def test_a_card_that_names_no_licence_gives_none(tmp_path: Path, text: str) -> None:
     assert card.licence_of(tmp_path) is None

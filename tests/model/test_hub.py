@@ -1,6 +1,7 @@
 """Names of models and data sets, where nothing can be reached."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,14 +10,19 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, urlparse
 
+import httpx
 import pytest
 from conftest import backprop_process, chat
 
 from backprop.cli import run
+from backprop.config import ExportConfig
 from backprop.edges import hub
-from backprop.errors import DataError, ModelError
+from backprop.errors import BackpropError, DataError, DiskError, ModelError
+from backprop.verbs.source import find_adapter
 
 pytestmark = pytest.mark.model
+
+COMMIT, LATER = "0123abcd" * 5, "4567abcd" * 5
 
 
 def test_the_demo_preset_comes_from_the_hub_where_the_package_is_absent(
@@ -59,25 +65,44 @@ def test_a_data_set_that_cannot_be_reached_is_exit_3(
 def test_an_adapter_names_its_base_as_others_know_it_and_finds_it_again(
     tiny_model: Path, tmp_path: Path, write: Callable[..., Path]
 ) -> None:
-    """A hub's cache as `hf download` leaves it, from which no network is needed."""
+    """A hub's cache as `hf download` leaves it, from which no network is needed; the model has moved on since."""
     home = tmp_path / "home"
     cached = home / "hub" / "models--owner--tiny"
-    shutil.copytree(tiny_model, cached / "snapshots" / "0123abcd")
+    shutil.copytree(tiny_model, cached / "snapshots" / COMMIT)
     (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0123abcd")
+    (cached / "refs" / "main").write_text(COMMIT)
     data = write([chat(f"What is {n}?", "It is here.") for n in range(6)])
     options = ("--steps", "20", "--batch-size", "4", "--lr", "0.01", "--offline")
     done = backprop_process("train", "--data", data, "--model", "owner/tiny", *options, cwd=tmp_path, HF_HOME=str(home))
     assert done.returncode == 0, done.stderr
     copied = tmp_path / "copied"
     shutil.copytree(tmp_path / "output" / "lora", copied)
-    assert json.loads((copied / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/tiny"
-    done = backprop_process("export", copied, "-q", "f16", "--no-verify", "--offline", cwd=tmp_path, HF_HOME=str(home))
+    settings = json.loads((copied / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/tiny", COMMIT)
+    moved = cached / "snapshots" / LATER
+    shutil.copytree(tiny_model, moved)
+    (moved / "model.safetensors").write_bytes(b"not the weights that it was trained on")
+    (cached / "refs" / "main").write_text(LATER)
+    export = ("export", copied, "-q", "f16", "--no-verify", "--offline")
+    done = backprop_process(*export, cwd=tmp_path, HF_HOME=str(home))
     assert done.returncode == 0, done.stderr
+    shutil.rmtree(cached / "snapshots" / COMMIT)
+    done = backprop_process(*export, "--overwrite", cwd=tmp_path, HF_HOME=str(home))
+    assert done.returncode == 4, done.stderr
+    assert f"`owner/tiny@{COMMIT}` is not here" in done.stderr
 
 
 @pytest.mark.parametrize(
-    "name", ["owner/na[me", "owner/" + "x" * 200, "ow ner/name", "owner/name@\n", "é" * 3000, "~nobody/x"]
+    "name",
+    [
+        "owner/na[me",
+        "owner/" + "x" * 200,
+        "ow ner/name",
+        "owner/name@\n",
+        "owner/name@../../x",
+        "é" * 3000,
+        "~nobody/x",
+    ],
 )
 def test_what_no_model_can_be_called_is_exit_4(name: str) -> None:
     with pytest.raises(ModelError):
@@ -104,6 +129,126 @@ def test_a_model_that_was_looked_at_without_its_weights_is_not_whole(
     assert hub.find_model("owner/tiny", offline=True, weights=False).path == str(folder)
     with pytest.raises(ModelError, match="is here without all of its weights"):
         hub.find_model("owner/tiny", offline=True)
+
+
+@pytest.mark.parametrize("taken_away", [False, True], ids=["there", "taken away"])
+@pytest.mark.parametrize(
+    ("named", "revision", "base"),
+    [
+        ("owner/tiny", "4567abcd", "owner/tiny@4567abcd"),
+        ("owner/tiny", None, "owner/tiny"),
+        ("smollm2-135m", "4567abcd", "smollm2-135m"),
+        ("{folder}", "4567abcd", "{folder}"),
+    ],
+)
+def test_an_adapter_is_exported_onto_the_revision_that_it_was_trained_on(
+    monkeypatch: pytest.MonkeyPatch,
+    taught: Callable[[str], Path],
+    tmp_path: Path,
+    named: str,
+    revision: str | None,
+    base: str,
+    taken_away: bool,
+) -> None:
+    """Both by itself, and in a run whose model is no longer where it was."""
+    run_folder = Path(shutil.copytree(taught("llama-tied"), tmp_path / "run"))
+    path = run_folder / "lora" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    folder = settings["base_model_name_or_path"]
+    settings |= {"base_model_name_or_path": named.format(folder=folder), "revision": revision}
+    path.write_text(json.dumps(settings))
+    manifest = json.loads((run_folder / "run.json").read_text())
+    model = manifest["model"]
+    manifest["model"] |= {"name": "owner/tiny", "path": str(tmp_path / "gone") if taken_away else folder}
+    (run_folder / "run.json").write_text(json.dumps(manifest))
+    asked: list[str] = []
+
+    def find_model(name: str, **_: object) -> hub.ModelSource:
+        asked.append(name)
+        return hub.ModelSource(name=name, path=folder, sha256=model["sha256"])
+
+    monkeypatch.setattr(hub, "find_model", find_model)
+    find_adapter(run_folder, ExportConfig())
+    shutil.copytree(run_folder / "lora", tmp_path / "alone")
+    find_adapter(tmp_path / "alone", ExportConfig())
+    of_run = (base if "@" in base else "owner/tiny") if taken_away else folder
+    assert asked == [of_run, base.format(folder=folder)]
+
+
+def answered(kind: str) -> Exception:
+    """Make what huggingface_hub raises for an answer of the hub."""
+    from huggingface_hub import errors
+
+    response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co/owner/name"))
+    return getattr(errors, kind)("no", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said", "hint"),
+    [
+        (lambda: answered("GatedRepoError"), ModelError, "its licence must be accepted", "hf auth login"),
+        (lambda: answered("RepositoryNotFoundError"), ModelError, "the hub has no model `owner/name`", "hf auth login"),
+        (lambda: answered("RevisionNotFoundError"), ModelError, "`owner/name` has no revision `v2`", "commits"),
+        (lambda: PermissionError(13, "denied", "/cache/x"), DiskError, "`/cache/x` may not be written", "user"),
+        (lambda: httpx.ConnectError("down"), ModelError, "`owner/name@v2` is not here", "go online"),
+    ],
+    ids=["gated", "absent", "no such revision", "another user's cache", "offline"],
+)
+def test_what_the_hub_answers_is_told_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], kind: type[BackpropError], said: str, hint: str
+) -> None:
+    def refusing(hub_id: str, **_: object) -> str:
+        assert hub_id == "owner/name"
+        raise error()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refusing)
+    with pytest.raises(kind, match=said) as raised:
+        hub.find_model("owner/name@v2", offline=False)
+    assert hint in (raised.value.hint or "")
+
+
+def test_rows_of_the_hub_are_streamed_from_the_split_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, bool]] = []
+
+    def load_dataset(name: str, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        asked.append((name, split, streaming))
+        return [{"text": "a"}, {"text": "b"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    rows = list(hub.stream_rows("owner/rows:test", offline=False))
+    assert [(row.place, row.value) for row in rows] == [
+        ("owner/rows:test, row 1", {"text": "a"}),
+        ("owner/rows:test, row 2", {"text": "b"}),
+    ]
+    list(hub.stream_rows("owner/rows", offline=False))
+    assert asked == [("owner/rows", "test", True), ("owner/rows", "train", True)]
+
+
+def absent() -> Exception:
+    from datasets.exceptions import DatasetNotFoundError
+
+    return DatasetNotFoundError("no")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (absent, "the hub has no data set `owner/rows`"),
+        (lambda: ConnectionError("down"), "the hub cannot be reached"),
+        (lambda: ValueError("Bad split: x"), "`owner/rows:x` cannot be read: Bad split: x"),
+    ],
+    ids=["absent", "offline", "no such split"],
+)
+def test_a_data_set_of_the_hub_that_cannot_be_read_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], said: str
+) -> None:
+    def refusing(*_: object, **__: object) -> None:
+        raise error()
+
+    monkeypatch.setattr("datasets.load_dataset", refusing)
+    with pytest.raises(DataError, match=re.escape(said)) as raised:
+        list(hub.stream_rows("owner/rows:x", offline=False))
+    assert raised.value.hint
 
 
 def test_a_hub_that_breaks_off_is_exit_3(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
 
@@ -594,7 +595,8 @@ def test_a_connection_that_keeps_breaking_is_given_up(
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(ollama, "BACKOFF_S", 1.0)
-    monkeypatch.setattr(time, "sleep", waited.append)
+    # In this module alone: other threads of this process sleep, too.
+    monkeypatch.setattr(ollama, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
     double.next("POST /api/blobs", *[double_of.cut()] * 10)
     assert "broke during /api/blobs/sha256:" in refused(double, gguf).message
     assert double.routes.count("POST /api/blobs") == ollama.ATTEMPTS == 4

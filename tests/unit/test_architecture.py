@@ -70,3 +70,27 @@ def test_modules_and_functions_stay_small() -> None:
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
         large += [f"{node.name} in {path}" for node in functions if (node.end_lineno or 0) - node.lineno >= 60]
     assert not large
+
+
+def test_text_is_read_and_written_in_an_encoding_that_is_named() -> None:
+    """Windows reads a file of settings in UTF-8 as one of its own code page, without a word."""
+    unnamed = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and _opens_text(node)
+        and not any(word.arg == "encoding" for word in node.keywords)
+    ]
+    assert not unnamed
+
+
+def _opens_text(call: ast.Call) -> bool:
+    """Say whether a call opens a file as text; `open` of other modules does not, but where it says so."""
+    method = isinstance(call.func, ast.Attribute)
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    owner = getattr(call.func.value, "id", "") if isinstance(call.func, ast.Attribute) else ""
+    if name in ("read_text", "write_text"):
+        return method and owner != "rundir"
+    modes = [getattr(one, "value", "") for one in call.args if isinstance(one, ast.Constant)]
+    return name == "open" and owner not in {"os", "gzip", "tarfile"} and not any("b" in str(mode) for mode in modes)

@@ -1,11 +1,16 @@
 """What scripts/audit finds, and that there is nothing to be found."""
 
+import json
+import os
+import re
 import runpy
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT
 
 
@@ -52,3 +57,53 @@ def test_the_packages_that_a_run_needs_go_with_our_licence(audit: dict[str, Any]
     bad, looked_at = audit["licences"]()
     assert bad == []
     assert looked_at > 30
+
+
+def test_each_rule_of_ours_is_proved_by_what_it_must_find_and_what_it_must_not() -> None:
+    """`semgrep --test`, which scripts/audit runs, passes over a rule that no line names."""
+    folder = ROOT / "scripts" / "semgrep"
+    rules = {rule["id"] for rule in yaml.safe_load((folder / "rules.yml").read_text())["rules"]}
+    for mark in ("ruleid", "ok"):
+        assert set(re.findall(rf"# {mark}: (\S+)", (folder / "rules.py").read_text())) == rules, mark
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, object, int], None]:
+    """Put a program first on PATH that writes some JSON and ends with a code."""
+
+    def make(name: str, written: object, code: int) -> None:
+        (tmp_path / "answer.json").write_text(json.dumps(written))
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\ncat {tmp_path / 'answer.json'}\nexit {code}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    return make
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the double is a shell script")
+def test_packages_that_the_index_does_not_know_are_not_taken_for_sound(
+    audit: dict[str, Any], program: Callable[[str, object, int], None]
+) -> None:
+    """pip-audit ends with 0 when it knows none of them."""
+    weak = {"name": "a", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
+    unknown = {"name": "b", "skip_reason": "not found"}
+    for packages, code, found, left_out in (
+        ([unknown], 0, [], "1 of 1 packages are not known to the index"),
+        ([weak, unknown], 1, ["a 1: CVE-1, mended in 2"], "1 of 2 packages are not known to the index"),
+        ([{"name": "a", "version": "1", "vulns": []}], 0, [], ""),
+    ):
+        program("pip-audit", {"dependencies": packages}, code)
+        assert audit["weaknesses"]() == (found, left_out)
+
+
+def test_what_is_not_installed_or_fails_is_said_and_fails_where_everything_is_asked(
+    audit: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    inside = audit["main"].__globals__
+    inside["secrets"], inside["licences"] = list, lambda: ([], 1)
+    assert [audit["main"](everything=everything) for everything in (False, True)] == [0, 1]
+    said = capsys.readouterr().out
+    for name in ("bandit", "semgrep", "pip-audit"):
+        assert f"left out: {name} is not installed" in said

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -137,6 +138,17 @@ class Place:
 
         self.patch.setattr(surroundings.socket, "create_connection", connected)
 
+    def searched_for(self) -> None:
+        """Let a name be looked up for ever."""
+        connect = surroundings.socket.create_connection
+        never = threading.Event()
+
+        def connected(address: tuple[str, int], *more: Any, **how: Any) -> Any:
+            return never.wait() if address[0] == "lost.example" else connect(address, *more, **how)
+
+        self.patch.setattr(surroundings, "PROXY_MOST_S", 0.1)
+        self.patch.setattr(surroundings.socket, "create_connection", connected)
+
     def forbidden(self, path: Path) -> None:
         real = os.access
         self.patch.setattr(os, "access", lambda one, mode: Path(one) != path and real(one, mode))
@@ -187,6 +199,7 @@ def _(place: Place, _: Path) -> None:
 def _(place: Place, _: Path) -> None:
     place.pci()
     place.file(".dockerenv", "")
+    place.torch = CUDA_TORCH
 
 
 @sabotage("the driver's library not found", "gpu", "libnvidia-ml.so.1 is not found", 5)
@@ -408,6 +421,17 @@ def _(place: Place, _: Path) -> None:
     place.patch.setenv("HTTPS_PROXY", "http://user:secret@127.0.0.1:9")
 
 
+@sabotage("a proxy whose name is looked up without end", "proxy", "HTTP_PROXY (lost.example:80) does not answer", 7)
+def _(place: Place, _: Path) -> None:
+    place.patch.setenv("HTTP_PROXY", "lost.example")
+    place.searched_for()
+
+
+@sabotage("a proxy of a name that can be none", "proxy", ".x:80) does not answer", 7)
+def _(place: Place, _: Path) -> None:
+    place.patch.setenv("HTTP_PROXY", f"{'a' * 70}.x")
+
+
 @sabotage("an Ollama that is too old", "ollama", "update Ollama", 8)
 def _(place: Place, _: Path) -> Any:
     double = OllamaDouble()
@@ -513,6 +537,7 @@ HEALTHY: dict[str, Sabotage] = {
         place.program("nvidia-ctk"),
     ),
     "two GPUs": lambda place, folder: (place.card(), place.card(), place.shared(GIB)),
+    "the image for CPUs on a machine with a GPU": lambda place, folder: (place.pci(), place.file(".dockerenv", "")),
     "a container with a GPU": lambda place, folder: (place.card(), place.file(".dockerenv", "")),
     "WSL2 with a GPU": lambda place, folder: (place.card(), place.file("dev/dxg", "")),
     "WSL2 without an NVIDIA card": lambda place, folder: (
@@ -622,14 +647,16 @@ def test_a_torch_that_cannot_be_imported_is_named(broken: Callable[[str, str], N
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "exited with -4"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "exited with -11"),
+        ("import os; os._exit(0)", "it ended early"),
         ("import time; time.sleep(60)", "did not finish within"),
     ],
-    ids=["illegal instruction", "segmentation fault", "hangs"],
+    ids=["illegal instruction", "segmentation fault", "ends well", "hangs"],
 )
 def test_a_library_that_ends_its_process_is_named_and_the_rest_is_tried(
     broken: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, text: str, said: str
 ) -> None:
-    monkeypatch.setattr(doctor_verb, "TRIALS_MOST_S", 0.5)
+    if "sleep" in text:
+        monkeypatch.setattr(doctor_verb, "TRIALS_MOST_S", 0.5)
     broken("torch", text)
     findings, left = doctor_verb.try_all(TWO, trials.Machine())
     assert left == TWO[1:]

@@ -2,7 +2,9 @@
 
 import pytest
 
+from backprop.core.data.formats import Message
 from backprop.core.fidelity import Reply, likeness, prove_equal, prove_likeness, prove_replies
+from backprop.core.probes import prompts_of
 
 
 def replies(*texts: str) -> list[Reply]:
@@ -79,3 +81,10 @@ def test_figures_near_a_bound_are_told_apart() -> None:
     trained = [numpy.array([[0.0, 9.0]], numpy.float32)]
     proof = prove_likeness("f16", "it", trained, [trained[0] * numpy.float32(0.727)])
     assert "KL 0.00101 in the mean" in proof.found, proof.found
+
+
+def test_each_question_is_a_prompt_and_then_the_whole_without_and_with_a_system_turn() -> None:
+    roles = ("user", "assistant", "user", "assistant")
+    chat: list[Message] = [{"role": role, "content": str(number)} for number, role in enumerate(roles)]
+    found = [("".join(turn["role"][0] for turn in turns), follows) for turns, follows in prompts_of(chat)]
+    assert found == [("u", True), ("uau", True), ("uaua", False), ("su", True), ("suau", True), ("suaua", False)]

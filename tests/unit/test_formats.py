@@ -6,6 +6,7 @@ import pytest
 
 from backprop.core.data.formats import Conversation, Row, parse_columns, to_conversations
 from backprop.core.data.judge import judge
+from backprop.core.data.shapes import is_turn
 from backprop.errors import DataError, UsageError
 
 ANSWERED = [("user", "hi"), ("assistant", "ho")]
@@ -129,6 +130,23 @@ def test_each_instance_of_a_seed_task_is_a_conversation_and_named() -> None:
     assert said(second) == [("user", "add\n\n1 2"), ("assistant", "3")]
     assert second.place == "data.jsonl, line 3, instance 2"
     assert "instance 2" in refused({**value, "instances": [{"output": "0"}, {"output": 3}]}).message
+
+
+@pytest.mark.parametrize(
+    ("value", "turn"),
+    [
+        ({"role": "user", "content": "hi"}, True),
+        ({"from": "gpt", "value": ""}, True),
+        ({"role": "assistant", "tool_calls": []}, True),
+        ({"role": "user"}, False),
+        ({"role": "user", "weight": 1}, False),
+        ({"content": "hi"}, False),
+        ("user", False),
+    ],
+    ids=str,
+)
+def test_a_turn_names_a_speaker_and_says_something(value: object, turn: bool) -> None:
+    assert is_turn(value) == turn
 
 
 def test_text_has_no_turns() -> None:

@@ -130,6 +130,14 @@ def test_another_answer_to_the_same_question_is_counted_and_no_duplicate() -> No
     assert (ledger.near_duplicates, ledger.near_duplicates_first) == (1, ("line 4", "line 1"))
 
 
+def test_a_long_answer_with_another_word_is_nearly_the_same_and_another_answer_is_not() -> None:
+    question, answer = " ".join(words(1, 200)), words(2, 24)
+    near = [chat(question, " ".join(answer), place="line 1"), chat(question, changed(answer, 12), place="line 2")]
+    assert inspect(near, ()).near_duplicates == 1
+    other = " ".join([*answer[:7], *words(3, 17)])  # which begins in the same way
+    assert inspect([near[0], chat(question, other, place="line 2")], ()).near_duplicates == 0
+
+
 def test_a_system_turn_in_all_rows_does_not_make_them_alike() -> None:
     system = " ".join(words(7, 300))
     rows = [chat(" ".join(words(seed, 10)), "yes", system=system) for seed in range(20)]

@@ -223,6 +223,10 @@ def test_a_full_disk_is_known_by_what_other_programs_say_of_it(tmp_path: Path, t
     assert (found and found.message) == (why and f"`{tmp_path}` cannot be written: {why}")
 
 
+def test_a_name_that_is_too_long_to_be_one_holds_no_run(tmp_path: Path) -> None:
+    assert rundir.read_manifest(tmp_path / ("é" * 3000)) is None
+
+
 def test_a_folder_of_another_user_is_told_with_who_asks(tmp_path: Path) -> None:
     found = rundir.disk_error(tmp_path, PermissionError(13, "Permission denied"))
     assert found is not None
@@ -239,6 +243,10 @@ def test_a_stop_while_a_scratch_folder_is_made_leaves_none(tmp_path: Path, monke
         return folder
 
     monkeypatch.setattr(tempfile, "mkdtemp", stopped)
-    with stopping.armed(end_process=False), pytest.raises(KeyboardInterrupt), rundir.scratch(tmp_path):
-        pass
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with stopping.armed(end_process=False), pytest.raises(KeyboardInterrupt), rundir.scratch(tmp_path):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.iterdir())
