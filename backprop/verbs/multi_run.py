@@ -197,7 +197,7 @@ class _Fold:
         folder = self._folder(number)
         measured = folder / "metrics.json"
         if measured.is_file():
-            self._take_up(number, folder, json.loads(measured.read_text(encoding="utf-8")))
+            self._take_up(number, folder, _figures_in(measured))
             return
         figures: dict[str, Any]
         try:
@@ -388,6 +388,24 @@ class _Fold:
 
 FORMAT = 4
 """Of `metrics.json`."""
+
+
+def _figures_in(path: Path) -> Mapping[str, Any]:
+    """Read what a run measured; of another format, only that is known.
+
+    Raises:
+        UsageError: If it is damaged.
+    """
+    try:
+        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if figures.get("format") == FORMAT:
+            scores = [*figures["scores"], *filter(None, (figures["general"], figures["general_before"]))]
+            assert all(Score(**one) for one in scores)
+            assert all(isinstance(figures[name], str) for name in ("adapter_sha256", "merged_sha256"))
+            assert "parent" in figures
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise UsageError(f"`{path}` is damaged", hint="remove this file: its run is done again") from error
+    return figures
 
 
 def _is(adapter: Path, sha256: str) -> bool:

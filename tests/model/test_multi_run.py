@@ -555,6 +555,15 @@ def test_an_adapter_that_another_run_put_there_is_refused(
         with pytest.raises(SystemExit):
             runs("a", "b")
     first, second = (tmp_path / "run" / "runs" / name / "lora" / "adapter_model.safetensors" for name in ("001", "002"))
+    measured = tmp_path / "run" / "runs" / "001" / "metrics.json"
+    whole = measured.read_text()
+    for damaged in (whole[:-40], "[]", whole.replace("merged_sha256", "other"), whole.replace('"loss"', '"lost"')):
+        measured.write_text(damaged)
+        told = runs("a", "b")
+        assert told.error is not None
+        assert told.error.code == 2
+        assert f"`{measured}` is damaged" in told.error.message
+    measured.write_text(whole)
     kept = first.read_bytes()
     first.write_bytes(second.read_bytes())
     told = runs("a", "b")
