@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from heapq import nlargest
-from itertools import chain, islice, repeat
+from itertools import filterfalse, islice
 from typing import Any
 
 import backprop
@@ -17,7 +17,7 @@ from backprop.edges import tried
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
-from backprop.engine.objectives import Objective
+from backprop.engine.objectives import Objective, is_mismatched
 from backprop.engine.ranks import Ranks
 from backprop.events import JSON, Phase, Sink, Warned
 
@@ -83,7 +83,7 @@ def fastest(
         for one in plan.to_try:
             say(Phase(name=f"trying {_told(one)}"))
             ranks.recompute(one.recomputed)
-            passes = _longest(objective, examples, _sized(size, one, config, plan), plan.gpus.value)
+            passes = _hardest(objective, examples, _sized(size, one, config, plan), plan)
             seconds = [_seconds(ranks, model, objective, passes) for _ in range(2)]  # the first compiles
             if seconds[1] is not None:
                 speeds[one] = sum(map(num_tokens, passes)) / seconds[1]
@@ -106,18 +106,12 @@ def _sized(size: PassSize, one: Passes, config: TrainConfig, plan: Plan) -> Pass
     return replace(size, examples=one.examples, tokens=tokens, recomputed=one.recomputed)
 
 
-def _longest(
-    objective: Objective, examples: Sequence[Example], size: PassSize, num_ranks: int
-) -> Sequence[dict[str, Any]]:
-    """Give a full pass for each rank, of the longest of the first examples; again and again if these are few."""
-    longest = sorted(islice(examples, MOST_EXAMPLES), key=lambda one: len(one.ids), reverse=True)
-    wanted, chosen = num_ranks * size.tokens, list[Example]()
-    for example in chain.from_iterable(repeat(longest)):
-        chosen.append(example)
-        wanted -= sum(len(side.ids) for side in example.sides)
-        if wanted <= 0 and len(chosen) >= num_ranks * size.examples:
-            break
-    return nlargest(num_ranks, objective.passes(chosen, size), key=num_tokens)
+def _hardest(objective: Objective, examples: Sequence[Example], size: PassSize, plan: Plan) -> Sequence[dict[str, Any]]:
+    """Give the largest pass for each rank of a step of the longest examples; of what needs no gradient, as much again."""
+    longest = nlargest(plan.batch_size.value, islice(examples, MOST_EXAMPLES), key=lambda one: len(one.ids))
+    step = objective.passes(longest, replace(size, ranks=plan.gpus.value))
+    kinds = (filterfalse(is_mismatched, step), filter(is_mismatched, step))
+    return [one for kind in kinds for one in nlargest(plan.gpus.value, kind, key=num_tokens)]
 
 
 def _seconds(ranks: Ranks, model: Any, objective: Objective, passes: Sequence[Any]) -> float | None:
