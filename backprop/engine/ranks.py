@@ -85,8 +85,7 @@ class Rank:
     def __init__(self, model: Any, plan: Plan, group: Any, finish: Callable[[Any], object]) -> None:
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.device = next(model.parameters()).device
-        self._recomputed = -1
-        self._not_compiled = ""
+        self._recomputed, self._not_compiled = -1, ""
         self._model, self._dtype, self._group, self._finish = model, plan.dtype.value, group, finish
         self.recompute(plan.recompute.value)
         if plan.fp8_backward.value:
@@ -302,7 +301,12 @@ class Ranks:
         ]
         for worker, share in zip(self._workers, shares[1:], strict=True):
             self._tell(worker, "compute", share)
-        found = [rank.compute(shares[0]), *map(self._hear, self._workers)]
+        try:
+            own = rank.compute(shares[0])
+        except Exception:
+            list(map(self._hear, self._workers))  # else these would be taken for answers to the next share
+            raise
+        found = [own, *map(self._hear, self._workers)]
         whole = [one for one in found if one is not None]
         if len(whole) < len(found):
             return None
