@@ -11,6 +11,7 @@ import pytest
 from conftest import UNEVEN, Run, went_on
 
 from backprop import events
+from backprop.config import TrainConfig
 from backprop.core import duration
 from backprop.core.data.render import Example
 from backprop.core.passes import Passes
@@ -18,6 +19,7 @@ from backprop.core.plan import Choice, Plan
 from backprop.edges import tried
 from backprop.engine import choosing, objectives, ranks
 from backprop.engine.batches import PassSize, num_tokens
+from backprop.verbs import repeat
 
 WAYS = (Passes(4, 0), Passes(2, 0), Passes(1, 2))
 OPTIONS: dict[str, Any] = {"packing": False, "skip_proofs": True, "learning_rate": 1e-3}
@@ -192,3 +194,13 @@ def test_a_run_goes_on_with_what_was_chosen(
     seen = used(monkeypatch)
     went_on(train, UNEVEN, step=2, **OPTIONS)
     assert seen[-1] == WAYS[2]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_that_is_done_again_takes_what_was_chosen(
+    train: Callable[..., Run], quick: Callable[[Passes], None]
+) -> None:
+    quick(WAYS[1])
+    run = train(UNEVEN, **OPTIONS)
+    again = repeat.settings_of(TrainConfig(from_run=run.folder, output=run.folder.parent / "again"))
+    assert again.micro_batch == 2
