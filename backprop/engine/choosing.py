@@ -78,6 +78,7 @@ def fastest(
         say(Phase(name=f"{_told(chosen)}: was the fastest when this was tried in an earlier run"))
         return _sized(size, chosen, config, plan)
     ranks.meet(model)
+    model.train()  # else nothing is recomputed
     speeds: dict[Passes, float] = {}
     with within_documents(model) if size.packing else nullcontext():
         for one in plan.to_try:

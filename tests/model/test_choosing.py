@@ -19,6 +19,7 @@ from backprop.core.plan import Choice, Plan
 from backprop.edges import tried
 from backprop.engine import choosing, objectives, ranks
 from backprop.engine.batches import PassSize, num_tokens
+from backprop.engine.layers import layers_of
 from backprop.verbs import repeat
 
 WAYS = (Passes(4, 0), Passes(2, 0), Passes(1, 2))
@@ -68,6 +69,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Passes]:
     real = ranks.Rank.compute
 
     def compute(self: Any, share: Any) -> Any:
+        assert all(layer.training for layer in layers_of(self._model)), "else nothing is recomputed, nor dropped out"
         seen.extend(Passes(one["input_ids"].shape[0], self._recomputed) for one in share.passes.values())
         return real(self, share)
 
