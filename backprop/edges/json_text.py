@@ -11,6 +11,7 @@ from backprop.errors import DataError
 CHUNK_BYTES = 2**20
 SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
+OF_NUMBERS = "0123456789.eE+-"
 # What is left of a word, number or escape that goes on in the next chunk.
 CUT_CHARACTERS = 16
 
@@ -34,12 +35,11 @@ class JsonText:
         if self._ended:
             return False
         chunk = self._file.read(max(CHUNK_BYTES, len(self._text)))
-        pending = len(self._utf8.getstate()[0])
         self._ended = not chunk
         try:
             self._text += self._utf8.decode(chunk, final=self._ended)
         except UnicodeDecodeError as error:
-            error.start += self._num_bytes - pending
+            error.start += self._num_bytes + len(chunk) - len(error.object)  # which is without what stands before
             raise
         self._num_bytes += len(chunk)
         return True
@@ -76,7 +76,10 @@ class JsonText:
                     f"{self._path} is nested too deeply", hint="a .json file is one list of flat objects"
                 ) from error
             except ValueError as error:  # a number of over 4,300 digits
-                raise DataError(f"{self._path} cannot be read: {error}", hint="quote numbers that are text") from error
+                if not (self._text[-1] in OF_NUMBERS and self._more()):  # of which there may be more, or a point
+                    raise DataError(
+                        f"{self._path} cannot be read: {error}", hint="quote numbers that are text"
+                    ) from error
             else:
                 if end + CUT_CHARACTERS <= len(self._text) or not self._more():
                     return value, end

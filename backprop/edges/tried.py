@@ -13,7 +13,7 @@ from backprop.events import JSON
 
 def recall(circumstances: JSON) -> JSON:
     """Give what was found under the same circumstances; None if nothing was, or it cannot be read."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         return json.loads(_file(circumstances).read_text(encoding="utf-8"))["found"]
     return None
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from heapq import nlargest
-from itertools import chain, islice, repeat
+from itertools import filterfalse, islice
 from typing import Any
 
 import backprop
@@ -17,7 +17,7 @@ from backprop.edges import tried
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
-from backprop.engine.objectives import Objective
+from backprop.engine.objectives import Objective, is_mismatched
 from backprop.engine.ranks import Ranks
 from backprop.events import JSON, Phase, Sink, Warned
 from backprop.presets import GIB
@@ -79,12 +79,13 @@ def fastest(
         say(Phase(name=f"{_told(chosen)}: was the fastest when this was tried in an earlier run"))
         return _sized(size, chosen, config, plan)
     ranks.meet(model)
+    model.train()  # else nothing is recomputed
     found: dict[Passes, _Measured] = {}
     with within_documents(model) if size.packing else nullcontext():
         for one in plan.to_try:
             say(Phase(name=f"trying {_told(one)}"))
             ranks.recompute(one.recomputed)
-            passes = _longest(objective, examples, _sized(size, one, config, plan), plan.gpus.value)
+            passes = _hardest(objective, examples, _sized(size, one, config, plan), plan)
             measured = _measured(ranks, model, objective, passes)
             if measured is not None:
                 found[one] = measured
@@ -118,28 +119,23 @@ def _sized(size: PassSize, one: Passes, config: TrainConfig, plan: Plan) -> Pass
     return replace(size, examples=one.examples, tokens=tokens, recomputed=one.recomputed)
 
 
-def _longest(
-    objective: Objective, examples: Sequence[Example], size: PassSize, num_ranks: int
-) -> Sequence[dict[str, Any]]:
-    """Give a full pass for each rank, of the longest of the first examples; again and again if these are few."""
-    longest = sorted(islice(examples, MOST_EXAMPLES), key=lambda one: len(one.ids), reverse=True)
-    wanted, chosen = num_ranks * size.tokens, list[Example]()
-    for example in chain.from_iterable(repeat(longest)):
-        chosen.append(example)
-        wanted -= sum(len(side.ids) for side in example.sides)
-        if wanted <= 0 and len(chosen) >= num_ranks * size.examples:
-            break
-    return nlargest(num_ranks, objective.passes(chosen, size), key=num_tokens)
+def _hardest(objective: Objective, examples: Sequence[Example], size: PassSize, plan: Plan) -> Sequence[dict[str, Any]]:
+    """Give the largest pass for each rank of a step of the longest examples; of what needs no gradient, as much again."""
+    longest = nlargest(plan.batch_size.value, islice(examples, MOST_EXAMPLES), key=lambda one: len(one.ids))
+    step = objective.passes(longest, replace(size, ranks=plan.gpus.value))
+    kinds = (filterfalse(is_mismatched, step), filter(is_mismatched, step))
+    return [one for kind in kinds for one in nlargest(plan.gpus.value, kind, key=num_tokens)]
 
 
 def _measured(ranks: Ranks, model: Any, objective: Objective, passes: Sequence[Any]) -> _Measured | None:
     """Run the passes twice, since the first time compiles; None if the memory was full."""
     import torch
 
+    reset = torch.cuda.reset_peak_memory_stats if torch.cuda.is_available() else lambda: None
+    reset()
     both = [_seconds(ranks, model, objective, passes) for _ in range(2)]
     held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    if held:
-        torch.cuda.reset_peak_memory_stats()  # a step tells of its own
+    reset()  # a step tells of its own
     return None if both[1] is None else _Measured(sum(map(num_tokens, passes)) / both[1], held)
 
 
@@ -158,7 +154,7 @@ def _seconds(ranks: Ranks, model: Any, objective: Objective, passes: Sequence[An
 
 
 def _circumstances(model: Any, size: PassSize, config: TrainConfig, plan: Plan) -> JSON:
-    """Give all that may change which way is the fastest."""
+    """Give what decides which way is the fastest, but for the lengths of the data."""
     import torch
 
     chosen = {name: choice.value for name, choice in plan.choices().items()}
@@ -169,7 +165,7 @@ def _circumstances(model: Any, size: PassSize, config: TrainConfig, plan: Plan) 
         "torch": torch.__version__,
         "gpu": plan.device.reason,
         "weights": sum(weight.numel() for weight in model.parameters()),
-        "method": [config.method, config.lora_r, config.lora_dropout, config.objective, *config.target_modules],
+        "adapter": [config.lora_r, config.lora_dropout, config.objective, *config.target_modules],
         "packing": size.packing,
         "to_try": [asdict(one) for one in plan.to_try],
         **chosen,

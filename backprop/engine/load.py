@@ -253,7 +253,12 @@ def load_model(path: str, config: TrainConfig, plan: Plan) -> Any:
         four_bit=config.method == "qlora",
         trust_remote_code=config.trust_remote_code,
     )
-    return add_adapter(base, config, plan)
+    model = add_adapter(base, config, plan)
+    if plan.fp8_backward.value:
+        from backprop.engine import fp8
+
+        fp8.prepare(model)
+    return model
 
 
 def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any:
@@ -287,9 +292,19 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
     )
     adapted: Any = get_peft_model(model, lora)
     narrow(adapted)
+    if config.method == "qlora":
+        _as_trl_trains(adapted)
     if config.pissa:
         setattr(adapted, START, adapter_state(adapted))
     return adapted
+
+
+def _as_trl_trains(model: Any) -> None:
+    """Hold the adapter of a 4-bit model in bfloat16 (arXiv:2305.14314, section 3), as trl's trainer would later."""
+    import torch
+
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.bfloat16) if weight.requires_grad else weight.data
 
 
 # Singular vectors by 16 rounds of subspace iteration, as PEFT's documentation advises (arXiv:2404.02948).

@@ -85,15 +85,11 @@ class Rank:
     def __init__(self, model: Any, plan: Plan, group: Any, finish: Callable[[Any], object]) -> None:
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.device = next(model.parameters()).device
-        self._recomputed = -1
-        self._not_compiled = ""
+        self._recomputed, self._not_compiled = -1, ""
         self._model, self._dtype, self._group, self._finish = model, plan.dtype.value, group, finish
         self.recompute(plan.recompute.value)
-        if plan.fp8_backward.value:
-            from backprop.engine import fp8
-
-            fp8.prepare(model)
-        self._compiled = Compiled(model) if plan.compile.value else None
+        self._compile = plan.compile.value
+        self._compiled = Compiled(model) if self._compile else None
 
     def recompute(self, count: int) -> bool:
         """Let so many layers compute their activations again on the way back; false if they do already."""
@@ -108,6 +104,8 @@ class Rank:
         from backprop.engine import fp8
 
         fp8.undo(self._model)
+        # If that failed, it may have been for what is undone.
+        self._compiled, self._not_compiled = Compiled(self._model) if self._compile else None, ""
 
     def take_base(self) -> None:
         """Let every rank have the frozen weights of rank 0 under its adapters, which PiSSA has changed."""
@@ -302,7 +300,12 @@ class Ranks:
         ]
         for worker, share in zip(self._workers, shares[1:], strict=True):
             self._tell(worker, "compute", share)
-        found = [rank.compute(shares[0]), *map(self._hear, self._workers)]
+        try:
+            own = rank.compute(shares[0])
+        except Exception:
+            list(map(self._hear, self._workers))  # else these would be taken for answers to the next share
+            raise
+        found = [own, *map(self._hear, self._workers)]
         whole = [one for one in found if one is not None]
         if len(whole) < len(found):
             return None

@@ -78,5 +78,6 @@ def measures(fit: "Fit", output: Path) -> dict[str, JSON]:
         "tokens": fit.tokens,
         "tokens_per_second": fit.tokens / fit.seconds,
         "packing": fit.size.packing,
+        "micro_batch": fit.size.examples,
         "fp8_backward": fit.fp8_backward,
     }

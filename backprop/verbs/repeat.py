@@ -35,7 +35,8 @@ def settings_of(config: TrainConfig) -> TrainConfig:
     settings = {name: value for name, value in manifest["config"].items() if name in known}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     if config.micro_batch is None:
-        settings["micro_batch"] = manifest["plan"]["micro_batch"]["value"]
+        planned = manifest["plan"]["micro_batch"]["value"]
+        settings["micro_batch"] = manifest["result"].get("micro_batch", planned)  # what was tried may have been faster
     return replace(config, **settings, from_run=None)
 
 

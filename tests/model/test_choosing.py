@@ -4,15 +4,23 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from conftest import UNEVEN, Run, went_on
 
 from backprop import events
+from backprop.config import TrainConfig
 from backprop.core import duration
+from backprop.core.data.render import Example
 from backprop.core.passes import Passes
-from backprop.engine import choosing, ranks
+from backprop.core.plan import Choice, Plan
+from backprop.edges import tried
+from backprop.engine import choosing, objectives, ranks
+from backprop.engine.batches import PassSize, num_tokens
+from backprop.engine.layers import layers_of
+from backprop.verbs import repeat
 
 WAYS = (Passes(4, 0), Passes(2, 0), Passes(1, 2))
 OPTIONS: dict[str, Any] = {"packing": False, "skip_proofs": True, "learning_rate": 1e-3}
@@ -61,6 +69,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Passes]:
     real = ranks.Rank.compute
 
     def compute(self: Any, share: Any) -> Any:
+        assert all(layer.training for layer in layers_of(self._model)), "else nothing is recomputed, nor dropped out"
         seen.extend(Passes(one["input_ids"].shape[0], self._recomputed) for one in share.passes.values())
         return real(self, share)
 
@@ -99,6 +108,51 @@ def test_what_was_found_is_kept_for_the_same_circumstances(
     for file in (tmp_path / "cache" / "backprop" / "tried").iterdir():
         file.write_text(json.dumps({"found": {"examples": 64, "recomputed": 0}}))
     assert phases(train(UNEVEN, **OPTIONS), "trying"), "what does not fit is not taken"
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[1]", "null", "3", "[" * 100_000, "\0"], ids=repr)
+def test_a_cache_that_holds_something_else_is_as_good_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    known: dict[str, Any] = {"gpu": "a test"}
+    tried.remember(known, {"examples": 1, "recomputed": 0})
+    assert tried.recall(known) == {"examples": 1, "recomputed": 0}
+    (file,) = (tmp_path / "cache" / "backprop" / "tried").iterdir()
+    file.write_text(text)
+    assert tried.recall(known) is None
+    file.write_bytes(b"\xff")
+    assert tried.recall(known) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    tried.remember(known, {})
+    assert tried.recall(known) is None
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_rated_answers_are_tried_with_those_of_other_prompts(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    rows = [{"prompt": f"question {n}", "completion": "word " * (3 * n + 1), "label": n % 2 == 0} for n in range(8)]
+    shares: list[int] = []
+    real = ranks.Rank.compute
+    monkeypatch.setattr(
+        ranks.Rank, "compute", lambda rank, share: (shares.append(len(share.passes)), real(rank, share))[1]
+    )
+    run = train(rows, **{**OPTIONS, "packing": packing}, objective="kto", steps=1)
+    assert not run.all(events.Failed)
+    assert phases(run, "the fastest here")
+    assert shares[: 4 * len(WAYS)] == [1] * 4 * len(WAYS), "twice each, and without a gradient before"
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_no_more_is_tried_than_a_step_brings(num_ranks: int, packing: bool) -> None:
+    examples = [Example(ids=(1,) * length, mask=(True,) * length) for length in (9, 40, 7, 8, 6, 5)]
+    planned = cast(Plan, SimpleNamespace(batch_size=Choice(4, ""), gpus=Choice(num_ranks, "")))
+    size = PassSize(examples=4, tokens=160, packing=packing)
+    found = choosing._hardest(objectives.Supervised(), examples, size, planned)
+    lengths = [sum(num_tokens(one) for one in found), len(found)]
+    assert lengths == [40 + 9 + 8 + 7, num_ranks]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -142,3 +196,13 @@ def test_a_run_goes_on_with_what_was_chosen(
     seen = used(monkeypatch)
     went_on(train, UNEVEN, step=2, **OPTIONS)
     assert seen[-1] == WAYS[2]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_that_is_done_again_takes_what_was_chosen(
+    train: Callable[..., Run], quick: Callable[[Passes], None]
+) -> None:
+    quick(WAYS[1])
+    run = train(UNEVEN, **OPTIONS)
+    again = repeat.settings_of(TrainConfig(from_run=run.folder, output=run.folder.parent / "again"))
+    assert again.micro_batch == 2

@@ -7,8 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import UNEVEN, Run, plant_in_training, went_on
@@ -81,6 +82,21 @@ def test_preferences_give_one_curve_too(
 ) -> None:
     alone, shared = curves(RATED if objective == "kto" else PAIRS, objective=objective, packing=packing, beta=0.5)
     assert alone == pytest.approx(shared, abs=1e-5)
+
+
+def test_no_answer_to_a_share_that_failed_is_left_for_the_next_one() -> None:
+    import torch
+
+    class Fails:
+        def compute(self, share: ranks.Share) -> Any:
+            raise RuntimeError(str(len(share.passes)))
+
+    ours, theirs = Pipe()
+    ranks.tell(theirs, ranks.Found(values={}, with_gradient=()))
+    both = ranks.Ranks(cast(Any, None), workers=[ranks.Worker(ours, lambda: "", "a test")])
+    with pytest.raises(RuntimeError, match="1"):
+        both._share_out(cast(Any, Fails()), cast(Any, None), {0: {"input_ids": torch.ones(1, 4)}}, 0, None)
+    assert not ours.poll()
 
 
 @pytest.mark.slow

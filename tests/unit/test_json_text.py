@@ -1,5 +1,6 @@
 """JSON files are read a piece at a time, to the same values and the same faults as at once."""
 
+import codecs
 import io
 import json
 import tracemalloc
@@ -57,6 +58,30 @@ def test_a_fault_is_named_where_it_is(value: Any, data: st.DataObject, chunk: in
         items(broken, chunk)
     line, column = wanted.value.lineno, wanted.value.colno + (5 if wanted.value.lineno == 1 else 0)
     assert f"line {line + 2} is not JSON: {wanted.value.msg} at column {column}" in caught.value.message
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 7, 2**20])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["plain", "marked"])
+@pytest.mark.parametrize("bad", [b"\xff", b'\xe2\x82"', b"\xe2\x82"], ids=["never", "torn", "at the end"])
+def test_the_byte_that_is_not_text_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, mark: bytes, bad: bytes
+) -> None:
+    before = mark + '["é", "€'.encode()
+    path = tmp_path / "rows.json"
+    path.write_bytes(before + bad)
+    monkeypatch.setattr(json_text, "CHUNK_BYTES", chunk)
+    with pytest.raises(DataError, match=f"byte {len(before)} is not UTF-8"):
+        list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize("after", ["", ".5", "e-2", "E+1"])
+def test_a_number_is_too_long_only_where_it_is_whole(after: str) -> None:
+    digits = "9" * 4400
+    if after:
+        assert items(digits + after, 4350) == [float(digits + after)]
+        return
+    with pytest.raises(DataError, match="value has 4400 digits"):
+        items(digits + " ", 4350)
 
 
 def test_a_long_list_is_never_in_memory(tmp_path: Path) -> None:
