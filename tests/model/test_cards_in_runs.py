@@ -154,6 +154,7 @@ def test_a_run_that_waits_for_its_card_is_stopped_at_once(
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )
     assert process.stdout
     last: dict[str, Any] = {}
