@@ -3,7 +3,9 @@
 import dataclasses
 import os
 import platform
+import re
 import shutil
+import sys
 from pathlib import Path
 
 from backprop.core.hardware import Gpu, Hardware
@@ -59,7 +61,24 @@ def use_one_gpu(hardware: Hardware) -> Hardware:
             gpu for gpu in hardware.gpus if gpu is not best and gpu.name == best.name and gpu.memory_free_bytes >= least
         )
         os.environ["CUDA_VISIBLE_DEVICES"] = best.uuid
+    _grow_segments(best)
     return dataclasses.replace(hardware, gpus=(best, *_beside.get(best.uuid, ())))
+
+
+# As guests see a part of a card, say `NVIDIA A40-8Q`.
+VIRTUAL = re.compile(r"-\d+[ABCQ]$")
+WSL = Path("/dev/dxg")
+
+
+def _grow_segments(gpu: Gpu) -> None:
+    """Let torch map memory to where it is wanted: else a card that is nearly full is full of gaps. The user's word goes first.
+
+    Windows and virtual cards cannot, and WSL2 fails at the first tensor (pytorch issue 192330).
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if sys.platform == "linux" and not WSL.exists() and not VIRTUAL.search(gpu.name):
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = "expandable_segments:True"
 
 
 def _memory_bytes() -> int:

@@ -28,6 +28,8 @@ LEAST_OF_RATE = 0.3
 SIZE = 4096
 ROUNDS = 20
 FP8_CAPABILITY = (8, 9)
+# These keep a CPU busy for seconds, and the GPU for none.
+COMPILING = ("triton kernel", "compiled function")
 RAMP_UP_S = 0.3
 
 
@@ -71,7 +73,7 @@ def names_for(*, num_gpus: int, with_bitsandbytes: bool, with_triton: bool) -> l
         return ["torch product", "packed attention"]
     named = ["torch product", "fp8 product", "packed attention"]
     named += ["4-bit product"] if with_bitsandbytes else []
-    named += ["triton kernel", "compiled function"] if with_triton else []
+    named += COMPILING if with_triton else []
     return [*named, "several gpus"] if num_gpus > 1 else named
 
 

@@ -5,7 +5,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -202,6 +203,17 @@ def _trials(hardware: Hardware, states: Sequence[CardState]) -> Iterator[Finding
         with_bitsandbytes=find_spec("bitsandbytes") is not None,
         with_triton=hardware.platform.startswith("Linux"),
     )
+    compiling = [name for name in names if name in trials.COMPILING]
+    names = [name for name in names if name not in trials.COMPILING]
+    with _trying(compiling, machine) if compiling else nullcontext() as compiled:
+        yield from _to_their_end(names, machine)
+        if compiled:
+            ended, left = compiled()
+            yield from ended
+            yield from _to_their_end(left, machine)
+
+
+def _to_their_end(names: Sequence[str], machine: trials.Machine) -> Iterator[Finding]:
     while names:
         ended, names = try_all(names, machine)
         yield from ended
@@ -209,18 +221,31 @@ def _trials(hardware: Hardware, states: Sequence[CardState]) -> Iterator[Finding
 
 def try_all(names: Sequence[str], machine: trials.Machine) -> tuple[list[Finding], list[str]]:
     """Run trials in a process of their own, until one ends it; give findings, and the names that are left."""
+    with _trying(names, machine) as ended:
+        return ended()
+
+
+@contextmanager
+def _trying(names: Sequence[str], machine: trials.Machine) -> Generator[Callable[[], tuple[list[Finding], list[str]]]]:
+    """Run trials beside the block, which may wait for what `try_all` gives."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "trials.jsonl"
         argv = [sys.executable, "-m", "backprop.engine.trials", str(file), json.dumps(asdict(machine)), *names]
         # By id: CUDA may number GPUs in another order than the driver.
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(machine.gpus)}
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **seen}
-        broken: ToolError | None = None
-        try:
-            process.run(argv, env=environment, timeout_s=TRIALS_MOST_S)
-        except ToolError as error:
-            broken = error
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        with process.running(argv, env=environment, timeout_s=TRIALS_MOST_S) as finish:
+            yield lambda: _told(file, names, finish)
+
+
+def _told(file: Path, names: Sequence[str], finish: Callable[[], str]) -> tuple[list[Finding], list[str]]:
+    """Wait for trials to end, and read what they wrote; the first that wrote nothing ended them."""
+    broken: ToolError | None = None
+    try:
+        finish()
+    except ToolError as error:
+        broken = error
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     findings = [_finding_of(trials.Tried(**line)) for line in lines if "name" in line]
     left = list(names[len(findings) :])
     if left:

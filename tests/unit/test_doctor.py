@@ -10,7 +10,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -24,7 +25,7 @@ from nvml_double import GIB, Card, Now, install
 from ollama_double import OllamaDouble
 
 from backprop.config import DoctorConfig
-from backprop.core.checkup import Torch, Volume, check_volume
+from backprop.core.checkup import Finding, Torch, Volume, check_volume
 from backprop.edges import device, llama_cpp, surroundings
 from backprop.engine import trials
 from backprop.errors import BackpropError
@@ -158,7 +159,7 @@ class Place:
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
     # What is run is tried by tests of its own, below; here it would take a second each time.
-    monkeypatch.setattr(doctor_verb, "try_all", lambda names, machine: ([], []))
+    monkeypatch.setattr(doctor_verb, "_trying", lambda names, machine: nullcontext(lambda: ([], [])))
     monkeypatch.setattr(llama_cpp, "quantize_tiny", lambda folder: 1)
     monkeypatch.setattr(llama_cpp, "bindings", lambda: None)
     monkeypatch.setattr(surroundings.os, "fsync", lambda descriptor: None)
@@ -611,7 +612,7 @@ def test_the_least_memory_that_a_job_asks_for_is_held(place: Place) -> None:
     ids=["full", "busy"],
 )
 def test_a_card_that_a_run_uses_is_left_to_it(place: Place, card: dict[str, Any]) -> None:
-    place.patch.setattr(doctor_verb, "try_all", lambda names, machine: pytest.fail("it was tried"))
+    place.patch.setattr(doctor_verb, "_trying", lambda names, machine: pytest.fail("it was tried"))
     place.card(**card)
     checks, code = examined(place)
     assert next(one.found for one in checks if one.name == "torch product").startswith("not tried")
@@ -697,13 +698,13 @@ def test_a_slow_card_is_advised_and_no_error(monkeypatch: pytest.MonkeyPatch) ->
     """As an H20 is, which has a seventh of an H100's rate by design; and each trial sees the GPUs that were asked about."""
     seen: list[str] = []
 
-    def run(argv: Sequence[str], *, env: dict[str, str], timeout_s: float) -> str:
+    def running(argv: Sequence[str], *, env: dict[str, str], timeout_s: float) -> Any:
         seen.append(env["CUDA_VISIBLE_DEVICES"])
         slow = trials.Tried(name="torch product", found="148 TFLOP/s", needed=trials.SLOW[0], mend=trials.SLOW[1])
         Path(argv[3]).write_text(json.dumps(asdict(slow)) + "\n")
-        return ""
+        return nullcontext(lambda: "")
 
-    monkeypatch.setattr(doctor_verb.process, "run", run)
+    monkeypatch.setattr(doctor_verb.process, "running", running)
     (finding,), _ = doctor_verb.try_all(["torch product"], trials.Machine(gpus=["GPU-1", "GPU-0"]))
     assert finding.error is None
     assert finding.advice == trials.SLOW
@@ -715,6 +716,22 @@ def test_what_is_tried_suits_the_machine() -> None:
     assert set(trials.names_for(num_gpus=2, with_bitsandbytes=True, with_triton=True)) == set(trials.TRIALS)
     one = trials.names_for(num_gpus=1, with_bitsandbytes=False, with_triton=True)
     assert not {"several gpus", "4-bit product"} & set(one)
+
+
+def test_what_compiles_is_tried_beside_what_multiplies_and_each_is_told(place: Place) -> None:
+    begun: list[Sequence[str]] = []
+
+    @contextmanager
+    def trying(names: Sequence[str], machine: trials.Machine) -> Generator[Any]:
+        begun.append(names)
+        yield lambda: ([Finding(name=names[0], found="it runs")], names[1:])
+
+    place.patch.setattr(doctor_verb, "_trying", trying)
+    place.card()
+    checks, _ = examined(place)
+    assert begun[0] == [*trials.COMPILING]
+    told = [check.name for check in checks if check.name in trials.TRIALS]
+    assert sorted(told) == sorted([*begun[0], *begun[1]])
 
 
 def test_the_torch_that_is_installed_is_read_without_importing_it() -> None:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -162,6 +163,7 @@ def test_gpus_are_shared_where_that_saves_more_than_it_costs(
 
 def test_only_gpus_that_are_alike_and_free_share_the_work_of_the_freest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     cards = [("a", "H100", 79), ("b", "H100", 80), ("c", "H100", 20), ("d", "A100", 80)]
     gpus = tuple(
         Gpu(name=name, uuid=uuid, memory_bytes=80 * GIB, memory_free_bytes=free * GIB, capability=(9, 0))
@@ -172,3 +174,35 @@ def test_only_gpus_that_are_alike_and_free_share_the_work_of_the_freest(monkeypa
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "b"
     # A second run of the same process sees one card, and others may still work beside it.
     assert device.use_one_gpu(replace(TWO_CORES, gpus=gpus[1:2])) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "system", "wsl", "before", "expected"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "linux", False, {}, "expandable_segments:True"),
+        ("NVIDIA A40-8Q", "linux", False, {}, None),
+        ("NVIDIA GeForce RTX 4090", "linux", True, {}, None),
+        ("NVIDIA GeForce RTX 4090", "win32", False, {}, None),
+        ("NVIDIA H100", "linux", False, {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ("NVIDIA H100", "linux", False, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ],
+    ids=["a card", "a virtual card", "WSL2", "Windows", "the user's word", "the user's word, as it was"],
+)
+def test_memory_is_mapped_without_gaps_where_that_works(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    system: str,
+    wsl: bool,
+    before: dict[str, str],
+    expected: str | None,
+) -> None:
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(variable, "")  # which is put back as it was after the test
+        monkeypatch.delenv(variable)
+    for variable, value in before.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr(device, "WSL", tmp_path if wsl else tmp_path / "none")
+    device.use_one_gpu(replace(TWO_CORES, gpus=(replace(gpu(8).gpus[0], name=name),)))
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
