@@ -95,7 +95,14 @@ class StepMemory:
 
 
 def step_memory(
-    config: TrainConfig, shape: ModelShape, *, tokens: int, recomputed: int, compiled: bool, dtype: str = "bfloat16"
+    config: TrainConfig,
+    shape: ModelShape,
+    *,
+    tokens: int,
+    recomputed: int,
+    compiled: bool,
+    dtype: str = "bfloat16",
+    offloaded: bool = False,
 ) -> StepMemory:
     """Estimate what a step needs on a GPU.
 
@@ -103,6 +110,7 @@ def step_memory(
         tokens: Of the largest pass.
         recomputed: Layers whose activations are computed again on the way back.
         compiled: Whether layers are compiled, which fuses what would be kept in between.
+        offloaded: Whether the inputs of layers that are computed again wait in main memory.
     """
     width = BF16 if dtype == "bfloat16" else FLOAT32
     whole = config.method == "full"
@@ -111,7 +119,9 @@ def step_memory(
     trained = blocks + words if whole else adapter_weights(shape, config.lora_r)
     layer = tokens * kept_per_token(config, shape, compiled=compiled) * width
     entry = tokens * shape.hidden_size * width
-    kept = (shape.num_layers - recomputed) * layer + recomputed * entry
+    # Two: one on its way out, and one that a layer works on.
+    entries = min(recomputed, 2) if offloaded else recomputed
+    kept = (shape.num_layers - recomputed) * layer + entries * entry
     # On the way back through a layer: the gradients of its widest part, and of what goes through it.
     way_back = tokens * width * (2 * shape.intermediate_size + 6 * shape.hidden_size)
     if config.fp8_backward and not compiled:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backprop.config import TrainConfig
 from backprop.core.hardware import Gpu
-from backprop.core.memory import ModelShape, block_weights, step_memory
+from backprop.core.memory import FLOAT32, ModelShape, block_weights, step_memory
 from backprop.presets import GIB
 
 
@@ -18,6 +18,8 @@ class Passes:
     """At once."""
     recomputed: int
     """Layers whose activations are computed again on the way back."""
+    offloaded: bool = False
+    """Whether their inputs wait for it in main memory."""
 
 
 # Of the memory that is free, CUDA itself takes some; and what is estimated is not exact.
@@ -30,6 +32,11 @@ START_SECONDS_4_BIT = 7.5e-3
 RATE_PER_GIB = 3e12
 # Going forward once more, against forward and back: 1.40 and 1.41 times the time were measured.
 COST_OF_RECOMPUTING = 0.4
+# A layer's input goes out while the layer runs, and comes back before it runs again: 1.2 ms of 27 for 8,192 tokens of a 7B
+# through 16 lanes of PCIe 5; on a smaller card both take longer.
+COST_OF_OFFLOADING = 0.05
+# Of the main memory, what may wait there: it cannot be swapped.
+SHARE_OFFLOADED = 0.25
 
 
 def room_of(gpu: Gpu) -> float:
@@ -38,24 +45,34 @@ def room_of(gpu: Gpu) -> float:
 
 
 def needs(
-    config: TrainConfig, batch: int, length: int, shape: ModelShape, *, compiled: bool, dtype: str
+    config: TrainConfig, batch: int, length: int, shape: ModelShape, *, compiled: bool, dtype: str, main_bytes: int
 ) -> Mapping[Passes, int]:
     """Estimate the bytes that a step needs, of each way that the configuration allows.
 
     Args:
         length: Of the longest example, in tokens.
+        main_bytes: Of the machine's memory, which inputs of layers may wait in where that is the last means.
     """
+
+    def need(one: Passes) -> int:
+        return step_memory(
+            config,
+            shape,
+            tokens=one.examples * length,
+            recomputed=one.recomputed,
+            compiled=compiled,
+            dtype=dtype,
+            offloaded=one.offloaded,
+        ).total
+
     sizes = [size for size in range(1, batch + 1) if batch % size == 0]
     if config.micro_batch is not None:
         sizes = [divisor(batch, config.micro_batch)]
     again = range(shape.num_layers + 1) if config.recompute is None else [min(config.recompute, shape.num_layers)]
-    return {
-        Passes(size, layers): step_memory(
-            config, shape, tokens=size * length, recomputed=layers, compiled=compiled, dtype=dtype
-        ).total
-        for size in sizes
-        for layers in again
-    }
+    ways = [Passes(size, layers) for size in sizes for layers in again]
+    most = SHARE_OFFLOADED * main_bytes / (shape.num_layers * length * shape.hidden_size * FLOAT32)
+    every = [one for one in ways if one.recomputed == shape.num_layers and one.examples <= most]
+    return {one: need(one) for one in (*ways, *(replace(one, offloaded=True) for one in every))}
 
 
 def fastest_first(
@@ -68,7 +85,7 @@ def fastest_first(
     start = seconds * RATE_PER_GIB * gpu.memory_bytes / GIB * shape.num_layers / (4 * block_weights(shape))
     return sorted(
         fitting or [min(need, key=need.__getitem__)],
-        key=lambda one: _cost(one.recomputed / shape.num_layers, one.examples * length, start),
+        key=lambda one: _cost(one, shape, one.examples * length, start),
     )
 
 
@@ -88,15 +105,15 @@ def worth_trying(ways: Sequence[Passes]) -> tuple[Passes, ...]:
     return tuple(of_each_size.values())[:MOST_TRIED]
 
 
-def _cost(recomputed: float, tokens: int, start: float) -> float:
+def _cost(one: Passes, shape: ModelShape, tokens: int, start: float) -> float:
     """Estimate the time of a token's way through the model, against that in a long pass without recomputing.
 
     Args:
-        recomputed: Share of the layers.
         tokens: Of the pass.
         start: Tokens that are computed while a pass is started; both go on side by side.
     """
-    return (1 + COST_OF_RECOMPUTING * recomputed) * math.hypot(1, start / tokens)
+    more = COST_OF_RECOMPUTING * one.recomputed / shape.num_layers + COST_OF_OFFLOADING * one.offloaded
+    return (1 + more) * math.hypot(1, start / tokens)
 
 
 def divisor(number: int, most: int) -> int:

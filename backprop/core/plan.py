@@ -52,11 +52,13 @@ class Plan:
     lora_alpha: Choice[float]
     recompute: Choice[int]
     """Layers whose activations are computed again on the way back."""
+    offload: Choice[bool] = Choice(False, "the inputs of layers stay where they are used")
+    """Whether the inputs of these layers wait for it in main memory."""
     compile: Choice[bool]
     fp8_backward: Choice[bool] = Choice(False, "in 16 bits")
     """Whether gradients go through frozen feed-forward layers in 8 bits."""
     to_try: tuple[Passes, ...] = ()
-    """What is tried on the GPU before the first step, instead of micro_batch and recompute as estimated."""
+    """What is tried on the GPU before the first step, instead of micro_batch, recompute and offload as estimated."""
 
     def choices(self) -> dict[str, Choice[str | int | float | bool]]:
         """Give every choice by name, in the order they are shown."""
@@ -152,7 +154,15 @@ def least_bytes(config: TrainConfig, shape: ModelShape, *, length: int, method: 
     """Estimate what a step needs with a single example of ``length`` tokens, and every layer recomputed."""
     own = replace(config, method=method)
     tokens = length * sides_of(config)
-    return step_memory(own, shape, tokens=tokens, recomputed=shape.num_layers, compiled=False, dtype=dtype).total
+    return step_memory(
+        own,
+        shape,
+        tokens=tokens,
+        recomputed=shape.num_layers,
+        compiled=False,
+        dtype=dtype,
+        offloaded=dtype == "bfloat16",
+    ).total
 
 
 def choose_method(
@@ -201,7 +211,7 @@ def make_plan(
         raise HardwareError("`--method qlora` needs an NVIDIA GPU, and none was found", hint="add `--method lora`")
     fp8_backward = _choose_fp8_backward(config, hardware)
     batch = _choose_batch(config, data)
-    micro, recompute, to_try = _choose_passes(
+    micro, recompute, offload, to_try = _choose_passes(
         config,
         batch.value,
         max_length.value * sides_of(config),
@@ -225,6 +235,7 @@ def make_plan(
         learning_rate=_choose_rate(config, shape),
         lora_alpha=_choose_alpha(config),
         recompute=recompute,
+        offload=offload,
         compile=compiled or Choice(False, "nothing is known of how long it takes"),
         fp8_backward=fp8_backward,
         to_try=to_try,
@@ -292,22 +303,25 @@ CPU_TOKENS_PER_PASS = 2048
 
 def _choose_passes(
     config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
-) -> tuple[Choice[int], Choice[int], tuple[Passes, ...]]:
-    """Choose how many examples go through the model at once, and how many layers are computed again on the way back; and
-    give what else may be as fast.
+) -> tuple[Choice[int], Choice[int], Choice[bool], tuple[Passes, ...]]:
+    """Choose how many examples go through the model at once, how many layers are computed again on the way back, and where
+    their inputs wait; and give what else may be as fast.
     """
+    stays = Choice(False, "the inputs of layers stay where they are used")
     if not hardware.gpus:
         most = config.micro_batch or max(1, CPU_TOKENS_PER_PASS // length)
         micro = Choice(passes.divisor(batch, most), f"at most {CPU_TOKENS_PER_PASS} tokens at once")
         recompute = Choice(min(config.recompute or 0, shape.num_layers), "main memory is enough")
-        return *_as_set(config, micro, recompute, shape), ()
+        return *_as_set(config, micro, recompute, shape), stays, ()
     gpu, dtype = hardware.gpus[0], _choose_dtype(hardware).value
-    need = passes.needs(config, batch, length, shape, compiled=compiled, dtype=dtype)
+    main = hardware.memory_bytes
+    need = passes.needs(config, batch, length, shape, compiled=compiled, dtype=dtype, main_bytes=main)
     ways = passes.fastest_first(config, need, length, shape, gpu)
     chosen = ways[0]
     told = f"about {need[chosen] / GIB:.1f} GiB for a step, and {gpu.memory_free_bytes / GIB:.1f} GiB are free"
     recompute = Choice(chosen.recomputed, f"of {shape.num_layers} layers; {told}")
-    return *_as_set(config, Choice(chosen.examples, told), recompute, shape), passes.worth_trying(ways)
+    offload = Choice(True, "the GPU's memory is too small for the inputs of layers") if chosen.offloaded else stays
+    return *_as_set(config, Choice(chosen.examples, told), recompute, shape), offload, passes.worth_trying(ways)
 
 
 def _as_set(

@@ -30,6 +30,8 @@ class PassSize:
     """How many processes share the passes out: each is given as many, of about the same length, where there is enough."""
     recomputed: int | None = None
     """Layers whose activations are computed again on the way back; None for as many as the plan has."""
+    offloaded: bool = False
+    """Whether their inputs wait in main memory; counts where it is known how many these layers are."""
 
 
 def labels_of(example: Example) -> list[int]:

@@ -84,13 +84,13 @@ def fastest(
     with within_documents(model) if size.packing else nullcontext():
         for one in plan.to_try:
             say(Phase(name=f"trying {_told(one)}"))
-            ranks.recompute(one.recomputed)
+            ranks.recompute(one.recomputed, one.offloaded)
             passes = _hardest(objective, examples, _sized(size, one, config, plan), plan)
             measured = _measured(ranks, model, objective, passes)
             if measured is not None:
                 found[one] = measured
     if not found:
-        ranks.recompute(plan.recompute.value)
+        ranks.recompute(plan.recompute.value, plan.offload.value)
         return size
     chosen = max(found, key=lambda one: found[one].speed)
     tried.remember(known, asdict(chosen))
@@ -111,12 +111,13 @@ class _Measured:
 
 
 def _told(one: Passes) -> str:
-    return f"{one.examples} at once with {one.recomputed} layers recomputed"
+    where = " from main memory" if one.offloaded else ""
+    return f"{one.examples} at once with {one.recomputed} layers recomputed{where}"
 
 
 def _sized(size: PassSize, one: Passes, config: TrainConfig, plan: Plan) -> PassSize:
     tokens = one.examples * plan.max_length.value * sides_of(config)
-    return replace(size, examples=one.examples, tokens=tokens, recomputed=one.recomputed)
+    return replace(size, examples=one.examples, tokens=tokens, recomputed=one.recomputed, offloaded=one.offloaded)
 
 
 def _hardest(objective: Objective, examples: Sequence[Example], size: PassSize, plan: Plan) -> Sequence[dict[str, Any]]:
@@ -158,7 +159,7 @@ def _circumstances(model: Any, size: PassSize, config: TrainConfig, plan: Plan) 
     import torch
 
     chosen = {name: choice.value for name, choice in plan.choices().items()}
-    for name in ("steps", "eval_steps", "learning_rate", "lora_alpha", "micro_batch", "recompute"):
+    for name in ("steps", "eval_steps", "learning_rate", "lora_alpha", "micro_batch", "recompute", "offload"):
         del chosen[name]
     return {
         "version": backprop.__version__,

@@ -1,7 +1,8 @@
 """How a model's layers run in training: computed again on the way back, so that they keep less, and compiled."""
 
+import functools
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +22,13 @@ def layers_of(model: Any) -> list[Any]:
     ]
 
 
-def recompute(model: Any, count: int) -> None:
+def recompute(model: Any, count: int, *, offloaded: bool = False) -> None:
     """Let the first ``count`` layers compute their activations again on the way back; or all, where none can be told apart.
 
     The first, since theirs are needed last: by then the others have let go of theirs.
+
+    Args:
+        offloaded: Let their inputs wait in main memory.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -38,6 +42,48 @@ def recompute(model: Any, count: int) -> None:
     for module in model.modules() if layers else ():
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = module in layers[:count]
+            if offloaded:
+                given: Any = module  # whose function is not a weight
+                given._gradient_checkpointing_func = _from_main_memory(given._gradient_checkpointing_func)
+
+
+def _from_main_memory(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what a layer begins with wait in main memory until the layer runs again."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    def run(layer: Callable[..., Any], *arguments: Any) -> Any:
+        with saved_tensors_hooks(_to_main_memory, _to_gpu):
+            return checkpoint(layer, *arguments)
+
+    return run
+
+
+@functools.cache
+def _on_its_way(device: Any) -> Any:
+    """Give the stream on which copies leave a GPU while it computes."""
+    import torch
+
+    return torch.cuda.Stream(device)
+
+
+def _to_main_memory(tensor: Any) -> tuple[Any, Any, Any]:
+    import torch
+
+    stream = _on_its_way(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        waiting = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        waiting.copy_(tensor.detach(), non_blocking=True)
+        tensor.record_stream(stream)
+    return waiting, tensor.device, stream.record_event()
+
+
+def _to_gpu(saved: tuple[Any, Any, Any]) -> Any:
+    import torch
+
+    waiting, device, copied = saved
+    torch.cuda.current_stream(device).wait_event(copied)
+    return waiting.to(device, non_blocking=True)
 
 
 class Compiled:

@@ -252,7 +252,7 @@ class _Training:
             if not (stand.progress.ended or watch.evaluate_if_due()):
                 self.ranks.meet(self.model)
                 if stand.size.recomputed is not None:
-                    self.ranks.recompute(stand.size.recomputed)
+                    self.ranks.recompute(stand.size.recomputed, stand.size.offloaded)
                 with within_documents(self.model) if stand.size.packing else nullcontext():
                     trainer.train()
         return replace(stand, size=steps.size)

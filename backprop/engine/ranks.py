@@ -85,19 +85,19 @@ class Rank:
     def __init__(self, model: Any, plan: Plan, group: Any, finish: Callable[[Any], object]) -> None:
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.device = next(model.parameters()).device
-        self._recomputed, self._not_compiled = -1, ""
+        self._recomputed, self._not_compiled = (-1, False), ""
         self._model, self._dtype, self._group, self._finish = model, plan.dtype.value, group, finish
-        self.recompute(plan.recompute.value)
+        self.recompute(plan.recompute.value, plan.offload.value)
         self._compile = plan.compile.value
         self._compiled = Compiled(model) if self._compile else None
 
-    def recompute(self, count: int) -> bool:
-        """Let so many layers compute their activations again on the way back; false if they do already."""
+    def recompute(self, count: int, offloaded: bool = False) -> bool:
+        """Let so many layers compute their activations again on the way back, some from main memory; false if they do."""
         count = min(count, len(layers_of(self._model)))
-        before, self._recomputed = self._recomputed, count
-        if count != before:
-            recompute(self._model, count)
-        return count != before
+        before, self._recomputed = self._recomputed, (count, offloaded and self.device.type == "cuda")
+        if self._recomputed != before:
+            recompute(self._model, count, offloaded=self._recomputed[1])
+        return self._recomputed != before
 
     def keep_16_bits(self) -> None:
         """Compute the way back as the way forward."""
@@ -313,10 +313,10 @@ class Ranks:
         values = {number: value for one in whole for number, value in one.values.items()}
         return values, sorted({number for one in whole for number in one.with_gradient})
 
-    def recompute(self, count: int) -> bool:
+    def recompute(self, count: int, offloaded: bool = False) -> bool:
         """Let so many layers compute their activations again on the way back, on every rank; false if they do already."""
         assert self._rank is not None
-        return self._all(self._rank, "recompute", count)
+        return self._all(self._rank, "recompute", count, offloaded)
 
     def keep_16_bits(self) -> None:
         """Let every rank compute the way back as the way forward."""

@@ -73,10 +73,11 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         return self.objective.passes([self._examples[number] for number in numbers], size)
 
     def recompute_all(self, ranks: Ranks, model: Any) -> bool:
-        """Let every layer compute its activations again on the way back; false if all do already."""
+        """Let every layer compute its activations again on the way back, then from main memory; false if all do already."""
         layers = len(layers_of(model))
-        self.size = replace(self.size, recomputed=layers)
-        return ranks.recompute(layers)
+        offloaded = self.size.offloaded or self.size.recomputed == layers
+        self.size = replace(self.size, recomputed=layers, offloaded=offloaded)
+        return ranks.recompute(layers, offloaded)
 
     def shrink(self) -> bool:
         """Halve what goes through the model at once; false if it is one example already."""

@@ -52,7 +52,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[Passes], None]:
             assert isinstance(own, rank)
             found = real(all_ranks, *arguments)
             examples = max(one["input_ids"].shape[0] for one in arguments[2])
-            return found and (1e-9 if Passes(examples, own._recomputed) == fast else 1.0)
+            return found and (1e-9 if Passes(examples, *own._recomputed) == fast else 1.0)
 
         monkeypatch.setattr(choosing, "_seconds", seconds)
 
@@ -70,7 +70,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Passes]:
 
     def compute(self: Any, share: Any) -> Any:
         assert all(layer.training for layer in layers_of(self._model)), "else nothing is recomputed, nor dropped out"
-        seen.extend(Passes(one["input_ids"].shape[0], self._recomputed) for one in share.passes.values())
+        seen.extend(Passes(one["input_ids"].shape[0], *self._recomputed) for one in share.passes.values())
         return real(self, share)
 
     monkeypatch.setattr(ranks.Rank, "compute", compute)

@@ -365,6 +365,34 @@ def test_a_full_memory_is_met_with_recomputing_and_smaller_passes_and_changes_no
     assert short == pytest.approx(losses, rel=1e-3)
 
 
+def test_the_inputs_of_layers_wait_in_main_memory_and_change_no_gradient(wide_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from backprop.engine import layers
+
+    model: Any = AutoModelForCausalLM.from_pretrained(wide_model, dtype=torch.bfloat16).cuda().train()
+    ids = torch.arange(4096, device="cuda")[None] % 500
+
+    def run(*, offloaded: bool) -> tuple[int, list[Any]]:
+        model.zero_grad(set_to_none=True)
+        layers.recompute(model, 99, offloaded=offloaded)
+        before = torch.cuda.memory_allocated()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated() - before
+        loss.backward()
+        return held, [weight.grad.clone() for weight in model.parameters()]
+
+    run(offloaded=False)
+    (held, plain), (less, gradients) = run(offloaded=False), run(offloaded=True)
+    entry = ids.numel() * model.config.hidden_size * 2
+    print(f"{held} bytes held without, {less} with {model.config.num_hidden_layers} inputs of {entry} in main memory")
+    assert held - less >= (model.config.num_hidden_layers - 1) * entry
+    # Sums come in another order each time.
+    assert all((one - other).norm() <= 0.01 * one.norm() for one, other in zip(plain, gradients, strict=True))
+
+
 def test_too_little_memory_for_one_example_is_exit_5_with_what_to_change(
     tiny_model: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:

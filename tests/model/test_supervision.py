@@ -83,6 +83,42 @@ def test_recomputing_activations_changes_no_loss(
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_only_what_a_recomputed_layer_begins_with_waits_elsewhere(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In main memory, on a GPU (tests/model/test_gpu.py); here in a list."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from backprop.engine import layers
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    waiting: list[Any] = []
+
+    def gradients() -> list[Any]:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return [weight.grad for weight in model.parameters()]
+
+    def leave(tensor: Any) -> int:
+        waiting.append(tensor.detach().clone())
+        return len(waiting) - 1
+
+    monkeypatch.setattr(layers, "_to_main_memory", leave)
+    monkeypatch.setattr(layers, "_to_gpu", lambda number: waiting[number])
+    layers.recompute(model, 2)
+    plain = gradients()
+    assert waiting == []
+    layers.recompute(model, 1, offloaded=True)
+    again = gradients()
+    assert [tensor.shape for tensor in waiting] == [(1, 4, model.config.hidden_size)]
+    assert all(one.equal(other) for one, other in zip(plain, again, strict=True))
+    waiting.clear()
+    monkeypatch.setattr(layers, "_to_gpu", lambda number: 2 * waiting[number])
+    assert not all(one.equal(other) for one, other in zip(plain, gradients(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "packs"),
     [

@@ -8,7 +8,7 @@ from backprop.config import TrainConfig
 from backprop.core.duration import plan_and_seconds
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.memory import ModelShape, adapter_weights, block_weights, met_weights, step_memory, word_weights
-from backprop.core.passes import Passes, room_of, worth_trying
+from backprop.core.passes import Passes, needs, room_of, worth_trying
 from backprop.core.plan import Choice, DataShape, Plan
 from backprop.presets import GIB
 
@@ -77,7 +77,10 @@ def planned(gib: float, *, length: int = 2048, **options: object) -> tuple[Plan,
     data = DataShape(num_examples=10_000, num_tokens=10_000 * length)
     plan, _ = plan_and_seconds(config, hardware, QWEN25_7B, data, model=Choice("m", ""), max_length=Choice(length, ""))
     tokens = plan.micro_batch.value * length
-    need = step_memory(config, QWEN25_7B, tokens=tokens, recomputed=plan.recompute.value, compiled=plan.compile.value)
+    again, offloaded = plan.recompute.value, plan.offload.value
+    need = step_memory(
+        config, QWEN25_7B, tokens=tokens, recomputed=again, compiled=plan.compile.value, offloaded=offloaded
+    )
     return plan, need.total
 
 
@@ -98,6 +101,23 @@ def test_a_large_card_recomputes_nothing_and_one_in_between_a_part() -> None:
     assert planned(141)[0].micro_batch.value > 1
     assert 0 < planned(24)[0].recompute.value < 28
     assert planned(8, method="qlora")[0].recompute.value >= 26
+
+
+def test_the_inputs_of_layers_wait_in_main_memory_where_nothing_else_fits() -> None:
+    assert not planned(12, method="qlora")[0].offload.value
+    # What 8 GB have free beside a desktop: with them on the GPU, 6.9 GiB would be needed.
+    plan, need = planned(7.5, method="qlora")
+    assert (plan.micro_batch.value, plan.recompute.value, plan.offload.value) == (1, 28, True)
+    assert 6.4 * GIB < need < 6.65 * GIB
+    assert planned(7.5, method="qlora", recompute=20)[0].offload.value is False
+
+
+@pytest.mark.parametrize(("main_gib", "most"), [(64, 16), (4, 1), (1, 0)])
+def test_no_more_waits_in_main_memory_than_a_quarter_of_it(main_gib: int, most: int) -> None:
+    # 28 layers of 2,048 tokens of 3,584 numbers of 4 bytes are 0.77 GiB.
+    ways = needs(CONFIG, 16, 2048, QWEN25_7B, compiled=True, dtype="bfloat16", main_bytes=main_gib * GIB)
+    assert max((one.examples for one in ways if one.offloaded), default=0) == most
+    assert all(one.recomputed == 28 for one in ways if one.offloaded)
 
 
 def test_what_is_forced_is_taken_and_the_rest_fitted_to_it() -> None:
