@@ -22,14 +22,20 @@ def layers_of(model: Any) -> list[Any]:
     ]
 
 
-def recompute(model: Any, count: int, *, offloaded: bool = False) -> None:
+def recompute(model: Any, count: int, offloaded: bool = False, *, compiled: "Compiled | None" = None) -> None:
     """Let the first ``count`` layers compute their activations again on the way back; or all, where none can be told apart.
 
     The first, since theirs are needed last: by then the others have let go of theirs.
 
     Args:
         offloaded: Let their inputs wait in main memory.
+        compiled: What computes them again within compiled code, where no more is computed than is needed; not where random
+            numbers are drawn, which would not be the same again.
     """
+    if compiled is not None:
+        within = 0 if _draws(model) or not layers_of(model) else count
+        compiled.recompute(within, offloaded=offloaded)
+        count -= within
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if not model.supports_gradient_checkpointing:
@@ -47,13 +53,20 @@ def recompute(model: Any, count: int, *, offloaded: bool = False) -> None:
                 given._gradient_checkpointing_func = _from_main_memory(given._gradient_checkpointing_func)
 
 
-def _from_main_memory(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Let what a layer begins with wait in main memory until the layer runs again."""
+def _from_main_memory(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what a layer begins with wait in main memory until it is needed again."""
+    import torch
     from torch.autograd.graph import saved_tensors_hooks
 
-    def run(layer: Callable[..., Any], *arguments: Any) -> Any:
-        with saved_tensors_hooks(_to_main_memory, _to_gpu):
-            return checkpoint(layer, *arguments)
+    def run(*arguments: Any, **named: Any) -> Any:
+        hidden = next(filter(torch.is_tensor, (*arguments, *named.values())))
+
+        def leave(saved: Any) -> Any:
+            same = saved.data_ptr() == hidden.data_ptr() and saved.shape == hidden.shape
+            return _to_main_memory(saved) if same else saved
+
+        with saved_tensors_hooks(leave, lambda left: left if torch.is_tensor(left) else _to_gpu(left)):
+            return function(*arguments, **named)
 
     return run
 
@@ -94,17 +107,19 @@ class Compiled:
     """
 
     def __init__(self, model: Any) -> None:
-        import torch
-
         from backprop.engine import linear_cross_entropy
 
         _keep_compiled_code()
+        self._layers = [(layer, layer.forward) for layer in layers_of(model)]
+        self._forward = [_compiled(forward) for _, forward in self._layers]
+        self._loss = linear_cross_entropy.losses_and_gradient, _compiled(linear_cross_entropy.losses_and_gradient)
 
-        def compiled(function: Any) -> Any:
-            return torch.compile(function, dynamic=True, options=AS_UNCOMPILED)
-
-        self._layers = [(layer, compiled(layer.forward)) for layer in layers_of(model)]
-        self._loss = linear_cross_entropy.losses_and_gradient, compiled(linear_cross_entropy.losses_and_gradient)
+    def recompute(self, count: int, *, offloaded: bool) -> None:
+        """Let the first ``count`` layers keep nothing but what they begin with."""
+        for number, (_, forward) in enumerate(self._layers):
+            again = number < count
+            compiled = _compiled(forward, _keeping_little if again else None)
+            self._forward[number] = _from_main_memory(compiled) if again and offloaded else compiled
 
     @contextmanager
     def in_use(self) -> Generator[None]:
@@ -113,7 +128,7 @@ class Compiled:
 
         from backprop.engine import linear_cross_entropy
 
-        for layer, compiled in self._layers:
+        for (layer, _), compiled in zip(self._layers, self._forward, strict=True):
             layer.forward = compiled
         plain, linear_cross_entropy.losses_and_gradient = self._loss
         try:
@@ -125,6 +140,32 @@ class Compiled:
             for layer, _ in self._layers:
                 del layer.forward
             linear_cross_entropy.losses_and_gradient = plain
+
+
+def _compiled(function: Callable[..., Any], backend: Any = None) -> Any:
+    import torch
+
+    if backend is None:
+        return torch.compile(function, dynamic=True, options=AS_UNCOMPILED)
+    return torch.compile(function, dynamic=True, backend=backend)
+
+
+def _keeping_little(graph: Any, inputs: Any) -> Any:
+    """Compile for the way back to begin with what the way forward began with."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(activation_memory_budget=0.0):
+        return compile_fx(graph, inputs, config_patches=AS_UNCOMPILED)
+
+
+def _draws(model: Any) -> bool:
+    """Say whether a layer draws random numbers."""
+    import torch
+
+    dropped = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    named = [value for name, value in model.config.to_dict().items() if "drop" in name and isinstance(value, float)]
+    return any([*dropped, *named])
 
 
 def why_not_compiled(error: Exception) -> str:

@@ -85,18 +85,17 @@ class Rank:
     def __init__(self, model: Any, plan: Plan, group: Any, finish: Callable[[Any], object]) -> None:
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.device = next(model.parameters()).device
-        self._recomputed, self._not_compiled = (-1, False), ""
+        self._recomputed, self._not_compiled, self._compile = (-1, False), "", plan.compile.value
         self._model, self._dtype, self._group, self._finish = model, plan.dtype.value, group, finish
-        self.recompute(plan.recompute.value, plan.offload.value)
-        self._compile = plan.compile.value
         self._compiled = Compiled(model) if self._compile else None
+        self.recompute(plan.recompute.value, plan.offload.value)
 
     def recompute(self, count: int, offloaded: bool = False) -> bool:
         """Let so many layers compute their activations again on the way back, some from main memory; false if they do."""
-        count = min(count, len(layers_of(self._model)))
+        count = min(count, len(layers_of(self._model)) or count)
         before, self._recomputed = self._recomputed, (count, offloaded and self.device.type == "cuda")
         if self._recomputed != before:
-            recompute(self._model, count, offloaded=self._recomputed[1])
+            recompute(self._model, *self._recomputed, compiled=self._compiled)
         return self._recomputed != before
 
     def keep_16_bits(self) -> None:
@@ -106,6 +105,7 @@ class Rank:
         fp8.undo(self._model)
         # If that failed, it may have been for what is undone.
         self._compiled, self._not_compiled = Compiled(self._model) if self._compile else None, ""
+        recompute(self._model, *self._recomputed, compiled=self._compiled)
 
     def take_base(self) -> None:
         """Let every rank have the frozen weights of rank 0 under its adapters, which PiSSA has changed."""
@@ -125,6 +125,7 @@ class Rank:
         except failures_of_compiling() as error:
             self._not_compiled = why_not_compiled(error)
         self._compiled = None
+        recompute(self._model, *self._recomputed)
         self._model.zero_grad(set_to_none=True)
         return self._compute(share)
 

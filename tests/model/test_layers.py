@@ -126,6 +126,57 @@ def test_one_graph_serves_all_layers_and_rows_of_any_documents(
     assert set(made) == {made[0]}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread", "kernel_on_a_cpu")
+def test_compiled_layers_keep_what_they_begin_with_and_compute_the_rest_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from backprop.engine import layers
+    from backprop.engine.adapters import narrow
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch.compiler.reset()
+    model = with_adapter(llama())
+    narrow(model)
+    compiled = layers.Compiled(model)
+    away: list[Any] = []
+
+    def leave(tensor: Any) -> tuple[int]:
+        away.append(tensor.clone())
+        return (len(away) - 1,)
+
+    monkeypatch.setattr(layers, "_to_main_memory", leave)
+    monkeypatch.setattr(layers, "_to_gpu", lambda place: away[place[0]])
+
+    def gradients(count: int, *, offloaded: bool = False) -> tuple[int, list[Any]]:
+        kept: list[int] = []
+
+        def note(tensor: Any) -> Any:
+            kept.append(0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel())
+            return tensor
+
+        layers.recompute(model, count, offloaded, compiled=compiled)
+        with compiled.in_use(), saved_tensors_hooks(note, lambda tensor: tensor):
+            found = gradients_of(model, [2, 7])
+        return sum(kept), found
+
+    whole, plain = gradients(0)
+    half, found = gradients(6)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+    least, found = gradients(12)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+    print(whole, half, least)
+    assert whole - half == pytest.approx(half - least, rel=0.1)
+    assert whole - least > 12 * 9 * (4 * 32 + 3 * 64)  # what products begin with, of every token in every layer
+    assert away == []
+    _, found = gradients(12, offloaded=True)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+    assert [tensor.shape for tensor in away] == 12 * [(1, 9, 32)]
+    assert not model.is_gradient_checkpointing
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"lora_alpha": 12, "use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"]
 )
