@@ -60,10 +60,10 @@ def _from_main_memory(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any, **named: Any) -> Any:
         hidden = next(filter(torch.is_tensor, (*arguments, *named.values())))
+        known = hidden.data_ptr(), hidden.shape  # not itself: it would be held for as long as what leaves it
 
         def leave(saved: Any) -> Any:
-            same = saved.data_ptr() == hidden.data_ptr() and saved.shape == hidden.shape
-            return _to_main_memory(saved) if same else saved
+            return _to_main_memory(saved) if (saved.data_ptr(), saved.shape) == known else saved
 
         with saved_tensors_hooks(leave, lambda left: left if torch.is_tensor(left) else _to_gpu(left)):
             return function(*arguments, **named)

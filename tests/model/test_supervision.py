@@ -1,6 +1,7 @@
 """What is trained is what should be, packed or padded, and proved on the loaded model; planted faults are in tests/lessons."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,14 @@ def test_only_what_a_recomputed_layer_begins_with_waits_elsewhere(
     plain = gradients()
     assert waiting == []
     layers.recompute(model, 1, offloaded=True)
+    begun: list[Any] = []
+    layer = layers.layers_of(model)[0]
+    hook = layer.register_forward_pre_hook(lambda _, given: begun.append(weakref.ref(given[0])))
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    assert begun[0]() is None, "it still waits on the GPU, too"
+    hook.remove()
+    del loss
+    waiting.clear()
     again = gradients()
     assert [tensor.shape for tensor in waiting] == [(1, 4, model.config.hidden_size)]
     assert all(one.equal(other) for one, other in zip(plain, again, strict=True))
