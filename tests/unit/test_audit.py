@@ -97,6 +97,12 @@ def test_packages_that_the_index_does_not_know_are_not_taken_for_sound(
         assert audit["weaknesses"]() == (found, left_out)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the double is a shell script")
+def test_a_file_without_a_licence_is_told(audit: dict[str, Any], program: Callable[[str, object, int], None]) -> None:
+    program("reuse", {"non_compliant": {"missing_licensing_info": ["a.py"], "unused_licenses": []}}, 1)
+    assert audit["unlicensed"]() == (["missing licensing info: a.py"], "")
+
+
 def test_what_is_not_installed_or_fails_is_said_and_fails_where_everything_is_asked(
     audit: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,5 +111,5 @@ def test_what_is_not_installed_or_fails_is_said_and_fails_where_everything_is_as
     inside["secrets"], inside["licences"] = list, lambda: ([], 1)
     assert [audit["main"](everything=everything) for everything in (False, True)] == [0, 1]
     said = capsys.readouterr().out
-    for name in ("bandit", "semgrep", "pip-audit"):
+    for name in ("bandit", "semgrep", "pip-audit", "reuse"):
         assert f"left out: {name} is not installed" in said
