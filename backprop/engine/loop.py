@@ -285,7 +285,7 @@ class _Training:
                     tokens=min(size.tokens, self.size.tokens),
                 )
             if self.config.recompute is not None:
-                size = replace(size, recomputed=None)
+                size = replace(size, recomputed=self.plan.recompute.value, offloaded=self.plan.offload.value)
         examined = known or before.get("exam")
         exam = Exam(
             self.model,

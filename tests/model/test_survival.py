@@ -90,6 +90,8 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     match where:
         case "the first step":
             in_pass(1)
+        case "the third step":
+            in_pass(3)
         case "the fifth step":
             in_pass(5)
         case "an evaluation":
@@ -292,6 +294,25 @@ def test_a_smaller_micro_batch_may_go_on(
     monkeypatch.setattr(objectives, "passes", lambda examples, size: sizes.append(size) or real(examples, size))
     assert train(**OPTIONS, micro_batch=1).all(events.Resumed)
     assert {size.examples for size in sizes} == {1}
+
+
+@pytest.mark.slow
+def test_layers_that_are_recomputed_from_a_stop_on_are_so_after_the_next(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backprop.engine.ranks import Rank
+
+    seen: list[int] = []
+    real = Rank.compute
+    monkeypatch.setattr(Rank, "compute", lambda rank, share: seen.append(rank._recomputed[0]) or real(rank, share))
+    for options in ({}, {"recompute": 2}):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, "the third step")
+            train(**OPTIONS, **options)
+    assert set(seen) == {0, 2}
+    seen.clear()
+    assert train(**OPTIONS).all(events.Resumed)
+    assert set(seen) == {2}
 
 
 @pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
