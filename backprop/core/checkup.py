@@ -119,6 +119,8 @@ class CardState:
     persistence: bool | None = None
     prohibited: bool = False
     """Whether its compute mode lets no program compute."""
+    exclusive: bool = False
+    """Whether it lets one program compute at a time."""
     link: tuple[int, int] | None = None
     """Lanes of PCIe in use, and lanes there could be."""
 

@@ -51,7 +51,7 @@ def needs(
 
     Args:
         length: Of the longest example, in tokens.
-        main_bytes: Of the machine's memory, which inputs of layers may wait in where that is the last means.
+        main_bytes: Of main memory, what there is for each GPU.
     """
 
     def need(one: Passes) -> int:
@@ -70,9 +70,14 @@ def needs(
         sizes = [divisor(batch, config.micro_batch)]
     again = range(shape.num_layers + 1) if config.recompute is None else [min(config.recompute, shape.num_layers)]
     ways = [Passes(size, layers) for size in sizes for layers in again]
-    most = SHARE_OFFLOADED * main_bytes / (shape.num_layers * length * shape.hidden_size * FLOAT32)
+    most = most_offloaded(shape, length, main_bytes)
     every = [one for one in ways if one.recomputed == shape.num_layers and one.examples <= most]
     return {one: need(one) for one in (*ways, *(replace(one, offloaded=True) for one in every))}
+
+
+def most_offloaded(shape: ModelShape, length: int, main_bytes: int) -> int:
+    """Say of how many examples at once what all layers begin with may wait in main memory."""
+    return int(SHARE_OFFLOADED * main_bytes / (shape.num_layers * length * shape.hidden_size * FLOAT32))
 
 
 def fastest_first(

@@ -150,8 +150,14 @@ def spill_bytes(config: TrainConfig, *, rows: int, characters: int) -> int:
     return int(copies * (EXAMPLE_BYTES_PER_CHARACTER * characters + EXAMPLE_BYTES * rows))
 
 
-def least_bytes(config: TrainConfig, shape: ModelShape, *, length: int, method: Method, dtype: str) -> int:
-    """Estimate what a step needs with a single example of ``length`` tokens, and every layer recomputed."""
+def least_bytes(
+    config: TrainConfig, shape: ModelShape, *, length: int, method: Method, dtype: str, main_bytes: int
+) -> int:
+    """Estimate what a step needs with a single example of ``length`` tokens, and every layer recomputed.
+
+    Args:
+        main_bytes: Of main memory, what there is for each GPU.
+    """
     own = replace(config, method=method)
     tokens = length * sides_of(config)
     return step_memory(
@@ -161,7 +167,7 @@ def least_bytes(config: TrainConfig, shape: ModelShape, *, length: int, method: 
         recomputed=shape.num_layers,
         compiled=False,
         dtype=dtype,
-        offloaded=dtype == "bfloat16",
+        offloaded=passes.most_offloaded(shape, tokens, main_bytes) > 0,
     ).total
 
 
@@ -179,7 +185,8 @@ def choose_method(
         return Choice("lora", "the exact one that trains least")
     dtype = _choose_dtype(hardware).value
     room = passes.room_of(hardware.gpus[0])
-    need = least_bytes(config, shape, length=length, method="lora", dtype=dtype)
+    main = hardware.memory_bytes // len(hardware.gpus)
+    need = least_bytes(config, shape, length=length, method="lora", dtype=dtype, main_bytes=main)
     told = f"LoRA needs {need / GIB:.1f} GiB at least, and there is room for {room / GIB:.1f}"
     if need <= room:
         return Choice("lora", told)
@@ -314,7 +321,7 @@ def _choose_passes(
         recompute = Choice(min(config.recompute or 0, shape.num_layers), "main memory is enough")
         return *_as_set(config, micro, recompute, shape), stays, ()
     gpu, dtype = hardware.gpus[0], _choose_dtype(hardware).value
-    main = hardware.memory_bytes
+    main = hardware.memory_bytes // len(hardware.gpus)
     need = passes.needs(config, batch, length, shape, compiled=compiled, dtype=dtype, main_bytes=main)
     ways = passes.fastest_first(config, need, length, shape, gpu)
     chosen = ways[0]

@@ -66,7 +66,7 @@ def use_one_gpu(hardware: Hardware) -> Hardware:
 
 
 # As guests see a part of a card, say `NVIDIA A40-8Q`.
-VIRTUAL = re.compile(r"-\d+[ABCQ]$")
+VIRTUAL = re.compile(r"-\d+[ABCQ](ME|\d)?$")
 WSL = Path("/dev/dxg")
 
 

@@ -289,6 +289,7 @@ def state_of(handle: Any, *, whole: bool = True) -> CardState:
     remapped = asked(lambda: pynvml.nvmlDeviceGetRemappedRows(handle)) or (0, 0, 0, 0)
     mig = asked(lambda: pynvml.nvmlDeviceGetMigMode(handle)) or (0, 0)
     persistence = asked(lambda: pynvml.nvmlDeviceGetPersistenceMode(handle))
+    mode = asked(lambda: pynvml.nvmlDeviceGetComputeMode(handle))
     lanes = asked(lambda: pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle))
     most = asked(lambda: pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle))
     uncorrected = asked(
@@ -310,7 +311,8 @@ def state_of(handle: Any, *, whole: bool = True) -> CardState:
         remap_failed=bool(remapped[3]),
         mig=whole and bool(mig[0]),
         persistence=None if persistence is None else bool(persistence),
-        prohibited=asked(lambda: pynvml.nvmlDeviceGetComputeMode(handle)) == pynvml.NVML_COMPUTEMODE_PROHIBITED,
+        prohibited=mode == pynvml.NVML_COMPUTEMODE_PROHIBITED,
+        exclusive=mode == pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS,
         link=(lanes, most) if lanes and most else None,
     )
 

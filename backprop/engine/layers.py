@@ -33,7 +33,7 @@ def recompute(model: Any, count: int, offloaded: bool = False, *, compiled: "Com
             numbers are drawn, which would not be the same again.
     """
     if compiled is not None:
-        within = 0 if _draws(model) or not layers_of(model) else count
+        within = 0 if compiled.around or _draws(model) else count
         compiled.recompute(within, offloaded=offloaded)
         count -= within
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -59,7 +59,9 @@ def _from_main_memory(function: Callable[..., Any]) -> Callable[..., Any]:
     from torch.autograd.graph import saved_tensors_hooks
 
     def run(*arguments: Any, **named: Any) -> Any:
-        hidden = next(filter(torch.is_tensor, (*arguments, *named.values())))
+        hidden = next(filter(torch.is_tensor, (*arguments, *named.values())), None)
+        if hidden is None:  # a layer that is given all by name
+            return function(*arguments, **named)
         known = hidden.data_ptr(), hidden.shape  # not itself: it would be held for as long as what leaves it
 
         def leave(saved: Any) -> Any:
@@ -85,7 +87,10 @@ def _to_main_memory(tensor: Any) -> tuple[Any, Any, Any]:
     stream = _on_its_way(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
-        waiting = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        try:
+            waiting = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        except RuntimeError as error:
+            raise torch.OutOfMemoryError(f"main memory: {error}") from error
         waiting.copy_(tensor.detach(), non_blocking=True)
         tensor.record_stream(stream)
     return waiting, tensor.device, stream.record_event()
@@ -97,6 +102,15 @@ def _to_gpu(saved: tuple[Any, Any, Any]) -> Any:
     waiting, device, copied = saved
     torch.cuda.current_stream(device).wait_event(copied)
     return waiting.to(device, non_blocking=True)
+
+
+def give_back_memory(device: Any) -> None:
+    """Let others have what torch keeps for later, of a GPU and of main memory."""
+    import torch
+
+    torch.cuda.empty_cache()
+    if device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # since torch 2.13
+        torch.accelerator.empty_host_cache()
 
 
 class Compiled:
@@ -111,15 +125,24 @@ class Compiled:
 
         _keep_compiled_code()
         self._layers = [(layer, layer.forward) for layer in layers_of(model)]
+        self._within = 0
+        self.around = not self._layers
+        """Whether layers that are computed again are so around their code: what is compiled in pieces would keep what each begins with."""
         self._forward = [_compiled(forward) for _, forward in self._layers]
         self._loss = linear_cross_entropy.losses_and_gradient, _compiled(linear_cross_entropy.losses_and_gradient)
 
     def recompute(self, count: int, *, offloaded: bool) -> None:
         """Let the first ``count`` layers keep nothing but what they begin with."""
+        self._within = count
         for number, (_, forward) in enumerate(self._layers):
             again = number < count
             compiled = _compiled(forward, _keeping_little if again else None)
             self._forward[number] = _from_main_memory(compiled) if again and offloaded else compiled
+
+    def recompute_around(self) -> bool:
+        """Recompute no more within compiled code, from the next `recompute` on; false if none did."""
+        self.around = True
+        return self._within > 0
 
     @contextmanager
     def in_use(self) -> Generator[None]:
@@ -134,7 +157,8 @@ class Compiled:
         try:
             # Layers of more kinds than torch compiles would run as they are without a word; and scales that never change would
             # be handed over as tensors of the CPU, for which each start would find out anew what this CPU knows.
-            with config.patch(fail_on_recompile_limit_hit=True, specialize_float=True):
+            # Each kind is compiled twice, where some are recomputed and some are not.
+            with config.patch(fail_on_recompile_limit_hit=True, recompile_limit=32, specialize_float=True):
                 yield
         finally:
             for layer, _ in self._layers:
@@ -147,7 +171,7 @@ def _compiled(function: Callable[..., Any], backend: Any = None) -> Any:
 
     if backend is None:
         return torch.compile(function, dynamic=True, options=AS_UNCOMPILED)
-    return torch.compile(function, dynamic=True, backend=backend)
+    return torch.compile(function, dynamic=True, backend=backend, fullgraph=True)
 
 
 def _keeping_little(graph: Any, inputs: Any) -> Any:
@@ -163,9 +187,16 @@ def _draws(model: Any) -> bool:
     """Say whether a layer draws random numbers."""
     import torch
 
-    dropped = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    named = [value for name, value in model.config.to_dict().items() if "drop" in name and isinstance(value, float)]
-    return any([*dropped, *named])
+    def named(settings: Any) -> bool:
+        if isinstance(settings, dict):
+            return any(
+                named(value) or (isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name))
+                for name, value in settings.items()
+            )
+        return isinstance(settings, list) and any(map(named, settings))
+
+    dropped = (module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    return any(dropped) or named(model.config.to_dict())
 
 
 def why_not_compiled(error: Exception) -> str:

@@ -251,8 +251,7 @@ class _Training:
         with closing(trackers), _saved_when_stopped(saver.save):
             if not (stand.progress.ended or watch.evaluate_if_due()):
                 self.ranks.meet(self.model)
-                if stand.size.recomputed is not None:
-                    self.ranks.recompute(stand.size.recomputed, stand.size.offloaded)
+                self.ranks.recompute(*steps.recomputed)
                 with within_documents(self.model) if stand.size.packing else nullcontext():
                     trainer.train()
         return replace(stand, size=steps.size)

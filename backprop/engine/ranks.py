@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -24,8 +24,8 @@ from backprop.core.data.pack import balanced
 from backprop.core.hardware import Hardware
 from backprop.core.plan import Plan
 from backprop.edges import process
+from backprop.engine import layers
 from backprop.engine.batches import computing
-from backprop.engine.layers import Compiled, failures_of_compiling, layers_of, recompute, why_not_compiled
 from backprop.engine.objectives import Objective, Part, Pass, Totals, is_mismatched, moved_of
 from backprop.errors import BackpropError, HardwareError, ToolError
 
@@ -87,15 +87,15 @@ class Rank:
         self.device = next(model.parameters()).device
         self._recomputed, self._not_compiled, self._compile = (-1, False), "", plan.compile.value
         self._model, self._dtype, self._group, self._finish = model, plan.dtype.value, group, finish
-        self._compiled = Compiled(model) if self._compile else None
+        self._compiled = layers.Compiled(model) if self._compile else None
         self.recompute(plan.recompute.value, plan.offload.value)
 
     def recompute(self, count: int, offloaded: bool = False) -> bool:
         """Let so many layers compute their activations again on the way back, some from main memory; false if they do."""
-        count = min(count, len(layers_of(self._model)) or count)
+        count = min(count, len(layers.layers_of(self._model)) or count)
         before, self._recomputed = self._recomputed, (count, offloaded and self.device.type == "cuda")
         if self._recomputed != before:
-            recompute(self._model, *self._recomputed, compiled=self._compiled)
+            layers.recompute(self._model, *self._recomputed, compiled=self._compiled)
         return self._recomputed != before
 
     def keep_16_bits(self) -> None:
@@ -104,8 +104,8 @@ class Rank:
 
         fp8.undo(self._model)
         # If that failed, it may have been for what is undone.
-        self._compiled, self._not_compiled = Compiled(self._model) if self._compile else None, ""
-        recompute(self._model, *self._recomputed, compiled=self._compiled)
+        self._compiled, self._not_compiled = layers.Compiled(self._model) if self._compile else None, ""
+        layers.recompute(self._model, *self._recomputed, compiled=self._compiled)
 
     def take_base(self) -> None:
         """Let every rank have the frozen weights of rank 0 under its adapters, which PiSSA has changed."""
@@ -119,14 +119,15 @@ class Rank:
 
     def compute(self, share: Share) -> Found | None:
         """Run the passes of a share, forward and, if its totals are known, backward; None if the memory was full."""
-        try:
-            with self._compiled.in_use() if self._compiled else nullcontext():
-                return self._compute(share)
-        except failures_of_compiling() as error:
-            self._not_compiled = why_not_compiled(error)
-        self._compiled = None
-        recompute(self._model, *self._recomputed)
-        self._model.zero_grad(set_to_none=True)
+        while self._compiled is not None:
+            try:
+                with self._compiled.in_use():
+                    return self._compute(share)
+            except layers.failures_of_compiling() as error:
+                if not self._compiled.recompute_around():
+                    self._compiled, self._not_compiled = None, layers.why_not_compiled(error)
+            layers.recompute(self._model, *self._recomputed, compiled=self._compiled)
+            self._model.zero_grad(set_to_none=True)
         return self._compute(share)
 
     def _compute(self, share: Share) -> Found | None:
@@ -162,10 +163,8 @@ class Rank:
 
     def forget(self) -> None:
         """Drop the gradients of a step that is done again in another way, and the memory that it left."""
-        import torch
-
         self._model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
+        layers.give_back_memory(self.device)
 
     def _broadcast(self, tensors: Sequence[Any]) -> None:
         for flat, parts in _in_buckets([tensor.data for tensor in tensors]):

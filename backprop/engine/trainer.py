@@ -57,7 +57,7 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         self.schedule = schedule_of(len(examples), config, plan)
         self._examples = examples
         self._longest = plan.max_length.value * sides_of(config)
-        self._num_ranks = plan.gpus.value
+        self._num_ranks, self._planned = plan.gpus.value, (plan.recompute.value, plan.offload.value)
 
     def __len__(self) -> int:
         return self.schedule.num_steps - self.first
@@ -72,12 +72,26 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         size = replace(self.size, ranks=self._num_ranks)
         return self.objective.passes([self._examples[number] for number in numbers], size)
 
+    @property
+    def recomputed(self) -> tuple[int, bool]:
+        """Layers that are computed again on the way back, and whether from main memory."""
+        return self._planned if self.size.recomputed is None else (self.size.recomputed, self.size.offloaded)
+
     def recompute_all(self, ranks: Ranks, model: Any) -> bool:
-        """Let every layer compute its activations again on the way back, then from main memory; false if all do already."""
+        """Let every layer compute its activations again on the way back; false if all do already."""
         layers = len(layers_of(model))
-        offloaded = self.size.offloaded or self.size.recomputed == layers
-        self.size = replace(self.size, recomputed=layers, offloaded=offloaded)
-        return ranks.recompute(layers, offloaded)
+        if self.recomputed[0] >= layers:
+            return False
+        self.size = replace(self.size, recomputed=layers, offloaded=False)
+        return ranks.recompute(layers)
+
+    def offload(self, ranks: Ranks, model: Any) -> bool:
+        """Let the inputs of all layers wait in main memory; false if they do, or cannot."""
+        layers = len(layers_of(model))
+        if not layers or self.recomputed[1]:
+            return False
+        self.size = replace(self.size, recomputed=layers, offloaded=True)
+        return ranks.recompute(layers, True)
 
     def shrink(self) -> bool:
         """Halve what goes through the model at once; false if it is one example already."""
@@ -216,12 +230,15 @@ class Watch(TrainerCallback):
 
     def recomputing(self) -> None:
         """Tell that every layer is computed again on the way back from here on."""
-        self._say(
-            Warned(
-                message=f"the memory was full in step {self.progress.step + 1}: it was done again, and from here on every "
-                "layer is computed again on the way back"
-            )
-        )
+        self._tell_full("every layer is computed again on the way back")
+
+    def offloading(self) -> None:
+        """Tell that what layers begin with waits in main memory from here on."""
+        self._tell_full("what each layer begins with waits in main memory")
+
+    def _tell_full(self, then: str) -> None:
+        before = f"the memory was full in step {self.progress.step + 1}: it was done again, and from here on"
+        self._say(Warned(message=f"{before} {then}"))
 
     def tell_if_not_compiled(self, reason: str) -> None:
         """Tell once that layers run as they are, though they were to be compiled."""
@@ -295,6 +312,8 @@ class StepTrainer(SFTTrainer):
                 self._watch.recomputing()
             elif self._steps.shrink():
                 shrunk = True
+            elif self._steps.offload(self._ranks, model):
+                self._watch.offloading()
             else:
                 longest = self._plan.max_length.value
                 raise HardwareError(

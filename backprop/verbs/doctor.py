@@ -203,8 +203,9 @@ def _trials(hardware: Hardware, states: Sequence[CardState]) -> Iterator[Finding
         with_bitsandbytes=find_spec("bitsandbytes") is not None,
         with_triton=hardware.platform.startswith("Linux"),
     )
-    compiling = [name for name in names if name in trials.COMPILING]
-    names = [name for name in names if name not in trials.COMPILING]
+    one_at_a_time = any(state.exclusive for state in states)
+    compiling = [] if one_at_a_time else [name for name in names if name in trials.COMPILING]
+    names = [name for name in names if name not in compiling]
     with _trying(compiling, machine) if compiling else nullcontext() as compiled:
         yield from _to_their_end(names, machine)
         if compiled:

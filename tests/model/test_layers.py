@@ -177,6 +177,104 @@ def test_compiled_layers_keep_what_they_begin_with_and_compute_the_rest_again(
     assert not model.is_gradient_checkpointing
 
 
+def padded_gradients(model: Any, lengths: Sequence[int]) -> list[Any]:
+    ids = torch.arange(len(lengths) * max(lengths)).reshape(len(lengths), -1) % 90
+    mask = torch.tensor([[1] * length + [0] * (max(lengths) - length) for length in lengths])
+    model.zero_grad()
+    model(input_ids=ids, attention_mask=mask, use_cache=False).logits.square().mean().backward()
+    return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+
+@pytest.fixture
+def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Compile nothing really, but count as torch does; give what each graph was made for."""
+    made: list[str] = []
+
+    def backend_of(name: str) -> Callable[..., Any]:
+        def backend(graph: Any, inputs: Any) -> Any:
+            made.append(name)
+            return graph.forward
+
+        return backend
+
+    backends = {name: backend_of(name) for name in ("kept", "again")}
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, backend=None, dynamic=True, fullgraph=False, options=None: compile_(
+            function, backend=backends["again" if backend else "kept"], dynamic=dynamic, fullgraph=fullgraph
+        ),
+    )
+    torch.compiler.reset()
+    return made
+
+
+def test_padded_rows_are_compiled_whatever_is_recomputed(quickly_compiled: list[str]) -> None:
+    """Each shape of a mask and each kind of recomputing is compiled anew; torch alone would stop at eight."""
+    from backprop.engine import layers
+
+    model = with_adapter(llama())
+    compiled = layers.Compiled(model)
+    for lengths in ([5, 5], [3, 9], [7], [2, 2, 11]):
+        plain = padded_gradients(model, lengths)
+        for count in (0, 6, 12):
+            layers.recompute(model, count, compiled=compiled)
+            with compiled.in_use():
+                torch.testing.assert_close(padded_gradients(model, lengths), plain, rtol=1e-4, atol=1e-6)
+    assert quickly_compiled.count("again") > 2
+    assert len(quickly_compiled) > 8
+
+
+def test_what_compiles_in_pieces_is_recomputed_around_them(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, quickly_compiled: list[str]
+) -> None:
+    """Each piece would keep what it begins with."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    from backprop.engine import layers
+
+    real, seen = LlamaMLP.forward, []
+
+    def broken(self: Any, hidden: Any) -> Any:
+        torch._dynamo.graph_break()
+        return real(self, hidden)
+
+    recompute = layers.recompute
+
+    def noted(model: Any, count: int, offloaded: bool = False, *, compiled: Any = None) -> None:
+        recompute(model, count, offloaded, compiled=compiled)
+        seen.append((compiled is not None, [layer.gradient_checkpointing for layer in layers.layers_of(model)]))
+
+    monkeypatch.setattr(LlamaMLP, "forward", broken)
+    monkeypatch.setattr(layers, "recompute", noted)
+    plain = train(recompute=2, compile=False, learning_rate=1e-3)
+    compiled = train(recompute=2, compile=True, learning_rate=1e-3)
+    assert not any("cannot be compiled" in event.message for event in compiled.all(events.Warned))
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert seen == [(False, [True, True]), (True, [False, False]), (True, [True, True])]
+
+
+@pytest.mark.parametrize(
+    ("settings", "drawn"),
+    [
+        ({}, False),
+        ({"attention_dropout": 0.1}, True),
+        ({"text_config": {"attention_dropout": 0.1}}, True),
+        ({"parts": [{"router_jitter_noise": 0.01}]}, True),
+        ({"dropout": 0.0, "is_dropped": True}, False),
+    ],
+    ids=str,
+)
+def test_a_model_that_draws_random_numbers_is_known(settings: dict[str, Any], drawn: bool) -> None:
+    from backprop.engine import layers
+
+    model = llama()
+    model.config.to_dict = lambda: settings
+    assert layers._draws(model) == drawn
+    assert layers._draws(with_adapter(llama(), lora_dropout=0.1))
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"lora_alpha": 12, "use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"]
 )

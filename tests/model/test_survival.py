@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +337,37 @@ def test_a_full_memory_is_one_event_and_changes_no_loss(
     told = [event.message for event in run.all(events.Warned) if "the memory was full in step" in event.message]
     assert ["computed again" in message for message in told] == [True, False]  # first what changes no pass
     assert run.losses == pytest.approx(undisturbed.losses, abs=1e-5)
+
+
+def test_a_full_memory_recomputes_then_shrinks_then_offloads_and_then_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    from backprop.engine import trainer
+    from backprop.engine.batches import PassSize
+
+    monkeypatch.setattr(trainer, "layers_of", lambda layers: layers)
+
+    def ways(
+        size: PassSize, recompute: int, offload: bool, model: Sequence[None] = (None,) * 4
+    ) -> list[tuple[int, int, bool]]:
+        steps: Any = trainer.StepPasses.__new__(trainer.StepPasses)
+        steps.size, steps._longest, steps._planned = size, 10, (recompute, offload)
+        calls: list[tuple[int, bool]] = []
+        ranks = cast(Any, SimpleNamespace(recompute=lambda *given: not calls.append((*given, False)[:2])))
+        found: list[tuple[int, int, bool]] = []
+        while steps.recompute_all(ranks, model) or steps.shrink() or steps.offload(ranks, model):
+            found.append((steps.size.examples, *steps.recomputed))
+            assert calls[-1:] in ([], [steps.recomputed])
+        return found
+
+    padded = PassSize(examples=4, tokens=40, packing=False)
+    assert ways(padded, 1, False) == [(4, 4, False), (2, 4, False), (1, 4, False), (1, 4, True)]
+    assert ways(padded, 4, False) == [(2, 4, False), (1, 4, False), (1, 4, True)]
+    assert ways(padded, 4, True) == [(2, 4, True), (1, 4, True)]
+    packed = PassSize(examples=1, tokens=10, packing=True, recomputed=2)
+    assert ways(packed, 0, False) == [(1, 4, False), (1, 4, True)]
+    assert ways(packed, 0, False, ()) == [], "no layer can be told apart"
 
 
 @pytest.mark.slow

@@ -734,6 +734,17 @@ def test_what_compiles_is_tried_beside_what_multiplies_and_each_is_told(place: P
     assert sorted(told) == sorted([*begun[0], *begun[1]])
 
 
+def test_a_card_for_one_program_at_a_time_is_tried_by_one(place: Place) -> None:
+    begun: list[Sequence[str]] = []
+    place.patch.setattr(
+        doctor_verb, "_trying", lambda names, machine: begun.append(names) or nullcontext(lambda: ([], []))
+    )
+    place.card(answers={"nvmlDeviceGetComputeMode": pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS})
+    examined(place)
+    assert len(begun) == 1
+    assert {*trials.COMPILING, "torch product"} <= {*begun[0]}
+
+
 def test_the_torch_that_is_installed_is_read_without_importing_it() -> None:
     found = surroundings.installed_torch()
     assert found is not None

@@ -181,12 +181,21 @@ def test_only_gpus_that_are_alike_and_free_share_the_work_of_the_freest(monkeypa
     [
         ("NVIDIA A100-SXM4-40GB", "linux", False, {}, "expandable_segments:True"),
         ("NVIDIA A40-8Q", "linux", False, {}, None),
+        ("GRID A100-1-5CME", "linux", False, {}, None),
         ("NVIDIA GeForce RTX 4090", "linux", True, {}, None),
         ("NVIDIA GeForce RTX 4090", "win32", False, {}, None),
         ("NVIDIA H100", "linux", False, {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
         ("NVIDIA H100", "linux", False, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
     ],
-    ids=["a card", "a virtual card", "WSL2", "Windows", "the user's word", "the user's word, as it was"],
+    ids=[
+        "a card",
+        "a virtual card",
+        "a part of one",
+        "WSL2",
+        "Windows",
+        "the user's word",
+        "the user's word, as it was",
+    ],
 )
 def test_memory_is_mapped_without_gaps_where_that_works(
     monkeypatch: pytest.MonkeyPatch,

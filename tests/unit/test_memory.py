@@ -9,7 +9,7 @@ from backprop.core.duration import plan_and_seconds
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.memory import ModelShape, adapter_weights, block_weights, met_weights, step_memory, word_weights
 from backprop.core.passes import Passes, needs, room_of, worth_trying
-from backprop.core.plan import Choice, DataShape, Plan
+from backprop.core.plan import Choice, DataShape, Plan, make_plan
 from backprop.presets import GIB
 
 CONFIG = TrainConfig(data=("x",))
@@ -118,6 +118,21 @@ def test_no_more_waits_in_main_memory_than_a_quarter_of_it(main_gib: int, most: 
     ways = needs(CONFIG, 16, 2048, QWEN25_7B, compiled=True, dtype="bfloat16", main_bytes=main_gib * GIB)
     assert max((one.examples for one in ways if one.offloaded), default=0) == most
     assert all(one.recomputed == 28 for one in ways if one.offloaded)
+
+
+def test_gpus_share_main_memory() -> None:
+    card = Gpu(name="a GPU", uuid="1", memory_bytes=8 * GIB, memory_free_bytes=int(7.5 * GIB), capability=(9, 0))
+    one = Hardware(gpus=(card,), driver="", num_cpus=8, memory_bytes=4 * GIB, platform="Linux x86_64")
+    data = DataShape(num_examples=10_000, num_tokens=10_000 * 2048)
+    config = replace(CONFIG, method="qlora")
+
+    def offloads(hardware: Hardware) -> bool:
+        length = Choice(2048, "")
+        plan = make_plan(config, hardware, QWEN25_7B, data, model=Choice("m", ""), max_length=length)
+        return plan.offload.value
+
+    assert offloads(one)
+    assert not offloads(replace(one, gpus=(card, replace(card, uuid="2"))))
 
 
 def test_what_is_forced_is_taken_and_the_rest_fitted_to_it() -> None:

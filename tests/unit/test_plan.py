@@ -171,7 +171,7 @@ def test_4_bits_are_chosen_where_only_they_fit(
     assert chosen.value == expected
     assert chosen.reason
     least = {
-        method: least_bytes(TrainConfig(data=("x",)), SMALL, length=100, method=method, dtype="bfloat16")
+        method: least_bytes(TrainConfig(data=("x",)), SMALL, length=100, method=method, dtype="bfloat16", main_bytes=0)
         for method in ("lora", "qlora")
     }
     if gpu_gib == (1.24,):
