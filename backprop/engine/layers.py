@@ -8,6 +8,9 @@ from typing import Any
 
 from backprop.edges.places import cache_dir
 
+# Layers are of a few kinds, and each is compiled for masks of several shapes, recomputed and not: seven for the padded rows of
+# a Gemma 3, twice. Torch stops at eight.
+MOST_KINDS = 32
 # Dropout draws the numbers that it would draw uncompiled.
 AS_UNCOMPILED: dict[str, Any] = {"fallback_random": True}
 
@@ -157,8 +160,7 @@ class Compiled:
         try:
             # Layers of more kinds than torch compiles would run as they are without a word; and scales that never change would
             # be handed over as tensors of the CPU, for which each start would find out anew what this CPU knows.
-            # Each kind is compiled twice, where some are recomputed and some are not.
-            with config.patch(fail_on_recompile_limit_hit=True, recompile_limit=32, specialize_float=True):
+            with config.patch(fail_on_recompile_limit_hit=True, recompile_limit=MOST_KINDS, specialize_float=True):
                 yield
         finally:
             for layer, _ in self._layers:
