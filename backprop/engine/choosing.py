@@ -17,6 +17,7 @@ from backprop.edges import tried
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
+from backprop.engine.layers import give_back_memory
 from backprop.engine.objectives import Objective, is_mismatched
 from backprop.engine.ranks import Ranks
 from backprop.events import JSON, Phase, Sink, Warned
@@ -89,6 +90,7 @@ def fastest(
             measured = _measured(ranks, model, objective, passes)
             if measured is not None:
                 found[one] = measured
+    give_back_memory(main=True)
     if not found:
         ranks.recompute(plan.recompute.value, plan.offload.value)
         return size

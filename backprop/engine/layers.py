@@ -107,12 +107,12 @@ def _to_gpu(saved: tuple[Any, Any, Any]) -> Any:
     return waiting.to(device, non_blocking=True)
 
 
-def give_back_memory(device: Any) -> None:
-    """Let others have what torch keeps for later, of a GPU and of main memory."""
+def give_back_memory(*, main: bool = False) -> None:
+    """Let others have what torch keeps of a GPU for later; and of main memory, if that is not wanted soon."""
     import torch
 
     torch.cuda.empty_cache()
-    if device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # since torch 2.13
+    if main and torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):  # since torch 2.13
         torch.accelerator.empty_host_cache()
 
 
@@ -151,6 +151,7 @@ class Compiled:
     def in_use(self) -> Generator[None]:
         """Let the model run compiled, for the length of the block."""
         from torch._dynamo import config
+        from torch._dynamo.exc import TorchDynamoException
 
         from backprop.engine import linear_cross_entropy
 
@@ -162,6 +163,12 @@ class Compiled:
             # be handed over as tensors of the CPU, for which each start would find out anew what this CPU knows.
             with config.patch(fail_on_recompile_limit_hit=True, recompile_limit=MOST_KINDS, specialize_float=True):
                 yield
+        except RuntimeError as error:
+            if "found no compiled frames" in str(
+                error
+            ):  # of code that was compiled in pieces before, and is to be one graph
+                raise TorchDynamoException(str(error)) from error
+            raise
         finally:
             for layer, _ in self._layers:
                 del layer.forward

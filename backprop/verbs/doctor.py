@@ -203,9 +203,12 @@ def _trials(hardware: Hardware, states: Sequence[CardState]) -> Iterator[Finding
         with_bitsandbytes=find_spec("bitsandbytes") is not None,
         with_triton=hardware.platform.startswith("Linux"),
     )
-    one_at_a_time = any(state.exclusive for state in states)
-    compiling = [] if one_at_a_time else [name for name in names if name in trials.COMPILING]
-    names = [name for name in names if name not in compiling]
+    if any(state.exclusive for state in states):  # what one program has of a card, the next cannot have
+        for name in names:
+            yield from _to_their_end([name], machine)
+        return
+    compiling = [name for name in names if name in trials.COMPILING]
+    names = [name for name in names if name not in trials.COMPILING]
     with _trying(compiling, machine) if compiling else nullcontext() as compiled:
         yield from _to_their_end(names, machine)
         if compiled:

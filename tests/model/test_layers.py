@@ -255,6 +255,29 @@ def test_what_compiles_in_pieces_is_recomputed_around_them(
     assert seen == [(False, [True, True]), (True, [False, False]), (True, [True, True])]
 
 
+@pytest.mark.usefixtures("quickly_compiled")
+def test_code_that_was_compiled_in_pieces_is_not_asked_for_one_graph_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch leaves a function alone for good that breaks off within a loop, and then finds nothing to compile."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from backprop.engine import layers
+
+    model = llama()
+
+    def broken(self: Any, hidden: Any) -> Any:
+        for _ in range(1):
+            torch._dynamo.graph_break()
+        return hidden * 2
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", broken)
+    compiled, hidden = layers.Compiled(model), torch.ones(1, 2, 32)
+    with compiled.in_use():
+        model.model.layers[0].forward(hidden)
+    compiled.recompute(12, offloaded=False)
+    with pytest.raises(layers.failures_of_compiling(), match="no compiled frames"), compiled.in_use():
+        model.model.layers[0].forward(hidden)
+
+
 @pytest.mark.parametrize(
     ("settings", "drawn"),
     [
