@@ -164,9 +164,8 @@ class Compiled:
             with config.patch(fail_on_recompile_limit_hit=True, recompile_limit=MOST_KINDS, specialize_float=True):
                 yield
         except RuntimeError as error:
-            if "found no compiled frames" in str(
-                error
-            ):  # of code that was compiled in pieces before, and is to be one graph
+            # Said of code that was compiled in pieces before, and is to be one graph.
+            if "found no compiled frames" in str(error):
                 raise TorchDynamoException(str(error)) from error
             raise
         finally:
