@@ -96,9 +96,11 @@ def _one_by_one(
     query: Any, key: Any, value: Any, documents: Documents, scaling: float | None, dropout: float, window: int | None
 ) -> Any:
     import torch
-    from torch._dynamo import graph_break
 
-    graph_break()  # compiled code would be one for each row, since lengths differ
+    if torch.compiler.is_dynamo_compiling():  # what is imported there takes most of a second
+        from torch._dynamo import graph_break
+
+        graph_break()  # compiled code would be one for each row, since lengths differ
     outputs: list[Any] = []
     parts = (tensor.split(documents.lengths, dim=2) for tensor in (query, key, value))
     for query_1HtD, key_1GtD, value_1GtD in zip(*parts, strict=True):

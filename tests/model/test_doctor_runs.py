@@ -1,7 +1,10 @@
 """The whole of doctor as a user calls it, on the machine that is here, and what it says of a model and data."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,3 +98,13 @@ def test_a_model_that_is_none_is_exit_4_and_data_that_is_none_3(write: Callable[
     assert done.returncode == 4, "the code of the first that is wrong"
     with pytest.raises(DataError):
         data_told((str(tmp_path / "data.jsonl"),))
+
+
+def test_what_is_tried_without_a_gpu_loads_no_compiler() -> None:
+    """It takes most of a second."""
+    code = "import sys\nfrom backprop.engine import trials\ntrials.try_product(trials.Machine())\ntrials.try_attention(trials.Machine())\n"
+    loaded = "print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    argv = [sys.executable, "-c", code + loaded]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
