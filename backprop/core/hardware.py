@@ -27,3 +27,8 @@ class Hardware:
     memory_bytes: int
     """Main memory that this process may use: the machine's, or its container's limit."""
     platform: str
+
+    @property
+    def memory_for_each_gpu(self) -> int:
+        """Main memory that the process of each GPU may count on; 0 without a GPU."""
+        return self.memory_bytes // len(self.gpus) if self.gpus else 0

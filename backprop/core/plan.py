@@ -32,6 +32,9 @@ class DataShape:
     """Of all examples together."""
 
 
+STAY = Choice(False, "the inputs of layers stay where they are used")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Everything decided before the first step."""
@@ -52,7 +55,7 @@ class Plan:
     lora_alpha: Choice[float]
     recompute: Choice[int]
     """Layers whose activations are computed again on the way back."""
-    offload: Choice[bool] = Choice(False, "the inputs of layers stay where they are used")
+    offload: Choice[bool] = STAY
     """Whether the inputs of these layers wait for it in main memory."""
     compile: Choice[bool]
     fp8_backward: Choice[bool] = Choice(False, "in 16 bits")
@@ -185,8 +188,9 @@ def choose_method(
         return Choice("lora", "the exact one that trains least")
     dtype = _choose_dtype(hardware).value
     room = passes.room_of(hardware.gpus[0])
-    main = hardware.memory_bytes // len(hardware.gpus)
-    need = least_bytes(config, shape, length=length, method="lora", dtype=dtype, main_bytes=main)
+    need = least_bytes(
+        config, shape, length=length, method="lora", dtype=dtype, main_bytes=hardware.memory_for_each_gpu
+    )
     told = f"LoRA needs {need / GIB:.1f} GiB at least, and there is room for {room / GIB:.1f}"
     if need <= room:
         return Choice("lora", told)
@@ -314,20 +318,19 @@ def _choose_passes(
     """Choose how many examples go through the model at once, how many layers are computed again on the way back, and where
     their inputs wait; and give what else may be as fast.
     """
-    stays = Choice(False, "the inputs of layers stay where they are used")
     if not hardware.gpus:
         most = config.micro_batch or max(1, CPU_TOKENS_PER_PASS // length)
         micro = Choice(passes.divisor(batch, most), f"at most {CPU_TOKENS_PER_PASS} tokens at once")
         recompute = Choice(min(config.recompute or 0, shape.num_layers), "main memory is enough")
-        return *_as_set(config, micro, recompute, shape), stays, ()
+        return *_as_set(config, micro, recompute, shape), STAY, ()
     gpu, dtype = hardware.gpus[0], _choose_dtype(hardware).value
-    main = hardware.memory_bytes // len(hardware.gpus)
+    main = hardware.memory_for_each_gpu
     need = passes.needs(config, batch, length, shape, compiled=compiled, dtype=dtype, main_bytes=main)
     ways = passes.fastest_first(config, need, length, shape, gpu)
     chosen = ways[0]
     told = f"about {need[chosen] / GIB:.1f} GiB for a step, and {gpu.memory_free_bytes / GIB:.1f} GiB are free"
     recompute = Choice(chosen.recomputed, f"of {shape.num_layers} layers; {told}")
-    offload = Choice(True, "the GPU's memory is too small for the inputs of layers") if chosen.offloaded else stays
+    offload = Choice(True, "the GPU's memory is too small for the inputs of layers") if chosen.offloaded else STAY
     return *_as_set(config, Choice(chosen.examples, told), recompute, shape), offload, passes.worth_trying(ways)
 
 

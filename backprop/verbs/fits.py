@@ -62,10 +62,11 @@ def method_that_fits(
     methods: tuple[Method, ...] = ("lora", "qlora") if hardware.gpus else ("lora",)
     gpu = max(hardware.gpus, key=lambda one: one.memory_free_bytes, default=None)
     room = room_of(gpu) if gpu else hardware.memory_bytes
-    need, main = 0, hardware.memory_bytes // len(hardware.gpus) if gpu else 0
+    need = 0
     for method in methods:
         train = replace(train, method=method)
         dtype = "bfloat16" if gpu else "float32"
+        main = hardware.memory_for_each_gpu
         need = least_bytes(train, shape, length=length, method=method, dtype=dtype, main_bytes=main)
         if need <= room:
             return train, need
