@@ -25,6 +25,8 @@ class Passes:
 # Of the memory that is free, CUDA itself takes some; and what is estimated is not exact.
 CUDA_BYTES = 512 * 2**20
 SHARE_FOR_STEP = 0.95
+# What is tried first may be estimated to need more.
+SHARE_TRIED = 0.98
 # A pass takes at least 5 ms for each layer, in which its kernels are started (docs/speed-notes.md); and a GPU computes,
 # by the data sheets from RTX 3060 to B200, 2 to 12 TFLOP/s in bfloat16 for each GiB of its memory.
 START_SECONDS = 5e-3
@@ -65,7 +67,7 @@ def needs(
             offloaded=one.offloaded,
         ).total
 
-    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
+    sizes = sorted({math.ceil(batch / passes) for passes in range(1, batch + 1)})
     if config.micro_batch is not None:
         sizes = [divisor(batch, config.micro_batch)]
     again = range(shape.num_layers + 1) if config.recompute is None else [min(config.recompute, shape.num_layers)]
@@ -81,16 +83,15 @@ def most_offloaded(shape: ModelShape, length: int, main_bytes: int) -> int:
 
 
 def fastest_first(
-    config: TrainConfig, need: Mapping[Passes, int], length: int, shape: ModelShape, gpu: Gpu
+    config: TrainConfig, need: Mapping[Passes, int], batch: int, length: int, shape: ModelShape, gpu: Gpu
 ) -> Sequence[Passes]:
-    """Order the ways that fit by how long a token is estimated to take; give the one that needs least if none fits."""
-    room = room_of(gpu)
-    fitting = [one for one, size in need.items() if size <= room]
+    """Order the ways that may fit by how long a token is estimated to take."""
+    room = room_of(gpu) * SHARE_TRIED / SHARE_FOR_STEP
     seconds = START_SECONDS_4_BIT if config.method == "qlora" else START_SECONDS
     start = seconds * RATE_PER_GIB * gpu.memory_bytes / GIB * shape.num_layers / (4 * block_weights(shape))
     return sorted(
-        fitting or [min(need, key=need.__getitem__)],
-        key=lambda one: _cost(one, shape, one.examples * length, start),
+        (one for one, size in need.items() if size <= room),
+        key=lambda one: _cost(one, shape, batch / math.ceil(batch / one.examples) * length, start),
     )
 
 
@@ -110,11 +111,11 @@ def worth_trying(ways: Sequence[Passes]) -> tuple[Passes, ...]:
     return tuple(of_each_size.values())[:MOST_TRIED]
 
 
-def _cost(one: Passes, shape: ModelShape, tokens: int, start: float) -> float:
+def _cost(one: Passes, shape: ModelShape, tokens: float, start: float) -> float:
     """Estimate the time of a token's way through the model, against that in a long pass without recomputing.
 
     Args:
-        tokens: Of the pass.
+        tokens: Of the pass, on the average of a step.
         start: Tokens that are computed while a pass is started; both go on side by side.
     """
     more = COST_OF_RECOMPUTING * one.recomputed / shape.num_layers + COST_OF_OFFLOADING * one.offloaded

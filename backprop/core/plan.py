@@ -326,8 +326,9 @@ def _choose_passes(
     gpu, dtype = hardware.gpus[0], _choose_dtype(hardware).value
     main = hardware.memory_for_each_gpu
     need = passes.needs(config, batch, length, shape, compiled=compiled, dtype=dtype, main_bytes=main)
-    ways = passes.fastest_first(config, need, length, shape, gpu)
-    chosen = ways[0]
+    ways = passes.fastest_first(config, need, batch, length, shape, gpu)
+    fitting = (one for one in ways if need[one] <= passes.room_of(gpu))
+    chosen = next(fitting, min(need, key=need.__getitem__))
     told = f"about {need[chosen] / GIB:.1f} GiB for a step, and {gpu.memory_free_bytes / GIB:.1f} GiB are free"
     recompute = Choice(chosen.recomputed, f"of {shape.num_layers} layers; {told}")
     offload = Choice(True, "the GPU's memory is too small for the inputs of layers") if chosen.offloaded else STAY

@@ -1,9 +1,10 @@
 """Attention for packed rows: each document attends to itself alone, on any device, without the flash-attn package."""
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from threading import Thread
 from typing import Any
 
 DOCUMENTS = "backprop_documents"
@@ -144,3 +145,33 @@ def within_documents(model: Any) -> Generator[None]:
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
+
+
+@contextmanager
+def kernels_ahead(device: str, dtype: str) -> Generator[None]:
+    """Beside the block, which reads weights, let a GPU load what products and attention need: up to 2 s at their first use."""
+    if device != "cuda":
+        yield
+        return
+    import torch
+
+    from backprop.engine import varlen  # by this thread: imported by two at once, a module may be seen half made
+
+    beside = Thread(target=_attend_once, args=(varlen.attend, getattr(torch, dtype)))
+    beside.start()
+    try:
+        yield
+    finally:
+        beside.join()
+
+
+def _attend_once(attend: Any, dtype: Any) -> None:
+    """Go through a product and attention, and back."""
+    import torch
+
+    with suppress(RuntimeError):  # what cannot run here is told of by who needs it
+        tokens = torch.ones(1, 2, 16, 64, device="cuda", dtype=dtype, requires_grad=True)
+        heads = tokens @ tokens.new_ones(64, 64)
+        ends = torch.tensor([0, 8, 16], dtype=torch.int32, device="cuda")
+        attend(heads, heads, heads, ends, 8, None, None).sum().backward()
+        torch.cuda.synchronize()

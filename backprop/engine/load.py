@@ -13,6 +13,7 @@ from backprop.core.data.render import Token
 from backprop.core.memory import ModelShape
 from backprop.core.plan import Plan
 from backprop.engine import templates
+from backprop.engine.attention import kernels_ahead
 from backprop.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -246,13 +247,14 @@ def load_model(path: str, config: TrainConfig, plan: Plan) -> Any:
     Raises:
         ModelError: If the weights cannot be loaded, or `--target-modules` names no layer of this model.
     """
-    base = load_base(
-        path,
-        dtype=plan.dtype.value,
-        device=plan.device.value,
-        four_bit=config.method == "qlora",
-        trust_remote_code=config.trust_remote_code,
-    )
+    with kernels_ahead(plan.device.value, plan.dtype.value):
+        base = load_base(
+            path,
+            dtype=plan.dtype.value,
+            device=plan.device.value,
+            four_bit=config.method == "qlora",
+            trust_remote_code=config.trust_remote_code,
+        )
     model = add_adapter(base, config, plan)
     if plan.fp8_backward.value:
         from backprop.engine import fp8

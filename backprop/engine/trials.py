@@ -306,7 +306,9 @@ def try_compile(machine: Machine) -> str:
     import torch
 
     with TemporaryDirectory() as folder:
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
+        # In this process: others would have to import torch for the sake of one kernel.
+        here = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder, **here}
         try:
             started = time.perf_counter()
             compiled: Any = torch.compile(_function)

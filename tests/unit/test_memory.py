@@ -190,3 +190,19 @@ def test_a_long_run_on_a_gpu_tries_what_fits(options: dict[str, object], tried: 
     if tried:
         assert plan.to_try[0] == Passes(plan.micro_batch.value, plan.recompute.value)
     assert "to_try" not in plan.choices()
+
+
+def test_the_examples_of_a_step_go_through_in_any_number_of_passes() -> None:
+    ways = needs(CONFIG, 8, 2048, QWEN25_7B, compiled=True, dtype="bfloat16", main_bytes=64 * GIB)
+    assert {one.examples for one in ways} == {8, 4, 3, 2, 1}
+
+
+def test_what_is_tried_may_need_more_than_what_is_planned() -> None:
+    plan, need = planned(8.5, method="qlora")
+    room = room_of(
+        Gpu(name="", uuid="", memory_bytes=17 * GIB // 2, memory_free_bytes=17 * GIB // 2, capability=(9, 0))
+    )
+    assert need <= room
+    first = plan.to_try[0]
+    assert (first.examples, first.recomputed) == (plan.micro_batch.value, plan.recompute.value - 1)
+    assert [one.examples for one in plan.to_try] == sorted({one.examples for one in plan.to_try})
