@@ -27,6 +27,7 @@ RUN = Group.create_ordered("Run")
 
 Method = Literal["lora", "qlora", "dora", "full"]
 Objective = Literal["sft", "dpo", "orpo", "kto"]
+Optimizer = Literal["adamw", "adamw-8bit"]
 Scheduler = Literal["cosine", "linear", "constant"]
 RunSchedule = Literal["constant", "linear", "cosine"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -133,6 +134,8 @@ class TrainConfig:
     """How strict preferences are; see the README."""
     weight_decay: Annotated[float, Bounds(least=0, most=1), Parameter(group=TRAINING)] = 0.0
     """AdamW's weight decay."""
+    optimizer: Annotated[Optimizer | None, Parameter(group=TRAINING)] = None
+    """Default: what fits."""
     eval_steps: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
     """Steps between evaluations. Default: all, or a twentieth with `--early-stopping`."""
     early_stopping: Annotated[int | None, Count, Parameter(group=TRAINING)] = None
@@ -244,7 +247,7 @@ class MultiRunConfig:
     init: Annotated[Literal["function-preserving", "literal"], Parameter(group=RUNS)] = "function-preserving"
     """How the next run starts from the last: with the same function, or as the paper of SLAO has it."""
     replay: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=RUNS)] = 0.0
-    """Share of a run's rows that is old, of all parts alike."""
+    """Share of old rows, of all parts."""
     schedule: Annotated[RunSchedule, Parameter(group=RUNS)] = "constant"
     """How the rate falls from run to run."""
     general_eval: Annotated[tuple[str, ...], Parameter(group=RUNS, negative="", show_default=False)] = ()

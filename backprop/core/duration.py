@@ -48,16 +48,26 @@ def plan_and_seconds(
     *,
     model: Choice[str],
     max_length: Choice[int],
+    eight_bit: bool = False,
 ) -> tuple[Plan, float]:
     """Decide what the run will do, and estimate how many seconds it takes.
 
     Whether compiling is worth it depends on how long the run is; how much is recomputed, on whether layers are compiled.
+
+    Args:
+        eight_bit: Whether what holds moments in 8 bits is installed.
     """
     plan = make_plan(config, hardware, shape, data, model=model, max_length=max_length)
     seconds = estimate_seconds(plan, shape, data, hardware)
     gpus = choose_gpus(plan, hardware, seconds)
     compiled = choose_compile(config, plan, hardware, seconds / gpus.value, experts=shape.num_experts)
-    plan = make_plan(config, hardware, shape, data, model=model, max_length=max_length, compiled=compiled)
+    plan = make_plan(
+        *(config, hardware, shape, data),
+        model=model,
+        max_length=max_length,
+        compiled=compiled,
+        eight_bit=eight_bit,
+    )
     worth_trying = seconds / gpus.value > TRIED_ABOVE_S and not config.deterministic
     return replace(plan, gpus=gpus, to_try=plan.to_try if worth_trying else ()), seconds
 

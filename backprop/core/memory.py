@@ -3,16 +3,19 @@
 Counted as the tensors that torch keeps for the way back, layer by layer; scripts/bench-gpu holds it against a GPU.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from backprop.config import TrainConfig
+from backprop.config import Optimizer, TrainConfig
 
 BF16, FLOAT32 = 2, 4
 # A weight in nf4 with doubly quantized scales: 4 bits, 8 for each 64 weights, and 32 for each 256 of these
 # (arXiv:2305.14314, section 3).
 NF4 = 4 / 8 + 1 / 64 + 4 / (64 * 256)
-# A trained weight in float32, with its gradient and AdamW's two moments.
-TRAINED = 4 * FLOAT32
+# A trained weight in float32, with its gradient; and AdamW's two moments of it: in float32, or in 8 bits, with a scale for
+# each 256 of them (arXiv:2110.02861, section 2.1, as bitsandbytes has it; it keeps those of matrices below 4,096 in float32).
+TRAINED = 2 * FLOAT32
+MOMENTS: Mapping[Optimizer, float] = {"adamw": 2 * FLOAT32, "adamw-8bit": 2 * (1 + FLOAT32 / 256)}
 # What cuBLAS and others keep to work in.
 WORKSPACE = 2**27
 # Logits that the loss holds at once, of `engine.linear_cross_entropy`: in bfloat16, in float32 and their gradient.
@@ -140,7 +143,8 @@ def step_memory(
     held += shape.num_layers * 3 * shape.hidden_size * shape.intermediate_size if config.fp8_backward else 0
     # Weights that are trained in float32 are computed with in 16 bits, and kept so for the way back.
     held += trained * width if whole and width == BF16 else 0
-    return StepMemory(weights=held + TRAINED * trained, kept=kept, working=WORKSPACE + max(loss, way_back + again))
+    held += int((TRAINED + MOMENTS[config.optimizer or "adamw"]) * trained)
+    return StepMemory(weights=held, kept=kept, working=WORKSPACE + max(loss, way_back + again))
 
 
 def kept_per_token(config: TrainConfig, shape: ModelShape, *, compiled: bool) -> int:

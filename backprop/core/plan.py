@@ -1,13 +1,14 @@
 """What a run will do, each choice with its reason: a pure function of config, hardware, model shape and data."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from backprop.config import Method, TrainConfig
+from backprop.config import Method, Optimizer, TrainConfig
 from backprop.core import passes
 from backprop.core.hardware import Hardware
-from backprop.core.memory import ModelShape, adapter_weights, block_weights, step_memory, word_weights
+from backprop.core.memory import FLOAT32, MOMENTS, ModelShape, adapter_weights, block_weights, step_memory, word_weights
 from backprop.core.passes import Passes
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import DEFAULTS, DEMO, GIB, PRESETS, Preset
@@ -52,6 +53,7 @@ class Plan:
     steps: Choice[int]
     eval_steps: Choice[int]
     learning_rate: Choice[float]
+    optimizer: Choice[Optimizer] = Choice("adamw", "moments in 32 bits")
     lora_alpha: Choice[float]
     recompute: Choice[int]
     """Layers whose activations are computed again on the way back."""
@@ -131,9 +133,9 @@ def disk_bytes(config: TrainConfig, shape: ModelShape, data: DataShape) -> int:
     every = block_weights(shape) + word_weights(shape)
     adapter = 4 * (every if config.method == "full" else adapter_weights(shape, config.lora_r))
     delivered = adapter * (2 if config.pissa else 1)  # what was trained, less what it began with
-    moments, best = 2, int(config.early_stopping is not None)
+    moments, best = MOMENTS[config.optimizer or "adamw"] / FLOAT32, int(config.early_stopping is not None)
     seen, weighed = 4 * data.num_examples, 8 * data.num_examples * (config.objective in ("dpo", "kto"))
-    checkpoint = adapter * (1 + moments + best) + seen + weighed
+    checkpoint = int(adapter * (1 + moments + best)) + seen + weighed
     return 2 * (delivered + weighed) + (config.keep_checkpoints + 1) * checkpoint + SMALL_FILES_BYTES
 
 
@@ -177,10 +179,10 @@ def least_bytes(
 def choose_method(
     config: TrainConfig, hardware: Hardware, shape: ModelShape, *, length: int, four_bit: bool
 ) -> Choice[Method]:
-    """Take LoRA, or QLoRA where LoRA does not fit.
+    """Take LoRA, or QLoRA where LoRA does not fit, even with its moments in 8 bits.
 
     Args:
-        four_bit: Whether what holds weights in 4 bits is installed.
+        four_bit: Whether what holds weights in 4 bits, and moments in 8, is installed.
     """
     if config.method is not None:
         return Choice(config.method, "set by `--method`")
@@ -188,9 +190,8 @@ def choose_method(
         return Choice("lora", "the exact one that trains least")
     dtype = _choose_dtype(hardware).value
     room = passes.room_of(hardware.gpus[0])
-    need = least_bytes(
-        config, shape, length=length, method="lora", dtype=dtype, main_bytes=hardware.memory_for_each_gpu
-    )
+    least = replace(config, optimizer=config.optimizer or ("adamw-8bit" if four_bit else "adamw"))
+    need = least_bytes(least, shape, length=length, method="lora", dtype=dtype, main_bytes=hardware.memory_for_each_gpu)
     told = f"LoRA needs {need / GIB:.1f} GiB at least, and there is room for {room / GIB:.1f}"
     if need <= room:
         return Choice("lora", told)
@@ -210,8 +211,12 @@ def make_plan(
     model: Choice[str],
     max_length: Choice[int],
     compiled: Choice[bool] | None = None,
+    eight_bit: bool = False,
 ) -> Plan:
     """Decide what `train` will do.
+
+    Args:
+        eight_bit: Whether what holds moments in 8 bits is installed.
 
     Raises:
         HardwareError: If the method needs a GPU, and there is none.
@@ -222,14 +227,11 @@ def make_plan(
         raise HardwareError("`--method qlora` needs an NVIDIA GPU, and none was found", hint="add `--method lora`")
     fp8_backward = _choose_fp8_backward(config, hardware)
     batch = _choose_batch(config, data)
-    micro, recompute, offload, to_try = _choose_passes(
-        config,
-        batch.value,
-        max_length.value * sides_of(config),
-        shape,
-        hardware,
-        compiled=compiled is not None and compiled.value,
-    )
+    given = batch.value, max_length.value * sides_of(config), shape, hardware
+    as_compiled = compiled is not None and compiled.value
+    optimizer = _choose_optimizer(config, *given, compiled=as_compiled, eight_bit=eight_bit)
+    config = replace(config, optimizer=optimizer.value)
+    micro, recompute, offload, to_try = _choose_passes(config, *given, compiled=as_compiled)
     steps = _choose_steps(config, data, batch.value)
     return Plan(
         model=model,
@@ -244,6 +246,7 @@ def make_plan(
         steps=steps,
         eval_steps=_choose_eval_steps(config, steps.value),
         learning_rate=_choose_rate(config, shape),
+        optimizer=optimizer,
         lora_alpha=_choose_alpha(config),
         recompute=recompute,
         offload=offload,
@@ -308,6 +311,38 @@ def _choose_batch(config: TrainConfig, data: DataShape) -> Choice[int]:
     return Choice(min(size, data.num_examples), f"{data.num_examples} examples")
 
 
+def _choose_optimizer(
+    config: TrainConfig,
+    batch: int,
+    length: int,
+    shape: ModelShape,
+    hardware: Hardware,
+    *,
+    compiled: bool,
+    eight_bit: bool,
+) -> Choice[Optimizer]:
+    """Hold the moments in 8 bits where no pass fits without: all else that makes room changes no result."""
+    if config.optimizer is not None:
+        return Choice(config.optimizer, "set by `--optimizer`")
+    if not hardware.gpus:
+        return Choice("adamw", "main memory is enough")
+    need = min(_needs(config, batch, length, shape, hardware, compiled=compiled).values())
+    room = passes.room_of(hardware.gpus[0])
+    told = f"a step needs {need / GIB:.1f} GiB at least, and there is room for {room / GIB:.1f}"
+    if need <= room:
+        return Choice("adamw", told)
+    if not eight_bit:
+        return Choice("adamw", f"{told}; for 8 bits, `pip install 'backprop[standard]'`")
+    return Choice("adamw-8bit", f"with moments of 32 bits, {told}")
+
+
+def _needs(
+    config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
+) -> Mapping[Passes, int]:
+    dtype, main = _choose_dtype(hardware).value, hardware.memory_for_each_gpu
+    return passes.needs(config, batch, length, shape, compiled=compiled, dtype=dtype, main_bytes=main)
+
+
 # Tokens of one forward pass on a CPU: more brings no speed, and less memory is touched (scripts/bench).
 CPU_TOKENS_PER_PASS = 2048
 
@@ -323,9 +358,8 @@ def _choose_passes(
         micro = Choice(passes.divisor(batch, most), f"at most {CPU_TOKENS_PER_PASS} tokens at once")
         recompute = Choice(min(config.recompute or 0, shape.num_layers), "main memory is enough")
         return *_as_set(config, micro, recompute, shape), STAY, ()
-    gpu, dtype = hardware.gpus[0], _choose_dtype(hardware).value
-    main = hardware.memory_for_each_gpu
-    need = passes.needs(config, batch, length, shape, compiled=compiled, dtype=dtype, main_bytes=main)
+    gpu = hardware.gpus[0]
+    need = _needs(config, batch, length, shape, hardware, compiled=compiled)
     ways = passes.fastest_first(config, need, batch, length, shape, gpu)
     fitting = (one for one in ways if need[one] <= passes.room_of(gpu))
     chosen = next(fitting, min(need, key=need.__getitem__))

@@ -30,7 +30,7 @@ ADAPTER, OPTIMIZER, PROGRESS = "adapter_model.safetensors", "optimizer.safetenso
 # What must be the same for a checkpoint to go on; the rest of a plan changes no result.
 DECIDED = ("max_length", "batch_size", "steps", "learning_rate", "lora_alpha", "dtype")
 GIVEN = (
-    *("seed", "scheduler", "warmup", "weight_decay", "loss_on", "method", "early_stopping"),
+    *("seed", "scheduler", "warmup", "weight_decay", "optimizer", "loss_on", "method", "early_stopping"),
     *("lora_r", "rslora", "pissa", "lora_plus", "lora_dropout", "target_modules", "objective", "beta"),
     "fp8_backward",
 )
@@ -166,7 +166,7 @@ class Saver:
 
         self._model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, about nothing
-        save_file(_flat(self.optimizer.state_dict()["state"]), folder / OPTIMIZER)
+        save_file(moments_of(self.optimizer), folder / OPTIMIZER)
         losses = torch.tensor(self.progress.losses, dtype=torch.float64)
         best = {f"best.{name}": tensor.contiguous() for name, tensor in self.validation.best.items()}
         weighed = {} if self._references is None else {"references": self._references}
@@ -200,7 +200,9 @@ def refuse_other(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, data_s
             f"`{checkpoint.folder}` was written by another version of backprop",
             hint="go on with that version, or begin anew with `--resume never`",
         )
-    before, now = cast(Mapping[str, JSON], checkpoint.state["run"]), decided(config, plan, data_sha256)
+    # Of before there was another.
+    before = {"optimizer": "adamw", **cast(Mapping[str, JSON], checkpoint.state["run"])}
+    now = decided(config, plan, data_sha256)
     changed = [f"{name}: {before.get(name)} before, {now[name]} now" for name in now if before.get(name) != now[name]]
     changed = ["the rows of the data" if one.startswith("data: ") else one for one in changed]
     if changed:
@@ -292,19 +294,27 @@ def best_of(checkpoint: Checkpoint) -> dict[str, "torch.Tensor"]:
 
 
 def restore_optimizer(checkpoint: Checkpoint, optimizer: Any) -> None:
-    """Put a checkpoint's moments into a fresh optimizer of the same parameters."""
+    """Put a checkpoint's moments into a fresh optimizer of the same kind and parameters."""
+    import torch
     from safetensors.torch import load_file
 
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in load_file(checkpoint.folder / OPTIMIZER).items():
         number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = tensor
+        # bitsandbytes counts steps in an integer, torch in a tensor of float32.
+        state.setdefault(int(number), {})[key] = tensor if tensor.dtype != torch.int64 else int(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _flat(state: Mapping[int, Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor"]:
-    return {
-        f"{number}.{key}": tensor.detach().contiguous()
-        for number, values in state.items()
-        for key, tensor in values.items()
-    }
+def moments_of(optimizer: Any) -> dict[str, "torch.Tensor"]:
+    """Give what an optimizer keeps of each weight, by name, each a tensor of its own; bitsandbytes nests some."""
+    import torch
+
+    found: dict[str, torch.Tensor] = {}
+    for number, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            for name, one in value.items() if isinstance(value, Mapping) else [(key, value)]:
+                # All weights share the maps of what 8 bits stand for.
+                own = one.clone() if name.startswith("qmap") else torch.as_tensor(one)
+                found[f"{number}.{name}"] = own.detach().contiguous()
+    return found

@@ -337,12 +337,20 @@ class StepTrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Let B learn faster than A where LoRA+ was asked for (arXiv:2402.12354); go on with a checkpoint's moments."""
+        kind: Any = torch.optim.AdamW
+        if self._plan.optimizer.value == "adamw-8bit":
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+
+            # Betas and epsilon are torch's; weight decay comes with the groups of weights.
+            kind = AdamW8bit
+            self.optimizer_cls_and_kwargs: Any = kind, {"lr": self.args.learning_rate}
         if self._config.lora_plus is None:
             super().create_optimizer(model)
         else:
             self.optimizer: Any = create_loraplus_optimizer(
                 cast(Any, model or self.model),
-                torch.optim.AdamW,
+                # By its name PEFT would know AdamW8bit, and keep every model's embeddings in a list that nothing empties.
+                cast(Any, lambda groups, **options: kind(groups, **options)),  # pyright: ignore[reportUnknownLambdaType]
                 lr=self.args.learning_rate,
                 loraplus_lr_ratio=self._config.lora_plus,
                 loraplus_weight_decay=self._config.weight_decay,

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from backprop.config import DoctorConfig, Method, TrainConfig
+from backprop.config import DoctorConfig, Method, Optimizer, TrainConfig
 from backprop.core import duration
 from backprop.core.data.judge import judge
 from backprop.core.hardware import Hardware
@@ -59,12 +59,14 @@ def method_that_fits(
     Raises:
         HardwareError: If neither fits.
     """
-    methods: tuple[Method, ...] = ("lora", "qlora") if hardware.gpus else ("lora",)
+    ways: tuple[tuple[Method, Optimizer | None], ...] = (("lora", None),)
+    if hardware.gpus:
+        ways = (("lora", None), ("lora", "adamw-8bit"), ("qlora", None), ("qlora", "adamw-8bit"))
     gpu = max(hardware.gpus, key=lambda one: one.memory_free_bytes, default=None)
     room = room_of(gpu) if gpu else hardware.memory_bytes
     need = 0
-    for method in methods:
-        train = replace(train, method=method)
+    for method, optimizer in ways:
+        train = replace(train, method=method, optimizer=optimizer)
         dtype = "bfloat16" if gpu else "float32"
         main = hardware.memory_for_each_gpu
         need = least_bytes(train, shape, length=length, method=method, dtype=dtype, main_bytes=main)
@@ -79,8 +81,9 @@ def method_that_fits(
 def _plan_told(train: TrainConfig, plan: Plan, need_bytes: int) -> str:
     where = f"{plan.gpus.value} GPUs" if plan.gpus.value > 1 else plan.device.value
     again = f", {plan.recompute.value} layers recomputed" if plan.recompute.value else ""
+    moments = ", moments in 8 bits" if plan.optimizer.value == "adamw-8bit" else ""
     return (
-        f"{train.method} in {plan.dtype.value} on {where}, {plan.micro_batch.value} examples at once{again} "
+        f"{train.method} in {plan.dtype.value} on {where}, {plan.micro_batch.value} examples at once{again}{moments} "
         f"(from {need_bytes / GIB:.1f} GiB on)"
     )
 

@@ -31,7 +31,7 @@ from backprop.verbs.prepare import (
     show_examples,
 )
 from backprop.verbs.rehearsal import rehearse_if_due
-from backprop.verbs.session import running
+from backprop.verbs.session import CHOSEN, running
 from backprop.verbs.train import check_disk, check_packages
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
                 say=session.say,
             )
             if not number:
-                config = dataclasses.replace(config, method=one.config.method)  # one for all runs
+                chosen = {name: getattr(one.config, name) for name in CHOSEN}
+                config = dataclasses.replace(config, **chosen)  # one for all runs
                 check_rank(config, one)
             prepared.append(one)
         first = prepared[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from backprop.config import Method, TrainConfig
+from backprop.config import TrainConfig
 from backprop.console import colour_spans
 from backprop.core import duration
 from backprop.core.data.formats import Conversation, Message, Row, parse_columns
@@ -153,10 +153,9 @@ def prepare(
     longest = config.max_length or min(shape.max_positions, max(max_length.value, MEASURED_TOKENS))
     gate_examples = _old_tasks(config, gate_rows, tokenizer, longest, say)
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
-    method = _choose_method(config, hardware, shape, max_length.value)
-    config = replace(config, method=method.value)
-    plan, seconds = duration.plan_and_seconds(config, hardware, shape, sizes, model=chosen, max_length=max_length)
-    plan = _slowed(replace(plan, method=method), rate_share)
+    plan, seconds = _planned(config, hardware, shape, sizes, chosen, max_length)
+    config = replace(config, method=plan.method.value, optimizer=plan.optimizer.value)
+    plan = _slowed(plan, rate_share)
     say(_data_read(judged, held_out, train, ledger))
     say(_plan_made(plan))
     return Prepared(
@@ -175,9 +174,16 @@ def prepare(
     )
 
 
-def _choose_method(config: TrainConfig, hardware: Hardware, shape: ModelShape, length: int) -> Choice[Method]:
-    four_bit = importlib.util.find_spec("bitsandbytes") is not None
-    return choose_method(config, hardware, shape, length=length, four_bit=four_bit)
+def _planned(
+    config: TrainConfig, hardware: Hardware, shape: ModelShape, data: DataShape, model: Choice[str], length: Choice[int]
+) -> tuple[Plan, float]:
+    in_bits = importlib.util.find_spec("bitsandbytes") is not None
+    method = choose_method(config, hardware, shape, length=length.value, four_bit=in_bits)
+    config = replace(config, method=method.value)
+    plan, seconds = duration.plan_and_seconds(
+        *(config, hardware, shape, data), model=model, max_length=length, eight_bit=in_bits
+    )
+    return replace(plan, method=method), seconds
 
 
 def _own(judged: Judged, train: Encoded) -> Sequence[Example]:

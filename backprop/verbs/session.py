@@ -54,6 +54,8 @@ ENVIRONMENT = (
     *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
 )
+# Options that the plan chooses where they are not given, once for a run however often it goes on.
+CHOSEN = ("method", "optimizer")
 GATES = ("gate", "gate_data")
 # Marks the note on an exception whose traceback is in a file already.
 CRASH_NOTE = "traceback in "
@@ -106,9 +108,10 @@ class Session:
         return self._log is not None
 
     def as_begun(self, config: TrainConfig) -> TrainConfig:
-        """Give the configuration with the method that was chosen when this very run began, if it goes on."""
+        """Give the configuration with the method and optimizer that were chosen when this very run began, if it goes on."""
         before = (rundir.read_manifest(self.directory) or {}).get("config") or {}
-        return replace(config, method=before.get("method")) if self.goes_on and config.method is None else config
+        chosen = {name: before.get(name) for name in CHOSEN if getattr(config, name) is None}
+        return replace(config, **chosen) if self.goes_on else config
 
     def claim(self, prepared: Prepared, *, question: str, probes: Sequence[Sequence[Message]]) -> None:
         """Take the run directory, and write down what is known, with what export is going to ask.
@@ -128,7 +131,7 @@ class Session:
             self._tell_other_versions(before.get("versions") or {})
         self._manifest |= {
             "model": {**asdict(prepared.model), "revision": _revision(prepared.model)},
-            "config": {**self._manifest["config"], "method": prepared.config.method},
+            "config": {**self._manifest["config"], **{name: getattr(prepared.config, name) for name in CHOSEN}},
             "plan": {name: asdict(choice) for name, choice in prepared.plan.choices().items()},
             "question": question,
             "probes": [list(messages) for messages in probes],

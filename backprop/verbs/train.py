@@ -109,6 +109,7 @@ def check_disk(config: TrainConfig, prepared: Sequence[Prepared]) -> None:
 # The packages that an option needs beyond the core, and what brings them.
 NEEDED = {
     "qlora": ("bitsandbytes", "pip install 'backprop[standard]'"),
+    "adamw-8bit": ("bitsandbytes", "pip install 'backprop[standard]'"),
     "tensorboard": ("tensorboard", "pip install 'backprop[monitoring]'"),
     "wandb": ("wandb", "pip install wandb"),
     "trackio": ("trackio", "pip install trackio"),
@@ -130,7 +131,7 @@ def check_packages(config: TrainConfig) -> None:
         PackageError: Naming the package and the command that brings it.
         UsageError: Naming the variable.
     """
-    for option in (*filter(None, [config.method]), *config.report_to):
+    for option in (*filter(None, [config.method, config.optimizer]), *config.report_to):
         package, command = NEEDED.get(option, ("json", ""))
         if importlib.util.find_spec(package) is None:
             raise PackageError(f"`{option}` needs the package `{package}`", hint=command)

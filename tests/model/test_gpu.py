@@ -284,13 +284,21 @@ def killed_after_step(step: int, *options: str | Path, cwd: Path) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+# Matrices of 4,096 weights and more, whose moments bitsandbytes holds in 8 bits.
+EIGHT_BIT = ["--optimizer", "adamw-8bit", "--lora-r", "64"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [["lora"], ["qlora"], *(["lora", *EIGHT_BIT], ["qlora", *EIGHT_BIT], ["full", *EIGHT_BIT[:2]])],
+    ids=" ".join,
+)
 def test_a_killed_run_ends_with_the_same_bits(
-    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, method: str
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, method: list[str]
 ) -> None:
     data = write([chat(f"question {n}", "word " * (3 * n + 1)) for n in range(16)])
-    options = ["--data", data, "--model", tiny_model, "--method", method, "--steps", "12", "--batch-size", "8"]
-    options += ["--deterministic", "--save-steps", "2", "--lora-dropout", "0.1"]
+    options = ["--data", data, "--model", tiny_model, "--method", *method, "--steps", "12", "--batch-size", "8"]
+    options += ["--deterministic", "--save-steps", "2", *([] if "full" in method else ["--lora-dropout", "0.1"])]
     undisturbed, _ = steps_of(*options, "--output", tmp_path / "undisturbed", cwd=tmp_path)
     killed_after_step(7, *options, "--output", tmp_path / "killed", cwd=tmp_path)
     resumed, proofs = steps_of(*options, "--output", tmp_path / "killed", cwd=tmp_path)
@@ -299,6 +307,58 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert all(proof["ok"] for proof in proofs)
     hashes = [result(tmp_path / name)["result"]["adapter_sha256"] for name in ("undisturbed", "killed")]
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["lora", "--lr", "2e-3"],
+        ["lora", "--lr", "5e-4", "--lora-plus", "8"],
+        ["qlora", "--lr", "2e-3"],
+        ["full", "--lr", "1e-3"],
+    ],
+    ids=" ".join,
+)
+def test_moments_of_8_bits_teach_what_those_of_32_do(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, method: list[str]
+) -> None:
+    data = write([chat(f"question {n}", "word " * (3 * n + 1)) for n in range(16)])
+    options = ["--data", data, "--model", tiny_model, "--method", *method, "--steps", "40", "--batch-size", "8"]
+    options += ["--weight-decay", "0.1", *([] if "full" in method else EIGHT_BIT[2:])]
+    exact, eight = (
+        steps_of(*options, "--optimizer", kind, "--output", tmp_path / kind, cwd=tmp_path)[0]
+        for kind in ("adamw", "adamw-8bit")
+    )
+    losses = [[step["loss"] for step in steps] for steps in (exact, eight)]
+    print(method, losses[0][0], losses[0][-1], losses[1][-1])
+    assert result(tmp_path / "adamw-8bit")["plan"]["optimizer"]["value"] == "adamw-8bit"
+    assert losses[0][-1] < 0.8 * losses[0][0]
+    assert losses[1] != losses[0]
+    assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.02)
+
+
+def test_every_weight_is_trained_in_6_bytes_less_with_moments_of_8_bits(
+    wide_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    data = write([chat(f"question {n}", "word " * 8) for n in range(8)])
+    options = ["--data", data, "--model", wide_model, "--method", "full", "--steps", "3", "--batch-size", "2"]
+    options += ["--skip-proofs", "--no-compile"]
+    peaks = [
+        max(
+            step["memory_bytes"]
+            for step in steps_of(*options, *given, "--output", tmp_path / given[1], cwd=tmp_path)[0]
+        )
+        for given in (["--optimizer", "adamw"], ["--optimizer", "adamw-8bit"])
+    ]
+    weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(wide_model).parameters())
+    less = (peaks[0] - peaks[1]) / weights
+    print(
+        f"{peaks[0] / 2**20:.0f} MiB and {peaks[1] / 2**20:.0f} for {weights:,} weights: {less:.2f} bytes less for each"
+    )
+    # Two moments of 8 bits, with 4 bytes for each 256, instead of two of 32.
+    assert less == pytest.approx(2 * (4 - 1 - 4 / 256), rel=0.05)
 
 
 SHORT_OF_MEMORY = """
@@ -433,7 +493,10 @@ def losses_of(number: int, *options: str | Path, cwd: Path) -> list[float]:
 @several
 @pytest.mark.parametrize(
     "method",
-    [["lora"], ["lora", "--pissa"], ["qlora"], ["dora"], ["full", "--lr", "1e-3"], ["lora", "--objective", "kto"]],
+    [
+        *(["lora"], ["lora", "--pissa"], ["qlora"], ["dora"], ["full", "--lr", "1e-3"], ["lora", "--objective", "kto"]),
+        ["lora", *EIGHT_BIT],
+    ],
     ids=" ".join,
 )
 def test_one_gpu_and_two_give_one_curve(

@@ -69,18 +69,20 @@ def test_what_was_measured_is_estimated_within_12_percent_and_never_2_percent_un
     assert 0.98 <= need / GIB / gib <= 1.12
 
 
-def planned(gib: float, *, length: int = 2048, **options: object) -> tuple[Plan, int]:
-    """Plan a long run of the 7B, and give what its step is estimated to need."""
+def planned(
+    gib: float, *, shape: ModelShape = QWEN25_7B, length: int = 2048, eight_bit: bool = False, **options: object
+) -> tuple[Plan, int]:
+    """Plan a long run, of the 7B or another, and give what its step is estimated to need."""
     config = replace(CONFIG, **options)
     card = Gpu(name="a GPU", uuid="1", memory_bytes=int(gib * GIB), memory_free_bytes=int(gib * GIB), capability=(9, 0))
     hardware = Hardware(gpus=(card,), driver="", num_cpus=8, memory_bytes=64 * GIB, platform="Linux x86_64")
     data = DataShape(num_examples=10_000, num_tokens=10_000 * length)
-    plan, _ = plan_and_seconds(config, hardware, QWEN25_7B, data, model=Choice("m", ""), max_length=Choice(length, ""))
+    chosen = {"model": Choice("m", ""), "max_length": Choice(length, "")}
+    plan, _ = plan_and_seconds(config, hardware, shape, data, **chosen, eight_bit=eight_bit)
+    config = replace(config, optimizer=plan.optimizer.value)
     tokens = plan.micro_batch.value * length
     again, offloaded = plan.recompute.value, plan.offload.value
-    need = step_memory(
-        config, QWEN25_7B, tokens=tokens, recomputed=again, compiled=plan.compile.value, offloaded=offloaded
-    )
+    need = step_memory(config, shape, tokens=tokens, recomputed=again, compiled=plan.compile.value, offloaded=offloaded)
     return plan, need.total
 
 
@@ -110,6 +112,60 @@ def test_the_inputs_of_layers_wait_in_main_memory_where_nothing_else_fits() -> N
     assert (plan.micro_batch.value, plan.recompute.value, plan.offload.value) == (1, 28, True)
     assert 6.4 * GIB < need < 6.65 * GIB
     assert planned(7.5, method="qlora", recompute=20)[0].offload.value is False
+
+
+QWEN3_06B = ModelShape(
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_layers=28,
+    max_positions=40960,
+    vocabulary=151936,
+    query_size=2048,
+    key_size=1024,
+    tied=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "gib", "expected"),
+    [
+        ("qlora", QWEN25_7B, 7.5, "adamw"),  # from main memory, which changes no result
+        ("qlora", QWEN25_7B, 7.3, "adamw-8bit"),
+        ("full", QWEN3_06B, 16, "adamw"),
+        ("full", QWEN3_06B, 13, "adamw-8bit"),
+        ("full", QWEN3_06B, 12, "adamw-8bit"),
+    ],
+)
+def test_moments_are_held_in_8_bits_where_all_that_changes_no_result_is_not_enough(
+    method: str, shape: ModelShape, gib: float, expected: str
+) -> None:
+    length = 2048 if method == "qlora" else 1024
+    plan, need = planned(gib, shape=shape, length=length, method=method, eight_bit=True)
+    room = room_of(Gpu(name="", uuid="", memory_bytes=0, memory_free_bytes=int(gib * GIB), capability=(9, 0)))
+    assert plan.optimizer.value == expected
+    assert need <= room
+    if expected == "adamw-8bit":
+        assert "with moments of 32 bits, a step needs" in plan.optimizer.reason
+        # Neither is it forced, nor is there another way.
+        without, more = planned(gib, shape=shape, length=length, method=method, optimizer="adamw")
+        assert more > room
+        assert (without.optimizer.value, without.micro_batch.value, without.offload.value) == ("adamw", 1, True)
+    if method == "full":
+        assert not plan.offload.value  # what they leave free is made use of
+
+
+def test_moments_in_8_bits_need_what_holds_them_and_are_told_of_where_it_is_missing() -> None:
+    plan, _ = planned(13, shape=QWEN3_06B, length=1024, method="full")
+    assert plan.optimizer.value == "adamw"
+    assert "backprop[standard]" in plan.optimizer.reason
+
+
+@pytest.mark.parametrize("forced", ["adamw", "adamw-8bit"])
+def test_an_optimizer_that_is_forced_is_taken_and_the_rest_fitted_to_it(forced: str) -> None:
+    options = {"shape": QWEN3_06B, "length": 1024, "method": "full", "optimizer": forced, "eight_bit": True}
+    small, large = (planned(gib, **options) for gib in (13, 80))
+    assert {plan.optimizer for plan, _ in (small, large)} == {Choice(forced, "set by `--optimizer`")}
+    assert small[0].offload.value == (forced == "adamw")
 
 
 @pytest.mark.parametrize(("main_gib", "most"), [(64, 16), (4, 1), (1, 0)])
@@ -172,6 +228,10 @@ def test_every_expert_is_held_and_few_are_met() -> None:
 def test_what_is_trained_in_full_is_held_in_20_bytes_a_weight() -> None:
     full = step_memory(replace(CONFIG, method="full"), QWEN25_7B, tokens=8, recomputed=28, compiled=False)
     assert full.weights / 7.615e9 == pytest.approx(20, rel=0.01)
+    eight = replace(CONFIG, method="full", optimizer="adamw-8bit")
+    less = step_memory(eight, QWEN25_7B, tokens=8, recomputed=28, compiled=False)
+    # Two moments of 8 instead of 32 bits, less the 4 bytes of a scale for each 256.
+    assert (full.total - less.total) / 7.615e9 == pytest.approx(2 * (4 - 1 - 4 / 256), rel=0.001)
 
 
 def test_the_fastest_of_each_size_is_worth_trying() -> None:

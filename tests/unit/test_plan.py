@@ -1,5 +1,6 @@
 """Choices and their reasons."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,6 +130,8 @@ def test_the_disk_holds_an_adapter_of_twice_the_rank_for_pissa() -> None:
     # Rank 8, float32, in each of 30 layers: two ends of four matrices of attention and of three of the feed-forward part.
     adapter = 4 * 8 * 30 * (4 * 2 * 576 + 3 * (576 + 1536))
     assert of_16 - of_8 == (2 + 3 * 3) * adapter  # two delivered ones, and three checkpoints with two moments each
+    eight = [disk_bytes(TrainConfig(data=("x",), lora_r=rank, optimizer="adamw-8bit"), SMALL, data) for rank in (8, 16)]
+    assert eight[1] - eight[0] == (2 + 3 * (1 + 2 * (1 + 4 / 256) / 4)) * adapter
     assert pissa - of_8 == 2 * adapter
 
 
@@ -149,6 +152,27 @@ def test_tokens_are_kept_once_more_where_they_are_cut_and_beside_other_answers()
         )
     )
     assert (plain, cut, kto) == (8_150_000, 16_300_000, 24_450_000)
+
+
+def test_a_cpu_has_moments_of_8_bits_only_where_they_are_asked_for() -> None:
+    assert plan().optimizer.value == "adamw"
+    assert plan(TrainConfig(data=("x",), optimizer="adamw-8bit")).optimizer.reason == "set by `--optimizer`"
+
+
+def test_moments_of_8_bits_come_before_weights_of_4() -> None:
+    shape = replace(SMALL, hidden_size=4096, intermediate_size=11008, vocabulary=1000)
+    config = TrainConfig(data=("x",), lora_r=64)
+
+    def least(**options: Any) -> int:
+        asked = replace(config, **options)
+        return least_bytes(asked, shape, length=100, method="lora", dtype="bfloat16", main_bytes=16 * GIB)
+
+    between = (least() + least(optimizer="adamw-8bit")) / 2  # of what LoRA needs with either
+    hardware = machine(between / 0.95 / GIB + 0.5)
+    chosen = choose_method(config, hardware, shape, length=100, four_bit=True)
+    assert chosen.value == "lora"
+    forced = replace(config, optimizer="adamw")
+    assert choose_method(forced, hardware, shape, length=100, four_bit=True).value == "qlora"
 
 
 @pytest.mark.parametrize(
