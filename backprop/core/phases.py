@@ -1,28 +1,25 @@
-"""How much of a GPU's memory each phase of a run needs, from shapes alone: no weight is loaded."""
+"""How much of a GPU's memory each phase of a run needs, from shapes alone, and from what was measured of a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backprop.config import TrainConfig
 from backprop.core.memory import (
     BF16,
     FLOAT32,
-    LOSS_BYTES,
-    NF4,
+    MOMENTS,
     WORKSPACE,
     ModelShape,
-    StepMemory,
-    adapter_weights,
-    block_weights,
+    dora_memory,
+    held_memory,
+    loss_memory,
+    step_memory,
     word_weights,
 )
-
-# AdamW's two moments of a trained weight, which a run has from its first update on.
-MOMENTS = 2 * FLOAT32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phases:
-    """What each phase of a run holds at its fullest, in bytes."""
+    """What each phase of a run holds of a GPU's memory at its fullest, in bytes."""
 
     load: int
     step: int
@@ -32,48 +29,103 @@ class Phases:
     """Nothing beside what is held between two steps: tensors are written one by one."""
     merge: int = 0
     """Adapters are merged in main memory."""
+    moments: int
+    """Of all but loading, what the optimizer keeps from its first update on."""
 
     @property
     def most(self) -> int:
-        """The largest."""
+        """What the run needs."""
         return max(self.load, self.step, self.evaluation, self.save, self.merge)
 
 
-def phases(config: TrainConfig, shape: ModelShape, step: StepMemory, *, tokens: int, dtype: str = "bfloat16") -> Phases:
+def phases_of(
+    config: TrainConfig,
+    shape: ModelShape,
+    *,
+    tokens: int,
+    recomputed: int,
+    compiled: bool,
+    dtype: str = "bfloat16",
+    offloaded: bool = False,
+    several: bool = True,
+) -> Phases:
     """Estimate what each phase needs on a GPU.
 
     Args:
-        step: Of the largest pass.
-        tokens: In that pass; as many are evaluated at once.
+        tokens: Of the largest pass; as many are evaluated at once.
+        recomputed: Layers whose activations are computed again on the way back.
+        compiled: Whether layers are compiled.
+        offloaded: Whether the inputs of layers that are computed again wait in main memory.
+        several: Whether a step has more than one pass.
     """
-    width = BF16 if dtype == "bfloat16" else FLOAT32
-    whole = config.method == "full"
-    blocks, words = block_weights(shape), word_weights(shape)
-    base = int(blocks * (NF4 if config.method == "qlora" else width)) + words * width
-    trained = trained_weights(config, shape)
+    step = step_memory(
+        config,
+        shape,
+        tokens=tokens,
+        recomputed=recomputed,
+        compiled=compiled,
+        dtype=dtype,
+        offloaded=offloaded,
+        several=several,
+    )
+    held = held_memory(config, shape, dtype=dtype)
+    between = WORKSPACE + held.base + held.trained * (1 + MOMENTS)
+    return Phases(
+        load=_load_memory(config, shape, dtype=dtype),
+        step=step.total,
+        evaluation=between + held.casts + _forward_memory(config, shape, tokens=tokens, dtype=dtype),
+        save=between,
+        moments=held.trained * MOMENTS,
+    )
+
+
+def _load_memory(config: TrainConfig, shape: ModelShape, *, dtype: str) -> int:
+    held, width = held_memory(config, shape, dtype=dtype), BF16 if dtype == "bfloat16" else FLOAT32
     largest = shape.hidden_size * max(shape.intermediate_size, *shape.widths)
-    # Of the weight under way: in 16 bits while it becomes one of 4, and as its norm is taken for DoRA.
-    under_way = {"qlora": largest * width, "dora": 3 * largest * FLOAT32}.get(config.method or "", 0)
-    load = base + trained * FLOAT32 + under_way
-    held = base + trained * (FLOAT32 + MOMENTS)
-    # Of a layer that keeps nothing: its feed-forward part, and what goes through it.
+    match config.method:
+        case "full":
+            # All are copied, words that are tied once for each end; then copies become float32 one by one, words first.
+            words = word_weights(shape)
+            copied = 2 * held.base + words * (FLOAT32 + width * shape.tied)
+            return max(held.base + held.trained, copied)
+        case "qlora":
+            # One weight at a time comes in 16 bits; then the adapter.
+            return held.base + max(largest * width, held.trained)
+        case "dora":
+            # The norm of each weight is taken with its adapter's product in it.
+            return held.base + held.trained + 3 * largest * FLOAT32
+        case _:
+            return held.base + held.trained
+
+
+def _forward_memory(config: TrainConfig, shape: ModelShape, *, tokens: int, dtype: str) -> int:
+    """Estimate what a pass without a gradient works with: one layer, or the loss."""
+    width = BF16 if dtype == "bfloat16" else FLOAT32
+    # Of its feed-forward part, and of what goes through it.
     layer = tokens * width * (4 * shape.intermediate_size + 4 * shape.hidden_size)
-    layer += largest * width if config.method == "qlora" else 0
-    logits = LOSS_BYTES if shape.plain_logits and not whole else tokens * shape.vocabulary * (width + 2 * FLOAT32)
-    loss = logits + tokens * shape.hidden_size * (width + FLOAT32)
-    return Phases(load=load, step=step.total, evaluation=WORKSPACE + held + max(layer, loss), save=WORKSPACE + held)
+    layer += shape.hidden_size * shape.intermediate_size * width if config.method == "qlora" else 0
+    if config.method == "dora":
+        layer = dora_memory(shape, tokens=tokens) + 3 * tokens * width * shape.intermediate_size
+    return max(layer, loss_memory(config, shape, tokens=tokens, width=width, gradient=False))
 
 
-def trained_weights(config: TrainConfig, shape: ModelShape) -> int:
-    """Count the weights that are trained."""
-    if config.method == "full":
-        return block_weights(shape) + word_weights(shape)
-    return adapter_weights(shape, config.lora_r)
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What was measured of a step, in bytes."""
+
+    held: int
+    """Before it."""
+    peak: int
+    """In it, before its update."""
 
 
-def mended(config: TrainConfig, shape: ModelShape, measured: int) -> int:
-    """Give what a step needs at its fullest, from what was measured of one before the first update.
+def mended(expected: Phases, found: Footprint, *, updated: bool = False) -> Phases:
+    """Put what was measured in place of what was estimated.
 
-    What the optimizer keeps comes later, and is known exactly.
+    Args:
+        found: Of the fullest step. What the optimizer keeps is added where it comes later: it is known exactly.
+        updated: Whether the optimizer had made its state before.
     """
-    return measured + MOMENTS * trained_weights(config, shape)
+    later = 0 if updated else expected.moments
+    more = found.held + later - expected.save
+    return replace(expected, step=found.peak + later, evaluation=expected.evaluation + more, save=expected.save + more)

@@ -22,4 +22,4 @@ def test_its_way_through_the_program_is_whole(tmp_path: Path) -> None:
     for one in told:
         assert "failed" not in one, done.stdout
         assert len(one["measured"]["later"]["passes"]) == 1 + one["case"]["several"]
-        assert set(one["estimate"]["phases"]) == {"load", "step", "evaluation", "save", "merge"}
+        assert set(one["estimate"]["phases"]) == {"load", "step", "evaluation", "save", "merge", "moments"}

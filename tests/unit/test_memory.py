@@ -105,11 +105,11 @@ def test_a_large_card_recomputes_nothing_and_one_in_between_a_part() -> None:
 
 def test_the_inputs_of_layers_wait_in_main_memory_where_nothing_else_fits() -> None:
     assert not planned(12, method="qlora")[0].offload.value
-    # What 8 GB have free beside a desktop: with them on the GPU, 6.9 GiB would be needed.
-    plan, need = planned(7.5, method="qlora")
+    # What 8 GB may have free beside a desktop: with them on the GPU, 6.6 GiB would be needed.
+    plan, need = planned(7, method="qlora")
     assert (plan.micro_batch.value, plan.recompute.value, plan.offload.value) == (1, 28, True)
-    assert 6.4 * GIB < need < 6.65 * GIB
-    assert planned(7.5, method="qlora", recompute=20)[0].offload.value is False
+    assert 6.1 * GIB < need < 6.4 * GIB
+    assert planned(7, method="qlora", recompute=20)[0].offload.value is False
 
 
 @pytest.mark.parametrize(("main_gib", "most"), [(64, 16), (4, 1), (1, 0)])
@@ -121,7 +121,7 @@ def test_no_more_waits_in_main_memory_than_a_quarter_of_it(main_gib: int, most: 
 
 
 def test_gpus_share_main_memory() -> None:
-    card = Gpu(name="a GPU", uuid="1", memory_bytes=8 * GIB, memory_free_bytes=int(7.5 * GIB), capability=(9, 0))
+    card = Gpu(name="a GPU", uuid="1", memory_bytes=8 * GIB, memory_free_bytes=7 * GIB, capability=(9, 0))
     one = Hardware(gpus=(card,), driver="", num_cpus=8, memory_bytes=4 * GIB, platform="Linux x86_64")
     data = DataShape(num_examples=10_000, num_tokens=10_000 * 2048)
     config = replace(CONFIG, method="qlora")
@@ -171,7 +171,14 @@ def test_every_expert_is_held_and_few_are_met() -> None:
 
 def test_what_is_trained_in_full_is_held_in_20_bytes_a_weight() -> None:
     full = step_memory(replace(CONFIG, method="full"), QWEN25_7B, tokens=8, recomputed=28, compiled=False)
-    assert full.weights / 7.615e9 == pytest.approx(20, rel=0.01)
+    # In 16 bits and in 32, a gradient and two moments; and for the length of a pass once more in 16.
+    assert full.weights / 7.615e9 == pytest.approx(18, rel=0.01)
+    assert full.kept / 7.615e9 == pytest.approx(2, rel=0.01)
+    alone = step_memory(
+        replace(CONFIG, method="full"), QWEN25_7B, tokens=8, recomputed=28, compiled=False, several=False
+    )
+    assert alone.weights / 7.615e9 == pytest.approx(14, rel=0.01)
+    assert alone.total / 7.615e9 == pytest.approx(18, rel=0.02), "at the end of the way back all gradients are there"
 
 
 def test_the_fastest_of_each_size_is_worth_trying() -> None:
