@@ -161,7 +161,7 @@ def step_memory(
     own = shape.num_layers - recomputed
     kept = own * layer + entries * entry + held.casts
     # On the way back through a layer: the gradients of its widest part, and of what goes through it.
-    way_back = tokens * width * (2 * shape.intermediate_size + 6 * shape.hidden_size)
+    way_back = tokens * width * (2 * shape.intermediate_size + 3 * shape.hidden_size)
     if config.fp8_backward and not compiled:
         # A gradient's absolute values, and itself in float32 twice.
         way_back += tokens * shape.intermediate_size * (BF16 + 2 * FLOAT32)
@@ -198,10 +198,11 @@ def loss_memory(
 def dora_memory(shape: ModelShape, *, tokens: int) -> int:
     """Estimate what PEFT's DoRA works with in a layer, either way, in float32."""
     hidden, wide = shape.hidden_size, shape.intermediate_size
-    # Of its widest products: the layer's, the adapter's, both scaled, and their sum; the weights of both.
-    products = tokens * (3 * FLOAT32 * wide + 3 * FLOAT32 * hidden) + 2 * FLOAT32 * wide * hidden
+    # Of its widest products: the layer's, the adapter's, both scaled, and their sum, beside another; the weights of both.
+    products = tokens * ((3 * FLOAT32 + BF16) * wide + 3 * FLOAT32 * hidden) + 2 * FLOAT32 * wide * hidden
     # An adapter is multiplied out by a unit matrix, in float32 and in 16 bits.
-    return max(products, wide * wide * (FLOAT32 + BF16) + BF16 * wide * hidden + 3 * FLOAT32 * tokens * hidden)
+    unit = wide * wide * (FLOAT32 + BF16) + BF16 * wide * hidden
+    return max(products, unit + tokens * (3 * FLOAT32 * hidden + BF16 * wide))
 
 
 def kept_per_token(config: TrainConfig, shape: ModelShape, *, width: int, compiled: bool) -> int:

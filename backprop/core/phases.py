@@ -105,7 +105,7 @@ def _forward_memory(config: TrainConfig, shape: ModelShape, *, tokens: int, dtyp
     layer = tokens * width * (4 * shape.intermediate_size + 4 * shape.hidden_size)
     layer += shape.hidden_size * shape.intermediate_size * width if config.method == "qlora" else 0
     if config.method == "dora":
-        layer = dora_memory(shape, tokens=tokens) + 3 * tokens * width * shape.intermediate_size
+        layer = dora_memory(shape, tokens=tokens) + 2 * tokens * width * shape.intermediate_size
     return max(layer, loss_memory(config, shape, tokens=tokens, width=width, gradient=False))
 
 

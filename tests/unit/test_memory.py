@@ -1,6 +1,7 @@
 """What a step is estimated to need, against what was measured, and what the plan makes of it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from backprop.core.duration import plan_and_seconds
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.memory import ModelShape, adapter_weights, block_weights, met_weights, step_memory, word_weights
 from backprop.core.passes import Passes, needs, room_of, worth_trying
+from backprop.core.phases import Footprint, Phases, mended, phases_of
 from backprop.core.plan import Choice, DataShape, Plan, make_plan
 from backprop.presets import GIB
 
@@ -67,6 +69,72 @@ def test_what_was_measured_is_estimated_within_12_percent_and_never_2_percent_un
     need = step_memory(config, QWEN25_7B, tokens=tokens, recomputed=recomputed, compiled=compiled).total
     print(f"{need / GIB / gib - 1:+.1%}")
     assert 0.98 <= need / GIB / gib <= 1.12
+
+
+def expected(method: str, **options: Any) -> Phases:
+    ways: dict[str, Any] = {"tokens": 8192, "recomputed": 0, "compiled": False, **options}
+    return phases_of(replace(CONFIG, method=method), QWEN25_7B, **ways)
+
+
+def test_loading_holds_the_weights_and_what_becomes_of_them() -> None:
+    base, adapter = 7_615_000_000, adapter_weights(QWEN25_7B, 16)
+    largest = 3584 * 18944
+    assert expected("lora").load == pytest.approx(2 * base + 4 * adapter, rel=0.001)
+    # In 4 bits, one weight comes in 16 at a time, which takes less than adapters do; in a smaller rank more.
+    four_bit = block_weights(QWEN25_7B) * 0.5159 + 2 * word_weights(QWEN25_7B)
+    assert expected("qlora").load == pytest.approx(four_bit + 2 * largest, rel=0.001)
+    assert expected("dora").load == pytest.approx(2 * base + 4 * adapter + 12 * largest, rel=0.001)
+    # In 16 bits, a copy of it, and that in float32.
+    assert expected("full").load == pytest.approx(6 * base, rel=0.001)
+
+
+def test_words_that_are_tied_are_copied_twice_while_a_whole_model_is_loaded() -> None:
+    small = replace(QWEN25_7B, num_layers=1, tied=True)
+    found = phases_of(replace(CONFIG, method="full"), small, tokens=1, recomputed=0, compiled=False).load
+    weights, words = block_weights(small) + word_weights(small), word_weights(small)
+    assert found == 4 * weights + 6 * words > 6 * weights
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "full"])
+def test_evaluating_needs_less_than_a_step_and_saving_nothing_but_what_is_held(method: str) -> None:
+    found = expected(method)
+    assert found.save < found.evaluation < found.step
+    assert found.merge == 0
+    assert found.most == found.step
+    assert replace(found, load=found.step + 1).most == found.step + 1
+    assert expected(method, tokens=16384).save == found.save
+
+
+def test_an_adapter_in_4_bits_is_held_in_16_bits_with_its_moments() -> None:
+    assert expected("lora").moments == 2 * expected("qlora").moments == 8 * adapter_weights(QWEN25_7B, 16)
+
+
+def test_a_second_pass_finds_the_gradients_of_the_first() -> None:
+    gradients = 4 * adapter_weights(QWEN25_7B, 16)
+    assert expected("lora").step - expected("lora", several=False).step == gradients
+
+
+def test_what_is_measured_of_a_step_mends_what_is_expected_of_all_phases_after_it() -> None:
+    before = Phases(load=50, step=400, evaluation=170, save=120, moments=20)
+    after = mended(before, Footprint(held=90, peak=300))
+    assert after == Phases(load=50, step=320, evaluation=160, save=110, moments=20), "and moments come later"
+    assert mended(before, Footprint(held=110, peak=320), updated=True) == after
+
+
+def test_norms_beside_the_usual_are_kept_in_float32() -> None:
+    def kept(shape: ModelShape) -> int:
+        return step_memory(CONFIG, shape, tokens=1, recomputed=0, compiled=False).kept
+
+    four = replace(QWEN25_7B, num_norms=4)
+    assert kept(four) - kept(QWEN25_7B) == 28 * 2 * 4 * 3584
+    assert kept(replace(four, head_norms=True)) - kept(four) == 28 * 4 * (3584 + 512)
+
+
+def test_the_plan_tells_what_each_phase_needs_and_makes_room_for_the_fullest() -> None:
+    plan, need = planned(24)
+    assert plan.memory is not None
+    assert plan.memory.step == need
+    assert f"about {plan.memory.most / GIB:.1f} GiB at the fullest" in plan.micro_batch.reason
 
 
 def planned(gib: float, *, length: int = 2048, **options: object) -> tuple[Plan, int]:
