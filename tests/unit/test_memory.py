@@ -80,7 +80,7 @@ def test_loading_holds_the_weights_and_what_becomes_of_them() -> None:
     base, adapter = 7_615_000_000, adapter_weights(QWEN25_7B, 16)
     largest = 3584 * 18944
     assert expected("lora").load == pytest.approx(2 * base + 4 * adapter, rel=0.001)
-    # In 4 bits, one weight comes in 16 at a time, which takes less than adapters do; in a smaller rank more.
+    # Each weight comes in 16 bits before it is held in 4; the adapter, which comes later, is smaller here.
     four_bit = block_weights(QWEN25_7B) * 0.5159 + 2 * word_weights(QWEN25_7B)
     assert expected("qlora").load == pytest.approx(four_bit + 2 * largest, rel=0.001)
     assert expected("dora").load == pytest.approx(2 * base + 4 * adapter + 12 * largest, rel=0.001)
