@@ -18,6 +18,7 @@ from backprop.events import (
     Failed,
     Forgetting,
     Gated,
+    MemoryMended,
     Paused,
     Phase,
     PlanMade,
@@ -39,6 +40,8 @@ Detail = Literal["quiet", "normal", "verbose"]
 # Seconds between step lines where there is no live bar.
 LINE_EVERY_S = 10.0
 GIB = 2**30
+# Merging takes none of a GPU's memory.
+SHOWN_PHASES = ("load", "step", "evaluation", "save")
 # A text histogram: lines at most, and the longest bar in characters.
 BARS_MOST, BAR_WIDTH = 12, 40
 TRAINED, CONTEXT, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -169,6 +172,9 @@ def told(event: Event, *, verbose: bool = False) -> str:
             return f"warning: {event.message}"
         case Paused():
             return f"pausing: {event.reason}"
+        case MemoryMended():
+            before = event.estimated["step"] / GIB
+            return f"memory, {event.how}: {_phases(event.phases)}; {before:.1f} were estimated for a step"
         case Examples():
             return event.text
         case Phase():
@@ -197,7 +203,12 @@ def _planned(event: PlanMade) -> str:
         f"  {name.replace('_', ' '):<{width}}  {_short(value):<14}  {event.reasons[name]}"
         for name, value in event.choices.items()
     ]
-    return "\n".join(["plan", *rows])
+    memory = [f"  {'memory':<{width}}  {_phases(event.memory)}, at the fullest"] if event.memory else []
+    return "\n".join(["plan", *rows, *memory])
+
+
+def _phases(memory: Mapping[str, int]) -> str:
+    return " · ".join(f"{name} {memory[name] / GIB:.1f}" for name in SHOWN_PHASES) + " GiB"
 
 
 def _weight(exponent: float | None) -> str:

@@ -30,6 +30,8 @@ class PlanMade:
 
     choices: Mapping[str, JSON]
     reasons: Mapping[str, str]
+    memory: Mapping[str, int] = field(default_factory=dict[str, int])
+    """What each phase is estimated to need of a GPU at its fullest, in bytes; empty without one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +228,18 @@ class Paused:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryMended:
+    """What each phase needs of a GPU at its fullest, in bytes, as mended by what a step was measured to take."""
+
+    phases: Mapping[str, int]
+    estimated: Mapping[str, int]
+    """Before, from shapes alone."""
+    how: str
+    """What was measured."""
+    run: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Spent:
     """What a run has spent since its last event of this kind: the sum of all is that of the whole run."""
 
@@ -333,6 +347,7 @@ Event = (
     | Repeated
     | Warned
     | Paused
+    | MemoryMended
     | Spent
     | Phase
     | Tried
@@ -361,6 +376,7 @@ KINDS: dict[type, str] = {
     Repeated: "repeated",
     Warned: "warning",
     Paused: "paused",
+    MemoryMended: "memory",
     Spent: "spent",
     Phase: "phase",
     Tried: "tried",

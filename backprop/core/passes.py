@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from backprop.config import TrainConfig
 from backprop.core.hardware import Gpu
-from backprop.core.memory import FLOAT32, ModelShape, block_weights, step_memory
+from backprop.core.memory import FLOAT32, ModelShape, block_weights
+from backprop.core.phases import phases_of
 from backprop.presets import GIB
 
 
@@ -42,14 +43,14 @@ SHARE_OFFLOADED = 0.25
 
 
 def room_of(gpu: Gpu) -> float:
-    """Give the bytes that a step may be estimated to need."""
+    """Give the bytes that a run may be estimated to need."""
     return SHARE_FOR_STEP * (gpu.memory_free_bytes - CUDA_BYTES)
 
 
 def needs(
     config: TrainConfig, batch: int, length: int, shape: ModelShape, *, compiled: bool, dtype: str, main_bytes: int
 ) -> Mapping[Passes, int]:
-    """Estimate the bytes that a step needs, of each way that the configuration allows.
+    """Estimate the bytes that a run needs in its fullest phase, of each way that the configuration allows.
 
     Args:
         length: Of the longest example, in tokens.
@@ -57,7 +58,7 @@ def needs(
     """
 
     def need(one: Passes) -> int:
-        return step_memory(
+        return phases_of(
             config,
             shape,
             tokens=one.examples * length,
@@ -65,7 +66,8 @@ def needs(
             compiled=compiled,
             dtype=dtype,
             offloaded=one.offloaded,
-        ).total
+            several=one.examples < batch,
+        ).most
 
     sizes = sorted({math.ceil(batch / passes) for passes in range(1, batch + 1)})
     if config.micro_batch is not None:

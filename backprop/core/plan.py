@@ -8,8 +8,9 @@ from typing import Generic, TypeVar
 from backprop.config import Method, Optimizer, TrainConfig
 from backprop.core import passes
 from backprop.core.hardware import Hardware
-from backprop.core.memory import FLOAT32, MOMENTS, ModelShape, adapter_weights, block_weights, step_memory, word_weights
+from backprop.core.memory import FLOAT32, ModelShape, adapter_weights, block_weights, moments_bytes, word_weights
 from backprop.core.passes import Passes
+from backprop.core.phases import Phases, phases_of
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import DEFAULTS, DEMO, GIB, PRESETS, Preset
 
@@ -64,6 +65,8 @@ class Plan:
     """Whether gradients go through frozen feed-forward layers in 8 bits."""
     to_try: tuple[Passes, ...] = ()
     """What is tried on the GPU before the first step, instead of micro_batch, recompute and offload as estimated."""
+    memory: Phases | None = None
+    """What each phase is estimated to need of a GPU; None without one."""
 
     def choices(self) -> dict[str, Choice[str | int | float | bool]]:
         """Give every choice by name, in the order they are shown."""
@@ -133,7 +136,7 @@ def disk_bytes(config: TrainConfig, shape: ModelShape, data: DataShape) -> int:
     every = block_weights(shape) + word_weights(shape)
     adapter = 4 * (every if config.method == "full" else adapter_weights(shape, config.lora_r))
     delivered = adapter * (2 if config.pissa else 1)  # what was trained, less what it began with
-    moments, best = MOMENTS[config.optimizer or "adamw"] / FLOAT32, int(config.early_stopping is not None)
+    moments, best = moments_bytes(config, FLOAT32) / FLOAT32, int(config.early_stopping is not None)
     seen, weighed = 4 * data.num_examples, 8 * data.num_examples * (config.objective in ("dpo", "kto"))
     checkpoint = int(adapter * (1 + moments + best)) + seen + weighed
     return 2 * (delivered + weighed) + (config.keep_checkpoints + 1) * checkpoint + SMALL_FILES_BYTES
@@ -158,14 +161,14 @@ def spill_bytes(config: TrainConfig, *, rows: int, characters: int) -> int:
 def least_bytes(
     config: TrainConfig, shape: ModelShape, *, length: int, method: Method, dtype: str, main_bytes: int
 ) -> int:
-    """Estimate what a step needs with a single example of ``length`` tokens, and every layer recomputed.
+    """Estimate what a run needs with a single example of ``length`` tokens at once, and every layer recomputed.
 
     Args:
         main_bytes: Of main memory, what there is for each GPU.
     """
     own = replace(config, method=method)
     tokens = length * sides_of(config)
-    return step_memory(
+    return phases_of(
         own,
         shape,
         tokens=tokens,
@@ -173,7 +176,7 @@ def least_bytes(
         compiled=False,
         dtype=dtype,
         offloaded=passes.most_offloaded(shape, tokens, main_bytes) > 0,
-    ).total
+    ).most
 
 
 def choose_method(
@@ -233,7 +236,7 @@ def make_plan(
     config = replace(config, optimizer=optimizer.value)
     micro, recompute, offload, to_try = _choose_passes(config, *given, compiled=as_compiled)
     steps = _choose_steps(config, data, batch.value)
-    return Plan(
+    plan = Plan(
         model=model,
         device=Choice("cuda", hardware.gpus[0].name) if on_gpu else Choice("cpu", "no GPU was found"),
         dtype=_choose_dtype(hardware),
@@ -253,6 +256,20 @@ def make_plan(
         compile=compiled or Choice(False, "nothing is known of how long it takes"),
         fp8_backward=fp8_backward,
         to_try=to_try,
+    )
+    return replace(plan, memory=_memory(config, shape, plan)) if on_gpu else plan
+
+
+def _memory(config: TrainConfig, shape: ModelShape, plan: Plan) -> Phases:
+    return phases_of(
+        config,
+        shape,
+        tokens=plan.micro_batch.value * plan.max_length.value * sides_of(config),
+        recomputed=plan.recompute.value,
+        compiled=plan.compile.value,
+        dtype=plan.dtype.value,
+        offloaded=plan.offload.value,
+        several=plan.micro_batch.value < plan.batch_size.value,
     )
 
 
@@ -363,7 +380,7 @@ def _choose_passes(
     ways = passes.fastest_first(config, need, batch, length, shape, gpu)
     fitting = (one for one in ways if need[one] <= passes.room_of(gpu))
     chosen = next(fitting, min(need, key=need.__getitem__))
-    told = f"about {need[chosen] / GIB:.1f} GiB for a step, and {gpu.memory_free_bytes / GIB:.1f} GiB are free"
+    told = f"about {need[chosen] / GIB:.1f} GiB at the fullest, and {gpu.memory_free_bytes / GIB:.1f} GiB are free"
     recompute = Choice(chosen.recomputed, f"of {shape.num_layers} layers; {told}")
     offload = Choice(True, "the GPU's memory is too small for the inputs of layers") if chosen.offloaded else STAY
     return *_as_set(config, Choice(chosen.examples, told), recompute, shape), offload, passes.worth_trying(ways)

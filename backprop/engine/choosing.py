@@ -12,8 +12,10 @@ import backprop
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
 from backprop.core.passes import Passes
+from backprop.core.phases import Footprint
 from backprop.core.plan import Choice, Plan, sides_of
 from backprop.edges import tried
+from backprop.engine import footprint
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
@@ -69,15 +71,17 @@ def fastest(
 ) -> PassSize:
     """Try the ways of the plan on the longest examples, and give the fastest that fits; as planned if none does.
 
-    What an earlier run found under the same circumstances is taken as it is. No weight is changed.
+    What an earlier run found under the same circumstances is taken as it is. No weight is changed. What was measured mends
+    the memory that is expected.
     """
     if len(plan.to_try) < 2:
         return size
     known = _circumstances(model, size, config, plan)
-    before = tried.recall(known)
-    chosen = next((one for one in plan.to_try if asdict(one) == before), None)
-    if chosen is not None:
+    before = _recalled(tried.recall(known), plan.to_try)
+    if before is not None:
+        chosen, found_before = before
         say(Phase(name=f"{_told(chosen)}: was the fastest when this was tried in an earlier run"))
+        footprint.tell(plan.memory, found_before, "tried in an earlier run", say)
         return _sized(size, chosen, config, plan)
     ranks.meet(model)
     model.train()  # else nothing is recomputed
@@ -87,7 +91,8 @@ def fastest(
             say(Phase(name=f"trying {_told(one)}"))
             ranks.recompute(one.recomputed, one.offloaded)
             passes = _hardest(objective, examples, _sized(size, one, config, plan), plan)
-            measured = _measured(ranks, model, objective, passes)
+            several = one.examples * plan.gpus.value < plan.batch_size.value
+            measured = _measured(ranks, model, objective, passes, several=several)
             if measured is not None:
                 found[one] = measured
     give_back_memory(main=True)
@@ -95,9 +100,10 @@ def fastest(
         ranks.recompute(plan.recompute.value, plan.offload.value)
         return size
     chosen = max(found, key=lambda one: found[one].speed)
-    tried.remember(known, asdict(chosen))
+    tried.remember(known, {"way": asdict(chosen), **asdict(found[chosen].memory)})
     others = "; ".join(f"{_told(one)}: {measured}" for one, measured in found.items() if one != chosen)
     say(Phase(name=f"the fastest here: {_told(chosen)}: {found[chosen]} ({others or 'no other fits'})"))
+    footprint.tell(plan.memory, found[chosen].memory, "tried", say)
     return _sized(size, chosen, config, plan)
 
 
@@ -105,11 +111,21 @@ def fastest(
 class _Measured:
     speed: float
     """Tokens per second, forward and back."""
-    memory_bytes: int
-    """The most that torch held on a GPU meanwhile."""
+    memory: Footprint
 
     def __str__(self) -> str:
-        return f"{self.speed:,.0f} tokens/s" + (f" in {self.memory_bytes / GIB:.1f} GiB" if self.memory_bytes else "")
+        peak = self.memory.peak
+        return f"{self.speed:,.0f} tokens/s" + (f" in {peak / GIB:.1f} GiB" if peak else "")
+
+
+def _recalled(found: JSON, ways: Sequence[Passes]) -> tuple[Passes, Footprint] | None:
+    """Read what was kept of an earlier run; None if it is something else, or none of these ways."""
+    match found:
+        case {"way": way, "held": int(held), "peak": int(peak)}:
+            chosen = next((one for one in ways if asdict(one) == way), None)
+            return chosen and (chosen, Footprint(held=held, peak=peak))
+        case _:
+            return None
 
 
 def _told(one: Passes) -> str:
@@ -130,19 +146,23 @@ def _hardest(objective: Objective, examples: Sequence[Example], size: PassSize, 
     return [one for kind in kinds for one in nlargest(plan.gpus.value, kind, key=num_tokens)]
 
 
-def _measured(ranks: Ranks, model: Any, objective: Objective, passes: Sequence[Any]) -> _Measured | None:
-    """Run the passes twice, since the first time compiles; None if the memory was full."""
-    import torch
+def _measured(
+    ranks: Ranks, model: Any, objective: Objective, passes: Sequence[Any], *, several: bool
+) -> _Measured | None:
+    """Run the passes twice, since the first time compiles; None if the memory was full.
 
-    reset = torch.cuda.reset_peak_memory_stats if torch.cuda.is_available() else lambda: None
-    reset()
-    both = [_seconds(ranks, model, objective, passes) for _ in range(2)]
-    held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    reset()  # a step tells of its own
-    return None if both[1] is None else _Measured(sum(map(num_tokens, passes)) / both[1], held)
+    Args:
+        several: Whether a step has more passes, which find gradients of earlier ones.
+    """
+    begun = footprint.begin()
+    both = [_seconds(ranks, model, objective, passes, forget=not several), _seconds(ranks, model, objective, passes)]
+    memory = footprint.end(begun)
+    return None if both[1] is None else _Measured(sum(map(num_tokens, passes)) / both[1], memory)
 
 
-def _seconds(ranks: Ranks, model: Any, objective: Objective, passes: Sequence[Any]) -> float | None:
+def _seconds(
+    ranks: Ranks, model: Any, objective: Objective, passes: Sequence[Any], *, forget: bool = True
+) -> float | None:
     """Measure a step without its update; None if the memory was full."""
     import torch
 
@@ -152,7 +172,8 @@ def _seconds(ranks: Ranks, model: Any, objective: Objective, passes: Sequence[An
     parts = ranks.step(model, objective, passes, seed=0)
     wait()
     seconds = time.monotonic() - started
-    ranks.forget()
+    if forget:
+        ranks.forget()
     return None if parts is None else seconds
 
 

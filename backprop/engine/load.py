@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from backprop.config import TrainConfig
 from backprop.core.data.formats import Message
 from backprop.core.data.render import Token
-from backprop.core.memory import ModelShape
+from backprop.core.memory import NORMED_AFTER, NORMED_HEADS, ModelShape
 from backprop.core.plan import Plan
 from backprop.engine import templates
 from backprop.engine.attention import kernels_ahead
@@ -164,6 +164,8 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
             vocabulary=int(config.vocab_size),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
             plain_logits=all(getattr(config, name, None) in (None, 1) for name in CHANGES_LOGITS),
+            num_norms=4 if config.model_type in NORMED_AFTER else 2,
+            head_norms=config.model_type in NORMED_HEADS,
             **_attention_widths(config),
             **_experts(config),
         )

@@ -145,6 +145,7 @@ class Rank:
                     part = share.objective.part(self._model, one, share.totals, self.device)
                 part.loss.backward()
                 values[number] = Part(part.loss.detach(), part.margins)
+                del part  # whose graph holds two copies of what goes through the layers
         except torch.OutOfMemoryError:
             return None
         having = [number for number, weight in enumerate(self.trained) if weight.grad is not None]

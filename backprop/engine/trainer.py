@@ -25,6 +25,7 @@ from backprop.core.schedule import schedule_of
 from backprop.edges import cards, stopping
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
+from backprop.engine.footprint import FirstStep
 from backprop.engine.layers import layers_of
 from backprop.engine.load import HfTokenizer
 from backprop.engine.objectives import Objective, accuracy_of
@@ -130,6 +131,7 @@ class Watch(TrainerCallback):
         self._validation, self._describe = saver.validation, describe
         self._started, self._step_seconds = time.monotonic(), 1e-9
         self._movement: Movement | None = None
+        self.memory = FirstStep(plan.memory, updated=self.progress.step > 0, say=say, run=run)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, model: Any = None, **_: Any
@@ -144,6 +146,7 @@ class Watch(TrainerCallback):
         """Before the first step, note where every weight stands; then start the clock."""
         if self.progress.step == 0 and not self._config.skip_proofs:
             self._movement = Movement(model)
+        self.memory.begin()
         self._started = time.monotonic()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -155,6 +158,7 @@ class Watch(TrainerCallback):
             raise self._diverged(
                 f"the gradient is not finite at step {self.progress.step + 1} (norm {norm} after clipping)"
             )
+        self.memory.end()
         if self._movement is not None:
             self._movement.see_gradients()
         stopping.hold()
@@ -321,6 +325,7 @@ class StepTrainer(SFTTrainer):
                     hint=f"add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
                 )
             todo = self._steps.passes_of(self._watch.numbers)
+            self._watch.memory.begin()
         if shrunk:
             self._watch.shrunk(self._steps.size)
         self._watch.tell_if_not_compiled(self._ranks.not_compiled)

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
@@ -245,6 +245,7 @@ def _plan_made(plan: Plan) -> PlanMade:
     return PlanMade(
         choices={name: choice.value for name, choice in choices.items()},
         reasons={name: choice.reason for name, choice in choices.items()},
+        memory=asdict(plan.memory) if plan.memory else {},
     )
 
 

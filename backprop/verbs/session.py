@@ -25,6 +25,7 @@ from backprop.events import (
     Event,
     Failed,
     Gated,
+    MemoryMended,
     Phase,
     Proved,
     Resumed,
@@ -133,6 +134,7 @@ class Session:
             "model": {**asdict(prepared.model), "revision": _revision(prepared.model)},
             "config": {**self._manifest["config"], **{name: getattr(prepared.config, name) for name in CHOSEN}},
             "plan": {name: asdict(choice) for name, choice in prepared.plan.choices().items()},
+            "memory": asdict(prepared.plan.memory) if prepared.plan.memory else None,
             "question": question,
             "probes": [list(messages) for messages in probes],
             "examples_sha256": prepared.train_sha256,
@@ -221,6 +223,7 @@ class Session:
             "proofs": [asdict(proof) for proof in self._last_proofs()],
             "gates": [asdict(event) for event in self.events if isinstance(event, Gated)],
             "samples": [asdict(event) for event in self.events if isinstance(event, Sampled)],
+            "memory_mended": [asdict(event) for event in self.events if isinstance(event, MemoryMended)],
             "spent": self._spent(),
         }
 

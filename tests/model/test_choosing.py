@@ -15,14 +15,16 @@ from backprop.config import TrainConfig
 from backprop.core import duration
 from backprop.core.data.render import Example
 from backprop.core.passes import Passes
+from backprop.core.phases import Footprint, Phases
 from backprop.core.plan import Choice, Plan
 from backprop.edges import tried
-from backprop.engine import choosing, objectives, ranks
+from backprop.engine import choosing, footprint, objectives, ranks
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.layers import layers_of
 from backprop.verbs import repeat
 
 WAYS = (Passes(4, 0), Passes(2, 0), Passes(1, 2))
+EXPECTED = Phases(load=50, step=400, evaluation=170, save=120, moments=20)
 OPTIONS: dict[str, Any] = {"packing": False, "skip_proofs": True, "learning_rate": 1e-3}
 
 
@@ -33,7 +35,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def with_ways(*arguments: Any, **options: Any) -> Any:
         plan, seconds = real(*arguments, **options)
-        return replace(plan, to_try=WAYS), seconds
+        return replace(plan, to_try=WAYS, memory=EXPECTED), seconds
 
     monkeypatch.setattr(duration, "plan_and_seconds", with_ways)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -47,10 +49,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[Passes], None]:
         real = choosing._seconds
         rank = ranks.Rank
 
-        def seconds(all_ranks: Any, *arguments: Any) -> float | None:
+        def seconds(all_ranks: Any, *arguments: Any, **options: Any) -> float | None:
             own: Any = all_ranks._rank
             assert isinstance(own, rank)
-            found = real(all_ranks, *arguments)
+            found = real(all_ranks, *arguments, **options)
             examples = max(one["input_ids"].shape[0] for one in arguments[2])
             return found and (1e-9 if Passes(examples, *own._recomputed) == fast else 1.0)
 
@@ -206,3 +208,62 @@ def test_a_run_that_is_done_again_takes_what_was_chosen(
     run = train(UNEVEN, **OPTIONS)
     again = repeat.settings_of(TrainConfig(from_run=run.folder, output=run.folder.parent / "again"))
     assert again.micro_batch == 2
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Footprint]:
+    """Let each measurement find the next of these, as on a GPU; the last again and again."""
+    found: list[Footprint] = []
+    monkeypatch.setattr(footprint, "end", lambda _: found.pop(0) if len(found) > 1 else found[0])
+    return found
+
+
+def mended(run: Run) -> list[tuple[str, int, int, int]]:
+    return [
+        (event.how, event.phases["step"], event.phases["evaluation"], event.phases["save"])
+        for event in run.all(events.MemoryMended)
+    ]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_was_measured_mends_the_memory_that_is_expected_and_is_kept(
+    train: Callable[..., Run], quick: Callable[[Passes], None], measured: list[Footprint]
+) -> None:
+    quick(WAYS[1])
+    measured += [Footprint(90, 900), Footprint(90, 300), Footprint(90, 100), Footprint(95, 301)]
+    run = train(UNEVEN, **OPTIONS)
+    # Of the chosen way, with the optimizer's state; then of the first step.
+    assert mended(run) == [("tried", 320, 160, 110), ("in the first step", 321, 165, 115)]
+    manifest = json.loads((run.folder / "run.json").read_text())
+    assert [one["phases"]["step"] for one in manifest["memory_mended"]] == [320, 321]
+    assert manifest["memory"]["step"] == manifest["memory_mended"][0]["estimated"]["step"] == 400
+    (plan,) = run.all(events.PlanMade)
+    assert plan.memory == manifest["memory"]
+    assert mended(train(UNEVEN, **OPTIONS))[0] == ("tried in an earlier run", 320, 160, 110)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_that_goes_on_has_its_moments_already(train: Callable[..., Run], measured: list[Footprint]) -> None:
+    measured += [Footprint(110, 320)]
+    whole = train(UNEVEN, **OPTIONS, save_steps=1, keep_checkpoints=9)
+    assert mended(whole)[-1] == ("in the first step", 340, 180, 130)
+    kept = (whole.folder / "checkpoints" / "step-000002").rename(whole.folder.parent / "kept")
+    again = train(UNEVEN, **OPTIONS, resume=str(kept))
+    assert mended(again) == [("in the first step", 320, 160, 110)]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_passes_after_the_first_are_tried_with_its_gradients(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[int, bool]] = []
+    real = ranks.Rank._compute
+
+    def compute(self: Any, share: Any) -> Any:
+        having = any(weight.grad is not None for weight in self.trained)
+        found.append((max(one["input_ids"].shape[0] for one in share.passes.values()), having))
+        return real(self, share)
+
+    monkeypatch.setattr(ranks.Rank, "_compute", compute)
+    train(UNEVEN, **OPTIONS, batch_size=4)
+    assert found[: 2 * len(WAYS)] == [(4, False), (4, False), (2, False), (2, True), (1, False), (1, True)]

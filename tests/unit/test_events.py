@@ -12,11 +12,13 @@ from backprop.console import Console, told
 from backprop.edges.rundir import json_lines
 from backprop.schema import schema
 
+MEMORY = {"load": 2**30, "step": 3 * 2**30, "evaluation": 2**31, "save": 2**30, "merge": 0, "moments": 5}
 ONE_OF_EACH: list[events.Event] = [
     events.RunStarted(command="train", output="o", version="1"),
     events.PlanMade(
         choices={"model": "m", "steps": 3, "rate": 1e-3, "on": True},
         reasons={"model": "r", "steps": "s", "rate": "t", "on": "u"},
+        memory=MEMORY,
     ),
     events.DataRead(
         rows=1,
@@ -61,6 +63,7 @@ ONE_OF_EACH: list[events.Event] = [
     events.Repeated(kind="close", found="f", path="p", largest=1e-5),
     events.Warned(message="careful"),
     events.Paused(reason="a card is at 90 °C", temperature_c=90),
+    events.MemoryMended(phases=MEMORY, estimated=MEMORY, how="tried"),
     events.Spent(seconds=60.0, energy_wh=5.5, hottest_c=90, paused_seconds=12.5),
     events.Phase(name="loading"),
     events.Tried(quantization="q4_k_m", size_bytes=3, mean_kl=0.1, p99_kl=1.0, top1=0.9),

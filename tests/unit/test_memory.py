@@ -1,14 +1,24 @@
 """What a step is estimated to need, against what was measured, and what the plan makes of it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from backprop.config import TrainConfig
 from backprop.core.duration import plan_and_seconds
 from backprop.core.hardware import Gpu, Hardware
-from backprop.core.memory import ModelShape, adapter_weights, block_weights, met_weights, step_memory, word_weights
+from backprop.core.memory import (
+    ROUNDING_4_BIT,
+    ModelShape,
+    adapter_weights,
+    block_weights,
+    met_weights,
+    step_memory,
+    word_weights,
+)
 from backprop.core.passes import Passes, needs, room_of, worth_trying
+from backprop.core.phases import Footprint, Phases, mended, phases_of
 from backprop.core.plan import Choice, DataShape, Plan, make_plan
 from backprop.presets import GIB
 
@@ -69,6 +79,74 @@ def test_what_was_measured_is_estimated_within_12_percent_and_never_2_percent_un
     assert 0.98 <= need / GIB / gib <= 1.12
 
 
+def expected(method: str, **options: Any) -> Phases:
+    ways: dict[str, Any] = {"tokens": 8192, "recomputed": 0, "compiled": False, **options}
+    return phases_of(replace(CONFIG, method=method), QWEN25_7B, **ways)
+
+
+def test_loading_holds_the_weights_and_what_becomes_of_them() -> None:
+    base, adapter = 7_615_000_000, adapter_weights(QWEN25_7B, 16)
+    largest = 3584 * 18944
+    assert expected("lora").load == pytest.approx(2 * base + 4 * adapter, rel=0.001)
+    # Each weight comes in 16 bits before it is held in 4; the adapter, which comes later, is smaller here.
+    four_bit = block_weights(QWEN25_7B) * 0.5159 + 28 * 7 * ROUNDING_4_BIT + 2 * word_weights(QWEN25_7B)
+    assert expected("qlora").load == pytest.approx(four_bit + 2 * largest, rel=0.001)
+    assert expected("dora").load == pytest.approx(2 * base + 4 * adapter + 12 * largest, rel=0.001)
+    # In 16 bits, a copy of it, and that in float32.
+    assert expected("full").load == pytest.approx(6 * base, rel=0.001)
+
+
+def test_words_that_are_tied_are_copied_twice_while_a_whole_model_is_loaded() -> None:
+    small = replace(QWEN25_7B, num_layers=1, tied=True)
+    found = phases_of(replace(CONFIG, method="full"), small, tokens=1, recomputed=0, compiled=False).load
+    weights, words = block_weights(small) + word_weights(small), word_weights(small)
+    assert found == 4 * weights + 6 * words > 6 * weights
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "full"])
+def test_evaluating_needs_less_than_a_step_and_saving_nothing_but_what_is_held(method: str) -> None:
+    found = expected(method)
+    assert found.save < found.evaluation < found.step
+    assert found.merge == 0
+    assert found.most == found.step
+    assert replace(found, load=found.step + 1).most == found.step + 1
+    assert expected(method, tokens=16384).save == found.save
+
+
+def test_an_adapter_in_4_bits_is_held_in_16_bits_with_its_moments() -> None:
+    assert expected("lora").moments == 2 * expected("qlora").moments == 8 * adapter_weights(QWEN25_7B, 16)
+
+
+def test_a_second_pass_finds_the_gradients_of_the_first() -> None:
+    gradients = 4 * adapter_weights(QWEN25_7B, 16)
+    assert expected("lora").step - expected("lora", several=False).step == gradients
+
+
+def test_what_is_measured_of_a_step_mends_what_is_expected_of_all_phases_after_it() -> None:
+    before = Phases(load=50, step=400, evaluation=170, save=120, moments=20)
+    after = mended(before, Footprint(held=90, peak=300))
+    assert after == Phases(load=50, step=320, evaluation=160, save=110, moments=20), "and moments come later"
+    assert mended(before, Footprint(held=110, peak=320), updated=True) == after
+    copying = replace(before, save=130, copied=10)
+    assert mended(copying, Footprint(held=90, peak=300)) == replace(after, save=120, copied=10)
+
+
+def test_norms_beside_the_usual_are_kept_in_float32() -> None:
+    def kept(shape: ModelShape) -> int:
+        return step_memory(CONFIG, shape, tokens=1, recomputed=0, compiled=False).kept
+
+    four = replace(QWEN25_7B, num_norms=4)
+    assert kept(four) - kept(QWEN25_7B) == 28 * 2 * 4 * 3584
+    assert kept(replace(four, head_norms=True)) - kept(four) == 28 * 4 * (3584 + 512)
+
+
+def test_the_plan_tells_what_each_phase_needs_and_makes_room_for_the_fullest() -> None:
+    plan, need = planned(24)
+    assert plan.memory is not None
+    assert plan.memory.step == need
+    assert f"about {plan.memory.most / GIB:.1f} GiB at the fullest" in plan.micro_batch.reason
+
+
 def planned(
     gib: float, *, shape: ModelShape = QWEN25_7B, length: int = 2048, eight_bit: bool = False, **options: object
 ) -> tuple[Plan, int]:
@@ -107,11 +185,11 @@ def test_a_large_card_recomputes_nothing_and_one_in_between_a_part() -> None:
 
 def test_the_inputs_of_layers_wait_in_main_memory_where_nothing_else_fits() -> None:
     assert not planned(12, method="qlora")[0].offload.value
-    # What 8 GB have free beside a desktop: with them on the GPU, 6.9 GiB would be needed.
-    plan, need = planned(7.5, method="qlora")
+    # What 8 GB may have free beside a desktop: with them on the GPU, 6.6 GiB would be needed.
+    plan, need = planned(7, method="qlora")
     assert (plan.micro_batch.value, plan.recompute.value, plan.offload.value) == (1, 28, True)
-    assert 6.4 * GIB < need < 6.65 * GIB
-    assert planned(7.5, method="qlora", recompute=20)[0].offload.value is False
+    assert 6.1 * GIB < need < 6.4 * GIB
+    assert planned(7, method="qlora", recompute=20)[0].offload.value is False
 
 
 QWEN3_06B = ModelShape(
@@ -129,9 +207,9 @@ QWEN3_06B = ModelShape(
 @pytest.mark.parametrize(
     ("method", "shape", "gib", "expected"),
     [
-        ("qlora", QWEN25_7B, 7.5, "adamw"),  # from main memory, which changes no result
-        ("qlora", QWEN25_7B, 7.3, "adamw-8bit"),
-        ("full", QWEN3_06B, 16, "adamw"),
+        ("qlora", QWEN25_7B, 7.2, "adamw"),  # from main memory, which changes no result
+        ("qlora", QWEN25_7B, 7.0, "adamw-8bit"),
+        ("full", QWEN3_06B, 17, "adamw"),
         ("full", QWEN3_06B, 13, "adamw-8bit"),
         ("full", QWEN3_06B, 12, "adamw-8bit"),
     ],
@@ -177,7 +255,7 @@ def test_no_more_waits_in_main_memory_than_a_quarter_of_it(main_gib: int, most: 
 
 
 def test_gpus_share_main_memory() -> None:
-    card = Gpu(name="a GPU", uuid="1", memory_bytes=8 * GIB, memory_free_bytes=int(7.5 * GIB), capability=(9, 0))
+    card = Gpu(name="a GPU", uuid="1", memory_bytes=8 * GIB, memory_free_bytes=7 * GIB, capability=(9, 0))
     one = Hardware(gpus=(card,), driver="", num_cpus=8, memory_bytes=4 * GIB, platform="Linux x86_64")
     data = DataShape(num_examples=10_000, num_tokens=10_000 * 2048)
     config = replace(CONFIG, method="qlora")
@@ -227,7 +305,14 @@ def test_every_expert_is_held_and_few_are_met() -> None:
 
 def test_what_is_trained_in_full_is_held_in_20_bytes_a_weight() -> None:
     full = step_memory(replace(CONFIG, method="full"), QWEN25_7B, tokens=8, recomputed=28, compiled=False)
-    assert full.weights / 7.615e9 == pytest.approx(20, rel=0.01)
+    # In 16 bits and in 32, a gradient and two moments; and for the length of a pass once more in 16.
+    assert full.weights / 7.615e9 == pytest.approx(18, rel=0.01)
+    assert full.kept / 7.615e9 == pytest.approx(2, rel=0.01)
+    alone = step_memory(
+        replace(CONFIG, method="full"), QWEN25_7B, tokens=8, recomputed=28, compiled=False, several=False
+    )
+    assert alone.weights / 7.615e9 == pytest.approx(14, rel=0.01)
+    assert alone.total / 7.615e9 == pytest.approx(18, rel=0.02), "at the end of the way back all gradients are there"
     eight = replace(CONFIG, method="full", optimizer="adamw-8bit")
     less = step_memory(eight, QWEN25_7B, tokens=8, recomputed=28, compiled=False)
     # Two moments of 8 instead of 32 bits, less the 4 bytes of a scale for each 256.

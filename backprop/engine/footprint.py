@@ -1,0 +1,61 @@
+"""What a step holds of a GPU's memory, measured, and what that makes of the estimates."""
+
+from dataclasses import asdict
+
+from backprop.core.phases import Footprint, Phases, mended
+from backprop.events import MemoryMended, Sink
+
+
+def begin() -> int:
+    """Begin to measure anew, and give the bytes that are held now; 0 without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def end(begun: int) -> Footprint:
+    """Give what was held when `begin` was called, and the most since."""
+    import torch
+
+    return Footprint(held=begun, peak=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def tell(
+    expected: Phases | None, found: Footprint, how: str, say: Sink, *, updated: bool = False, run: int = 1
+) -> None:
+    """Mend the estimates of a plan by what was found of a step, and tell of it.
+
+    Args:
+        how: Where it was found.
+        updated: Whether the optimizer had made its state before.
+    """
+    if expected is None or not found.peak:
+        return
+    known = asdict(mended(expected, found, updated=updated))
+    say(MemoryMended(phases=known, estimated=asdict(expected), how=how, run=run))
+
+
+class FirstStep:
+    """Measures the first step of this process, and mends what is expected of the others.
+
+    Args:
+        updated: Whether the optimizer made its state in an earlier process.
+    """
+
+    def __init__(self, expected: Phases | None, *, updated: bool, say: Sink, run: int) -> None:
+        self._expected, self._updated, self._say, self._run = expected, updated, say, run
+        self._begun = 0
+
+    def begin(self) -> None:
+        """Begin before the passes of a step, and anew where the memory was full."""
+        self._begun = begin() if self._expected else 0
+
+    def end(self) -> None:
+        """Measure what they took, before the update."""
+        if self._expected is not None:
+            found = end(self._begun)
+            tell(self._expected, found, "in the first step", self._say, updated=self._updated, run=self._run)
+        self._expected = None
