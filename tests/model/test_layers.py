@@ -1,5 +1,6 @@
 """How layers run in training: one graph for rows of any documents, and adapters as PEFT computes them."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -372,3 +373,26 @@ def test_more_kinds_of_layers_than_torch_compiles_run_as_they_are_and_it_is_told
     assert run.losses == pytest.approx(plain.losses, rel=1e-6)
     told = [event.message for event in run.all(events.Warned) if "cannot be compiled" in event.message]
     assert told == ["the layers cannot be compiled here, and run slower: they are of more kinds than torch compiles"]
+
+
+def test_a_gpu_loads_its_kernels_beside_the_weights_and_who_needs_them_tells_of_faults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from backprop.engine import attention
+
+    asked: list[tuple[object, bool]] = []
+
+    def ones(*_: int, dtype: object, **__: object) -> None:
+        asked.append((dtype, threading.current_thread() is threading.main_thread()))
+        raise RuntimeError("no kernel image")
+
+    failed: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "ones", ones)
+        patch.setattr(threading, "excepthook", failed.append)
+        with attention.kernels_ahead("cuda", "bfloat16"):
+            pass
+        with attention.kernels_ahead("cpu", "bfloat16"):
+            pass
+    assert asked == [(torch.bfloat16, False)]
+    assert not failed
