@@ -41,6 +41,8 @@ class ModelShape:
     """How many feed-forward parts a layer has, of which each token meets some."""
     expert_size: int = 0
     """Width of each."""
+    family: str = ""
+    """What its configuration calls the architecture."""
 
     @property
     def widths(self) -> tuple[int, int]:

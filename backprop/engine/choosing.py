@@ -73,12 +73,27 @@ def fastest(
     """
     if len(plan.to_try) < 2:
         return size
-    known = _circumstances(model, size, config, plan)
-    before = tried.recall(known)
+    before = tried.recall(_circumstances(model, size, config, plan))
     chosen = next((one for one in plan.to_try if asdict(one) == before), None)
     if chosen is not None:
         say(Phase(name=f"{_told(chosen)}: was the fastest when this was tried in an earlier run"))
         return _sized(size, chosen, config, plan)
+    given = (model, objective, examples, size)
+    return measured_fastest(*given, config=config, plan=plan, ranks=ranks, say=say)[0]
+
+
+def measured_fastest(
+    model: Any,
+    objective: Objective,
+    examples: Sequence[Example],
+    size: PassSize,
+    *,
+    config: TrainConfig,
+    plan: Plan,
+    ranks: Ranks,
+    say: Sink,
+) -> tuple[PassSize, float]:
+    """Try all the same, remember what was the fastest, and give it with its tokens per second; 0 if nothing fits."""
     ranks.meet(model)
     model.train()  # else nothing is recomputed
     found: dict[Passes, _Measured] = {}
@@ -93,12 +108,12 @@ def fastest(
     give_back_memory(main=True)
     if not found:
         ranks.recompute(plan.recompute.value, plan.offload.value)
-        return size
+        return size, 0.0
     chosen = max(found, key=lambda one: found[one].speed)
-    tried.remember(known, asdict(chosen))
+    tried.remember(_circumstances(model, size, config, plan), asdict(chosen))
     others = "; ".join(f"{_told(one)}: {measured}" for one, measured in found.items() if one != chosen)
     say(Phase(name=f"the fastest here: {_told(chosen)}: {found[chosen]} ({others or 'no other fits'})"))
-    return _sized(size, chosen, config, plan)
+    return _sized(size, chosen, config, plan), found[chosen].speed
 
 
 @dataclass(frozen=True, slots=True)

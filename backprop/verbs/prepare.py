@@ -1,10 +1,10 @@
 """From rows to all that is known before weights are loaded: data judged and encoded, the model found, the plan made."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
@@ -155,8 +155,8 @@ def prepare(
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
     method = _choose_method(config, hardware, shape, max_length.value)
     config = replace(config, method=method.value)
-    plan, seconds = duration.plan_and_seconds(config, hardware, shape, sizes, model=chosen, max_length=max_length)
-    plan = _slowed(replace(plan, method=method), rate_share)
+    given = (config, hardware, shape, sizes, rate_share)
+    plan, seconds = _plan_and_seconds(*given, model=chosen, max_length=max_length, method=method)
     say(_data_read(judged, held_out, train, ledger))
     say(_plan_made(plan))
     return Prepared(
@@ -176,7 +176,7 @@ def prepare(
 
 
 def _choose_method(config: TrainConfig, hardware: Hardware, shape: ModelShape, length: int) -> Choice[Method]:
-    four_bit = importlib.util.find_spec("bitsandbytes") is not None
+    four_bit = find_spec("bitsandbytes") is not None
     return choose_method(config, hardware, shape, length=length, four_bit=four_bit)
 
 
@@ -202,13 +202,16 @@ def _old_tasks(
     return _cut_held_out(encoded, longest, say, what="old tasks")
 
 
-def _slowed(plan: Plan, share: float) -> Plan:
+def _plan_and_seconds(
+    config: TrainConfig, hardware: Hardware, shape: ModelShape, sizes: DataShape, share: float, **known: Choice[Any]
+) -> tuple[Plan, float]:
+    from backprop.engine import race
+
+    method, there = known.pop("method"), find_spec("unsloth") is not None
+    plan, seconds = duration.plan_and_seconds(config, hardware, shape, sizes, **known, unsloth=there)
     peak = plan.learning_rate
-    return (
-        plan
-        if share == 1
-        else replace(plan, learning_rate=Choice(share * peak.value, f"{share:.3g} of {peak.value:g}"))
-    )
+    slowed = peak if share == 1 else Choice(share * peak.value, f"{share:.3g} of {peak.value:g}")
+    return race.with_known(config, replace(plan, method=method, learning_rate=slowed)), seconds
 
 
 def _encode(

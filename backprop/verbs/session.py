@@ -40,7 +40,7 @@ from backprop.events import (
 from backprop.verbs.prepare import Prepared
 
 # Packages whose version changes what a run does.
-VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes")
+VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes", "unsloth")
 # Options that change where and how a run is told, not what it computes.
 NOT_IDENTITY = (
     *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch", "recompute"),
@@ -106,9 +106,15 @@ class Session:
         return self._log is not None
 
     def as_begun(self, config: TrainConfig) -> TrainConfig:
-        """Give the configuration with the method that was chosen when this very run began, if it goes on."""
-        before = (rundir.read_manifest(self.directory) or {}).get("config") or {}
-        return replace(config, method=before.get("method")) if self.goes_on and config.method is None else config
+        """Give the configuration with the method and the engine that were chosen when this very run began, if it goes on."""
+        if not self.goes_on:
+            return config
+        before = rundir.read_manifest(self.directory) or {}
+        if config.method is None:
+            config = replace(config, method=(before.get("config") or {}).get("method"))
+        if config.engine == "auto" and before.get("plan"):  # there was one only, once
+            config = replace(config, engine=(before["plan"].get("engine") or {}).get("value", "torch"))
+        return config
 
     def claim(self, prepared: Prepared, *, question: str, probes: Sequence[Sequence[Message]]) -> None:
         """Take the run directory, and write down what is known, with what export is going to ask.
