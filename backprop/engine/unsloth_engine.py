@@ -54,6 +54,7 @@ def load_model(path: str, config: TrainConfig, plan: Plan) -> Any:
                 offload_embedding=False,
                 fix_tokenizer=False,  # ours is another
                 local_files_only=True,
+                token=False,  # it would log in with one, and write it down
             )
             words = int(base.get_input_embeddings().weight.shape[0])
             if words != base.config.vocab_size:
@@ -112,9 +113,9 @@ def _trainers_kept() -> Generator[None]:
 
     from backprop.engine.trainer import StepTrainer
 
-    classes = [*(one for one in StepTrainer.__mro__[1:] if one is not object), PeftModelForCausalLM]
-    modules = {one.__module__: importlib.import_module(one.__module__) for one in classes}
-    before = [(place, dict(vars(place))) for place in (*classes, *modules.values())]
+    trainers = [one for one in StepTrainer.__mro__[1:] if one is not object]
+    modules = {one.__module__: importlib.import_module(one.__module__) for one in trainers}
+    before = [(place, dict(vars(place))) for place in (*trainers, *modules.values(), PeftModelForCausalLM)]
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from backprop.core.memory import ModelShape
 from backprop.core.plan import Choice, DataShape, Plan, make_plan
 from backprop.engine import race
 from backprop.events import Event, Phase
+from backprop.verbs.repeat import settings_of
 
 pytestmark = pytest.mark.model
 
@@ -232,6 +233,8 @@ def test_a_run_that_goes_on_keeps_its_engine(start: Start, tmp_path: Path) -> No
     assert not phases(again, "trying the engine")
     assert engine_in(tmp_path / "run")["value"] == "unsloth"
     (tmp_path / "run").rename(tmp_path / "killed")
+    done_again = settings_of(TrainConfig(from_run=tmp_path / "killed", output=tmp_path / "again"))
+    assert done_again.engine == "unsloth"
     whole = ended(start("--save-steps", "1", "--engine", "unsloth", steps=40))
     assert losses(whole)[-len(losses(again)) :] == losses(again)
 

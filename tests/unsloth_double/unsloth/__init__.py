@@ -60,12 +60,14 @@ class FastLanguageModel:
         offload_embedding: bool,
         fix_tokenizer: bool,
         local_files_only: bool,
+        token: bool,
     ) -> tuple[Any, None]:
         """Load a model, and print."""
         print("a banner for each model")
         assert not load_in_4bit
         assert use_exact_model_name
         assert local_files_only
+        assert token is False, "it would log in"
         assert not any((offload_embedding, fix_tokenizer, use_gradient_checkpointing))
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
         assert max_seq_length == loaded.config.max_position_embeddings, "longer rows would be cut"
