@@ -604,7 +604,10 @@ def test_auto_tries_both_engines_and_takes_the_faster_one_that_computes_the_same
     model = tiny_qwen2(tmp_path / "m", tiny_model) if family == "qwen2" else tiny(family, tmp_path / "m")
     options = ["--data", write(UNSLOTH_ROWS), "--model", model, "--method", method, *SHORT, "--no-compile"]
     argv = [sys.executable, "-c", AUTO, "train", *map(str, options), "--output", str(tmp_path / "run"), "--json"]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    # What was found is this test's own, what was compiled is not.
+    names = ("UNSLOTH_COMPILE_LOCATION", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    kept = {name: str(tmp_path.parent / name.lower()) for name in names}
+    environment = {**os.environ, **kept, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     chosen: list[dict[str, str]] = []
     for again in (False, True):
         more = ["--overwrite", "--resume", "never"] if again else []
