@@ -358,6 +358,7 @@ def test_several_runs_have_one_engine_and_are_merged(
         for option in ("--data", write([chat(f"What is {n}?", "It is here.") for n in range(12)], f"{name}.jsonl"))
     ]
     answers = {"TRIED": str(tmp_path / "tried"), "ANSWERS": json.dumps({"unsloth": FAST})}
+    answers["UNSLOTH_DOUBLE_LOADS"] = str(tmp_path / "loads")
     paths = {"PYTHONPATH": f"{DOUBLE}{os.pathsep}{ROOT}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     argv = [
         "multi-run",
@@ -382,3 +383,15 @@ def test_several_runs_have_one_engine_and_are_merged(
     assert (tmp_path / "tried").read_text().splitlines()[0].startswith("torch")
     assert len((tmp_path / "tried").read_text().splitlines()) == 2, "tried once for all runs"
     assert engine_in(tmp_path / "run")["value"] == "unsloth"
+    assert len((tmp_path / "loads").read_text().splitlines()) == 2, "each run on the same engine"
+
+
+def test_a_checkpoint_of_another_engine_is_told(start: Start, tmp_path: Path) -> None:
+    done = ended(start("--engine", "unsloth", "--save-steps", "2", "--keep-checkpoints", "9"))
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "run").rename(tmp_path / "first")
+    again = ended(start("--engine", "torch", "--resume", tmp_path / "first" / "checkpoints" / "step-000002"))
+    assert again.returncode == 0, again.stderr
+    warned = "\n".join(event["message"] for event in told(again, "warning"))
+    assert "goes on with the engine torch, and had unsloth before" in warned
+    assert losses(again) == pytest.approx(losses(done)[2:], rel=1e-4)

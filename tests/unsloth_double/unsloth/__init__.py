@@ -64,6 +64,9 @@ class FastLanguageModel:
     ) -> tuple[Any, None]:
         """Load a model, and print."""
         print("a banner for each model")
+        if "UNSLOTH_DOUBLE_LOADS" in os.environ:
+            with open(os.environ["UNSLOTH_DOUBLE_LOADS"], "a", encoding="utf-8") as file:
+                file.write("a model\n")
         assert not load_in_4bit
         assert use_exact_model_name
         assert local_files_only
