@@ -28,6 +28,7 @@ RUN = Group.create_ordered("Run")
 Method = Literal["lora", "qlora", "dora", "full"]
 Objective = Literal["sft", "dpo", "orpo", "kto"]
 Optimizer = Literal["adamw", "adamw-8bit"]
+Engine = Literal["auto", "torch", "unsloth"]
 Scheduler = Literal["cosine", "linear", "constant"]
 RunSchedule = Literal["constant", "linear", "cosine"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -118,6 +119,8 @@ class TrainConfig:
     """Layers computed again. Default: as few as fit."""
     compile: Annotated[bool | None, Parameter(group=TRAINING)] = None
     """Compile the layers. Default: for long runs."""
+    engine: Annotated[Engine, Parameter(group=TRAINING)] = "auto"
+    """What computes a step."""
     fp8_backward: Annotated[bool, Parameter(group=TRAINING, negative="", show_default=False)] = False
     """Gradients in 8 bits, if proved."""
     learning_rate: Annotated[
@@ -127,7 +130,7 @@ class TrainConfig:
     scheduler: Annotated[Scheduler, Parameter(group=TRAINING)] = "cosine"
     """How the rate falls after the warm-up."""
     warmup: Annotated[float, Bounds(least=0, most=0.5), Parameter(group=TRAINING)] = 0.05
-    """Share of the steps in which the rate rises."""
+    """Share of steps of rising rate."""
     objective: Annotated[Objective, Parameter(group=TRAINING)] = "sft"
     """Learn from answers, or from preferences."""
     beta: Annotated[float, Bounds(above=0, most=100), Parameter(group=TRAINING)] = 0.1
@@ -173,7 +176,7 @@ class TrainConfig:
     rehearse: Annotated[bool | None, Parameter(group=RUN)] = None
     """First with a small copy. Default: if long."""
     resume: Annotated[str, Parameter(group=RUN)] = "auto"
-    """`auto`, `never`, or the folder of a checkpoint."""
+    """`never`, or a checkpoint's folder."""
     save_steps: Annotated[int | None, Count, Parameter(group=RUN)] = None
     """Between checkpoints. Default: 5 minutes."""
     keep_checkpoints: Annotated[int, Bounds(least=1, most=1000), Parameter(group=RUN)] = 2
@@ -212,6 +215,9 @@ class TrainConfig:
             raise UsageError(
                 "`--fp8-backward` is for plain `--method lora` and `--objective sft`", hint="leave out one of them"
             )
+        beyond = beyond_unsloth(self) if self.engine == "unsloth" else ""
+        if beyond:
+            raise UsageError(f"`--engine unsloth` does not do `{beyond}`", hint="leave out one of them")
         if self.eval_data and self.eval_fraction is not None:
             raise UsageError("both `--eval-data` and `--eval-fraction` are given", hint="give one of them")
         if self.objective != "sft" and self.loss_on == "all":
@@ -220,6 +226,20 @@ class TrainConfig:
             raise UsageError("both `--data` and `--from-run` are given", hint="give one of them")
         if not self.data and self.from_run is None:
             raise UsageError("no data is given", hint="add `--data my.jsonl`")
+
+
+def beyond_unsloth(config: TrainConfig) -> str:
+    """Name the first option that unsloth does not do here, or that was never tried with it; empty if there is none."""
+    given = {
+        f"--method {config.method}": config.method in ("dora", "full"),
+        f"--objective {config.objective}": config.objective != "sft",
+        "--deterministic": config.deterministic,
+        "--fp8-backward": config.fp8_backward,
+        "--pissa": config.pissa,
+        "--lora-dropout": config.lora_dropout > 0,
+        "--trust-remote-code": config.trust_remote_code,
+    }
+    return next((flag for flag, there in given.items() if there), "")
 
 
 ONLY_OF_TRAIN: Mapping[str, str] = {

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from backprop.config import TrainConfig
+from backprop.core import engines
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape, met_weights
 from backprop.core.plan import BF16_CAPABILITY, Choice, DataShape, Plan, make_plan
@@ -49,6 +50,7 @@ def plan_and_seconds(
     model: Choice[str],
     max_length: Choice[int],
     eight_bit: bool = False,
+    unsloth: bool = False,
 ) -> tuple[Plan, float]:
     """Decide what the run will do, and estimate how many seconds it takes.
 
@@ -56,6 +58,7 @@ def plan_and_seconds(
 
     Args:
         eight_bit: Whether what holds moments in 8 bits is installed.
+        unsloth: Whether it is installed.
     """
     plan = make_plan(config, hardware, shape, data, model=model, max_length=max_length)
     seconds = estimate_seconds(plan, shape, data, hardware)
@@ -69,7 +72,8 @@ def plan_and_seconds(
         eight_bit=eight_bit,
     )
     worth_trying = seconds / gpus.value > TRIED_ABOVE_S and not config.deterministic
-    return replace(plan, gpus=gpus, to_try=plan.to_try if worth_trying else ()), seconds
+    plan = replace(plan, gpus=gpus, to_try=plan.to_try if worth_trying else ())
+    return engines.with_engine(plan, config, hardware, shape, seconds=seconds / gpus.value, installed=unsloth), seconds
 
 
 # Six passes are tried; what comes of it is kept for later runs.

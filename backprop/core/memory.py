@@ -56,6 +56,8 @@ class ModelShape:
     """Of a layer."""
     head_norms: bool = False
     """Whether queries and keys are normed too."""
+    family: str = ""
+    """What its configuration calls the architecture."""
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -43,6 +43,8 @@ class Plan:
 
     model: Choice[str]
     method: Choice[str] = Choice("lora", "set by `--method`")
+    engine: Choice[str] = Choice("torch", "set by `--engine`")
+    """What computes a step: `torch` or `unsloth`."""
     device: Choice[str]
     gpus: Choice[int] = Choice(1, "all is done in one process")
     """How many share the passes of a step; 1 on a CPU."""
@@ -67,6 +69,13 @@ class Plan:
     """What is tried on the GPU before the first step, instead of micro_batch, recompute and offload as estimated."""
     memory: Phases | None = None
     """What each phase is estimated to need of a GPU; None without one."""
+    try_engines: bool = False
+    """Whether the other engine is to be tried beside this one before the model is loaded."""
+
+    @property
+    def compiles_layers(self) -> bool:
+        """Whether we compile the layers; the other engine does so itself."""
+        return self.compile.value and self.engine.value == "torch"
 
     def choices(self) -> dict[str, Choice[str | int | float | bool]]:
         """Give every choice by name, in the order they are shown."""

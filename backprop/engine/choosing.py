@@ -76,13 +76,28 @@ def fastest(
     """
     if len(plan.to_try) < 2:
         return size
-    known = _circumstances(model, size, config, plan)
-    before = _recalled(tried.recall(known), plan.to_try)
+    before = _recalled(tried.recall(_circumstances(model, size, config, plan)), plan.to_try)
     if before is not None:
         chosen, found_before = before
         say(Phase(name=f"{_told(chosen)}: was the fastest when this was tried in an earlier run"))
         footprint.tell(plan.memory, found_before, "tried in an earlier run", say)
         return _sized(size, chosen, config, plan)
+    given = (model, objective, examples, size)
+    return measured_fastest(*given, config=config, plan=plan, ranks=ranks, say=say)[0]
+
+
+def measured_fastest(
+    model: Any,
+    objective: Objective,
+    examples: Sequence[Example],
+    size: PassSize,
+    *,
+    config: TrainConfig,
+    plan: Plan,
+    ranks: Ranks,
+    say: Sink,
+) -> tuple[PassSize, float]:
+    """Try all the same, remember what was the fastest, and give it with its tokens per second; 0 if nothing fits."""
     ranks.meet(model)
     model.train()  # else nothing is recomputed
     found: dict[Passes, _Measured] = {}
@@ -98,13 +113,14 @@ def fastest(
     give_back_memory(main=True)
     if not found:
         ranks.recompute(plan.recompute.value, plan.offload.value)
-        return size
+        return size, 0.0
     chosen = max(found, key=lambda one: found[one].speed)
-    tried.remember(known, {"way": asdict(chosen), **asdict(found[chosen].memory)})
-    others = "; ".join(f"{_told(one)}: {measured}" for one, measured in found.items() if one != chosen)
-    say(Phase(name=f"the fastest here: {_told(chosen)}: {found[chosen]} ({others or 'no other fits'})"))
-    footprint.tell(plan.memory, found[chosen].memory, "tried", say)
-    return _sized(size, chosen, config, plan)
+    measured = found[chosen]
+    tried.remember(_circumstances(model, size, config, plan), {"way": asdict(chosen), **asdict(measured.memory)})
+    others = "; ".join(f"{_told(one)}: {other}" for one, other in found.items() if one != chosen)
+    say(Phase(name=f"the fastest here: {_told(chosen)}: {measured} ({others or 'no other fits'})"))
+    footprint.tell(plan.memory, measured.memory, "tried", say)
+    return _sized(size, chosen, config, plan), measured.speed
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ class Compiled:
     def __init__(self, model: Any) -> None:
         from backprop.engine import linear_cross_entropy
 
-        _keep_compiled_code()
+        keep_compiled_code()
         self._layers = [(layer, layer.forward) for layer in layers_of(model)]
         self._within = 0
         self.around = not self._layers
@@ -223,7 +223,7 @@ def failures_of_compiling() -> tuple[type[Exception], ...]:
     return (TorchDynamoException, FailOnRecompileLimitHit)
 
 
-def _keep_compiled_code() -> None:
+def keep_compiled_code() -> None:
     """Let compilers keep what they make in the cache folder, unless the user has said where."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 

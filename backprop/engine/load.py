@@ -14,6 +14,7 @@ from backprop.core.memory import NORMED_AFTER, NORMED_HEADS, ModelShape
 from backprop.core.plan import Plan
 from backprop.engine import templates
 from backprop.engine.attention import kernels_ahead
+from backprop.engine.widths import attention_widths, experts, widest
 from backprop.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
         return ModelShape(
             hidden_size=int(config.hidden_size),
             # Older architectures name none: it is four times the width there.
-            intermediate_size=_widest(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
+            intermediate_size=widest(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
             num_layers=int(config.num_hidden_layers),
             max_positions=int(config.max_position_embeddings),
             vocabulary=int(config.vocab_size),
@@ -166,8 +167,9 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
             plain_logits=all(getattr(config, name, None) in (None, 1) for name in CHANGES_LOGITS),
             num_norms=4 if config.model_type in NORMED_AFTER else 2,
             head_norms=config.model_type in NORMED_HEADS,
-            **_attention_widths(config),
-            **_experts(config),
+            family=str(config.model_type),
+            **attention_widths(config),
+            **experts(config),
         )
     except AttributeError as error:
         raise ModelError(
@@ -180,28 +182,6 @@ def load_shape(path: str, *, trust_remote_code: bool) -> ModelShape:
 
 CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """How configurations say that logits are scaled or capped."""
-
-
-def _experts(config: Any) -> dict[str, int]:
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    number = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), 0)
-    size = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
-    return {"num_experts": number, "expert_size": _widest(size)} if number > 1 and size else {}
-
-
-def _attention_widths(config: Any) -> dict[str, int]:
-    """Give the widths of all queries and of all keys, where each head has the same."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):
-        return {}
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    return {"query_size": heads * size, "key_size": keys * size} if isinstance(size, int) else {}
-
-
-def _widest(size: Any) -> int:
-    """Give the size of the widest layer; some architectures have one for each."""
-    return max(map(int, size)) if isinstance(size, list | tuple) else int(size)
 
 
 def _code_hint(error: BaseException) -> str:
@@ -222,6 +202,9 @@ def load_base(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from backprop.engine import unsloth_engine
+
+    unsloth_engine.undo()
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     if four_bit:
         options["quantization_config"] = _nf4(options["dtype"])
@@ -249,6 +232,10 @@ def load_model(path: str, config: TrainConfig, plan: Plan) -> Any:
     Raises:
         ModelError: If the weights cannot be loaded, or `--target-modules` names no layer of this model.
     """
+    if plan.engine.value == "unsloth":
+        from backprop.engine import unsloth_engine
+
+        return unsloth_engine.load_model(path, config, plan)
     with kernels_ahead(plan.device.value, plan.dtype.value):
         base = load_base(
             path,
@@ -295,15 +282,16 @@ def add_adapter(base: "PreTrainedModel", config: TrainConfig, plan: Plan) -> Any
         task_type="CAUSAL_LM",
     )
     adapted: Any = get_peft_model(model, lora)
-    narrow(adapted)
+    if plan.engine.value == "torch":
+        narrow(adapted)
     if config.method == "qlora":
-        _as_trl_trains(adapted)
+        as_trl_trains(adapted)
     if config.pissa:
         setattr(adapted, START, adapter_state(adapted))
     return adapted
 
 
-def _as_trl_trains(model: Any) -> None:
+def as_trl_trains(model: Any) -> None:
     """Hold the adapter of a 4-bit model in bfloat16 (arXiv:2305.14314, section 3), as trl's trainer would later."""
     import torch
 

@@ -96,9 +96,9 @@ def fit(
         UsageError: If a checkpoint is of another plan.
         KeyboardInterrupt: After saving where it stands.
     """
-    prove = _prover(say, run)
+    prove = prover(say, run)
     with hardware_told(plan):
-        size = _pass_size(model, config, plan, prove, say)
+        size = pass_size(model, config, plan, prove, say)
         objective = objective_of(config, examples)
         trained = _Training(
             *(model, tokenizer, examples, held_out, objective, config, plan, size, ranks, folder, data_sha256),
@@ -359,7 +359,9 @@ def hardware_told(plan: Plan) -> Generator[None]:
         ) from error
 
 
-def _prover(say: Sink, run: int) -> Prove:
+def prover(say: Sink, run: int) -> Prove:
+    """Give a function that makes a proof and tells of it."""
+
     def prove(proof: Callable[[], Proved]) -> Proved:
         proved = replace(proofs.timed(proof), run=run)
         say(proved)
@@ -368,7 +370,7 @@ def _prover(say: Sink, run: int) -> Prove:
     return prove
 
 
-def _pass_size(model: Any, config: TrainConfig, plan: Plan, prove: Prove, say: Sink) -> PassSize:
+def pass_size(model: Any, config: TrainConfig, plan: Plan, prove: Prove, say: Sink) -> PassSize:
     """Prove what the model computes, and give up packing where it cannot keep documents apart.
 
     Raises:

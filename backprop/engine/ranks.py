@@ -85,7 +85,7 @@ class Rank:
     def __init__(self, model: Any, plan: Plan, group: Any, finish: Callable[[Any], object]) -> None:
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.device = next(model.parameters()).device
-        self._recomputed, self._not_compiled, self._compile = (-1, False), "", plan.compile.value
+        self._recomputed, self._not_compiled, self._compile = (-1, False), "", plan.compiles_layers
         self._model, self._dtype, self._group, self._finish = model, plan.dtype.value, group, finish
         self._compiled = layers.Compiled(model) if self._compile else None
         self.recompute(plan.recompute.value, plan.offload.value)

@@ -155,6 +155,7 @@ class Saver:
             "scaler": None,  # nothing is computed in float16
             "size": size,
             "gpus": self._plan.gpus.value,
+            "engine": self._plan.engine.value,
             "fp8_backward": self._plan.fp8_backward.value,
             **figures,
             **measured,
@@ -226,7 +227,11 @@ def refuse_other_start(checkpoint: Checkpoint, model: Any) -> None:
 
 
 def warn_of_other_ranks(checkpoint: Checkpoint, plan: Plan, say: Sink) -> None:
-    """Say that a run which goes on with more or fewer GPUs is the same, but for its last bits."""
+    """Say that a run which goes on with more or fewer GPUs, or on another engine, is the same, but for its last bits."""
+    engine = checkpoint.state.get("engine", "torch")
+    if engine != plan.engine.value:
+        told = f"this run goes on with the engine {plan.engine.value}, and had {engine} before"
+        say(Warned(message=f"{told}: its steps stay the same, but for the last bits of the adapter"))
     before, now = checkpoint.state["gpus"], plan.gpus.value
     if before != now:
         say(

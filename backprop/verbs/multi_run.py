@@ -18,6 +18,7 @@ from backprop.edges import network, rundir, stopping
 from backprop.errors import DataError, TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
+from backprop.verbs.engines import check_engine, with_faster_engine
 from backprop.verbs.forgetting import MOST_EVALUATED, Book, best_of
 from backprop.verbs.parts import leaks, parts_of
 from backprop.verbs.prepare import (
@@ -51,6 +52,7 @@ def multi_run(config: TrainConfig, options: MultiRunConfig, *, say: Sink) -> Pat
 
 def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
     check_packages(config)
+    check_engine(config)
     _check(config)
     parts = parts_of(config, options)
     lasting = _general_rows(config, options)
@@ -94,6 +96,8 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             session.say(show_examples(first))
         else:
             check_disk(config, prepared)
+        prepared = with_faster_engine(config, prepared, say=session.say)
+        first = prepared[0]
         rehearse_if_due(config, prepared, goes_on=session.goes_on, say=session.say)
         if config.dry_run:
             session.finish({"dry_run": True})

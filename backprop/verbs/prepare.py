@@ -1,10 +1,10 @@
 """From rows to all that is known before weights are loaded: data judged and encoded, the model found, the plan made."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,7 @@ def prepare(
     rows = len(judged.conversations) + len(held_out)
     spill.check_room(spill_bytes(config, rows=rows, characters=judged.characters))
     say(Phase(name="rendering the data"))
-    from backprop.engine import load, loop
+    from backprop.engine import load, loop, race
 
     loop.quieten()
     tokenizer = load.load_tokenizer(source.path, trust_remote_code=config.trust_remote_code)
@@ -155,7 +155,7 @@ def prepare(
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
     plan, seconds = _planned(config, hardware, shape, sizes, chosen, max_length)
     config = replace(config, method=plan.method.value, optimizer=plan.optimizer.value)
-    plan = _slowed(plan, rate_share)
+    plan = race.with_known(config, _slowed(plan, rate_share))
     say(_data_read(judged, held_out, train, ledger))
     say(_plan_made(plan))
     return Prepared(
@@ -177,13 +177,23 @@ def prepare(
 def _planned(
     config: TrainConfig, hardware: Hardware, shape: ModelShape, data: DataShape, model: Choice[str], length: Choice[int]
 ) -> tuple[Plan, float]:
-    in_bits = importlib.util.find_spec("bitsandbytes") is not None
+    in_bits = find_spec("bitsandbytes") is not None
     method = choose_method(config, hardware, shape, length=length.value, four_bit=in_bits)
     config = replace(config, method=method.value)
     plan, seconds = duration.plan_and_seconds(
-        *(config, hardware, shape, data), model=model, max_length=length, eight_bit=in_bits
+        *(config, hardware, shape, data),
+        model=model,
+        max_length=length,
+        eight_bit=in_bits,
+        unsloth=find_spec("unsloth") is not None,
     )
     return replace(plan, method=method), seconds
+
+
+def _slowed(plan: Plan, share: float) -> Plan:
+    peak = plan.learning_rate.value
+    slowed = Choice(share * peak, f"{share:.3g} of {peak:g}")
+    return plan if share == 1 else replace(plan, learning_rate=slowed)
 
 
 def _own(judged: Judged, train: Encoded) -> Sequence[Example]:
@@ -206,15 +216,6 @@ def _old_tasks(
     suited = map(Adapter(tokenizer).adapted, rows)
     encoded = encode_all(suited, tokenizer, loss_on=config.loss_on, keep=spill.examples())
     return _cut_held_out(encoded, longest, say, what="old tasks")
-
-
-def _slowed(plan: Plan, share: float) -> Plan:
-    peak = plan.learning_rate
-    return (
-        plan
-        if share == 1
-        else replace(plan, learning_rate=Choice(share * peak.value, f"{share:.3g} of {peak.value:g}"))
-    )
 
 
 def _encode(

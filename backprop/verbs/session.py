@@ -41,7 +41,7 @@ from backprop.events import (
 from backprop.verbs.prepare import Prepared
 
 # Packages whose version changes what a run does.
-VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes")
+VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "bitsandbytes", "unsloth")
 # Options that change where and how a run is told, not what it computes.
 NOT_IDENTITY = (
     *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch", "recompute"),
@@ -109,10 +109,15 @@ class Session:
         return self._log is not None
 
     def as_begun(self, config: TrainConfig) -> TrainConfig:
-        """Give the configuration with the method and optimizer that were chosen when this very run began, if it goes on."""
-        before = (rundir.read_manifest(self.directory) or {}).get("config") or {}
-        chosen = {name: before.get(name) for name in CHOSEN if getattr(config, name) is None}
-        return replace(config, **chosen) if self.goes_on else config
+        """Give the configuration with what was chosen when this very run began, if it goes on: method, optimizer, engine."""
+        if not self.goes_on:
+            return config
+        before = rundir.read_manifest(self.directory) or {}
+        given: Mapping[str, Any] = before.get("config") or {}
+        config = replace(config, **{name: given.get(name) for name in CHOSEN if getattr(config, name) is None})
+        if config.engine == "auto" and before.get("plan"):  # there was one only, once
+            config = replace(config, engine=(before["plan"].get("engine") or {}).get("value", "torch"))
+        return config
 
     def claim(self, prepared: Prepared, *, question: str, probes: Sequence[Sequence[Message]]) -> None:
         """Take the run directory, and write down what is known, with what export is going to ask.

@@ -11,6 +11,7 @@ from backprop.edges import checkpoints, device, network, rundir, stopping
 from backprop.errors import DiskError, PackageError, UsageError
 from backprop.events import Sink
 from backprop.verbs.adapter import measures, train_one
+from backprop.verbs.engines import check_engine, with_faster_engine
 from backprop.verbs.gates import check_gates, read_gates, refuse_gates_without_figures
 from backprop.verbs.prepare import (
     Prepared,
@@ -44,6 +45,7 @@ def _train(config: TrainConfig, say: Sink) -> Path:
     if original is not None:
         config = settings_of(config)
     check_packages(config)
+    check_engine(config)
     check_resume(config)
     gate_rows = read_gates(config)
     judged, held_out = read_data(config)
@@ -63,6 +65,7 @@ def _train(config: TrainConfig, say: Sink) -> Path:
             session.say(show_examples(prepared))
         else:
             check_disk(config, [prepared])
+        (prepared,) = with_faster_engine(config, [prepared], say=session.say)
         rehearse_if_due(config, [prepared], goes_on=session.goes_on, say=session.say)
         if config.dry_run:
             session.finish({"dry_run": True})

@@ -169,7 +169,7 @@ chats = [[{"role": "user", "content": "What is 3?"}, {"role": "assistant", "cont
 asked = four_bit.ask_as_trained(base, adapter, chats, dtype="bfloat16", device="cpu")
 settings = json.loads((adapter / "adapter_config.json").read_text())
 config = TrainConfig(data=("none",), method="qlora", lora_r=settings["r"])
-plan = Given(recompute=Given(value=0), lora_alpha=Given(value=settings["lora_alpha"]))
+plan = Given(engine=Given(value="torch"), recompute=Given(value=0), lora_alpha=Given(value=settings["lora_alpha"]))
 model = load.add_adapter(load.load_base(base, dtype="bfloat16", device="cpu", four_bit=True), config, plan)
 load.set_adapter_state(model, load.read_adapter(adapter))
 with batches.computing(model.eval(), "bfloat16"):

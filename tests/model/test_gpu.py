@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -543,3 +544,194 @@ def test_two_gpus_that_are_stopped_leave_nothing_and_go_on_to_the_same_bits(
     losses_of(2, *options, "--output", tmp_path / "run", cwd=tmp_path)
     hashes = [result(tmp_path / name)["result"]["adapter_sha256"] for name in ("whole", "run")]
     assert hashes[0] == hashes[1]
+
+
+with_unsloth = pytest.mark.skipif(find_spec("unsloth") is None, reason="unsloth is not installed here")
+UNSLOTH_ROWS = [chat(f"question {n}", "word " * (3 * n + 1)) for n in range(16)]
+SHORT = ["--steps", "5", "--batch-size", "8", "--lora-r", "8", "--lr", "1e-3", "--no-rehearse"]
+
+
+def trained_by(
+    engine: str, *options: str | Path, cwd: Path, **environment: str
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """Train with an engine, and give the losses and all that was said; no other word may be on either stream."""
+    started = time.monotonic()
+    argv = [*options, "--engine", engine, "--json"]
+    done = backprop_process("train", *argv, cwd=cwd, timeout_s=600, **environment)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]  # each line is an event
+    losses = [event["loss"] for event in told if event["event"] == "step"]
+    print(f"{engine}: {time.monotonic() - started:.0f} s; {losses}")
+    if engine == "unsloth":
+        assert "nsloth" not in done.stderr, done.stderr
+        proofs = {event["name"]: event for event in told if event["event"] == "proof"}
+        print(*(f"{name}: {proof['found']}" for name, proof in proofs.items()), sep="\n")
+        assert all(proof["ok"] for proof in proofs.values())
+    return losses, told
+
+
+def tiny_qwen2(folder: Path, tiny_model: Path) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shutil.copytree(tiny_model, folder)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = Qwen2Config(**sizes, **ends, num_key_value_heads=2, vocab_size=49152, max_position_embeddings=512)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@with_unsloth
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
+def test_unsloth_trains_as_torch_does_and_plain_peft_loads_what_it_delivers(
+    wide_model: Path, write: Callable[..., Path], tmp_path: Path, method: str, packing: str
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    here = tmp_path / "here"
+    here.mkdir()
+    options = ["--data", write(UNSLOTH_ROWS), "--model", wide_model, "--method", method, packing, *SHORT]
+    other, told = trained_by("unsloth", *options, "--output", tmp_path / "unsloth", cwd=here)
+    assert list(here.iterdir()) == [], "something was written beside the run"
+    assert ("packed documents are isolated" in {event.get("name") for event in told}) == (packing == "--packing")
+    assert result(tmp_path / "unsloth")["plan"]["engine"]["value"] == "unsloth"
+    assert result(tmp_path / "unsloth")["result"]["packing"] == (packing == "--packing")
+    own, _ = trained_by("torch", *options, "--output", tmp_path / "torch", cwd=here)
+    assert other == pytest.approx(own, rel=0.01)  # bfloat16 keeps 8 bits, and both round elsewhere
+    assert other[0] != other[-1]
+    loader: Any = AutoModelForCausalLM
+    model: Any = PeftModel.from_pretrained(loader.from_pretrained(wide_model), str(tmp_path / "unsloth" / "lora"))
+    moved = [bool(weight.any()) for name, weight in model.named_parameters() if "lora_B" in name]
+    assert len(moved) == 7 * 8
+    assert all(moved)
+
+
+@with_unsloth
+@pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
+def test_unsloth_recomputed_or_compiled_is_the_same(
+    wide_model: Path, write: Callable[..., Path], tmp_path: Path, packing: str
+) -> None:
+    options = ["--data", write(UNSLOTH_ROWS), "--model", wide_model, packing, *SHORT, "--micro-batch", "4"]
+    options += ["--skip-proofs"]
+    found: dict[str, list[float]] = {}
+    for name, more in {
+        "plain": ["--no-compile", "--recompute", "0"],
+        "some again": ["--no-compile", "--recompute", "3"],
+        "all again": ["--no-compile", "--recompute", "8"],
+        "compiled": ["--compile", "--recompute", "0"],
+        "compiled, some again": ["--compile", "--recompute", "3"],
+    }.items():
+        found[name], told = trained_by("unsloth", *options, *more, "--output", tmp_path / name, cwd=tmp_path)
+        memory = [event["memory_bytes"] for event in told if event["event"] == "step"]
+        print(f"{name}: {max(memory) / 2**20:.0f} MiB")
+    assert found["some again"] == pytest.approx(found["plain"], rel=2e-3)
+    for losses in found.values():
+        assert losses == pytest.approx(found["plain"], rel=0.01)
+
+
+@with_unsloth
+def test_unsloth_killed_goes_on_and_ends_as_undisturbed(
+    wide_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = ["--data", write(UNSLOTH_ROWS), "--model", wide_model, *SHORT[2:], "--steps", "24", "--save-steps", "2"]
+    undisturbed, _ = trained_by("unsloth", *options, "--output", tmp_path / "undisturbed", cwd=tmp_path)
+    argv = [*options, "--output", tmp_path / "killed", "--engine", "unsloth"]
+    killed_after_step(7, *argv, cwd=tmp_path)
+    resumed, told = trained_by("unsloth", *argv[:-2], cwd=tmp_path)
+    first = next(event["step"] for event in told if event["event"] == "step")
+    assert first > 1
+    assert len(resumed) == 24 - first + 1
+    # Not the same bits: some of unsloth's sums come in another order each time.
+    assert resumed == pytest.approx(undisturbed[first - 1 :], rel=0.01)
+
+
+AUTO = """
+import sys
+from backprop.core import duration, engines
+duration.TRIED_ABOVE_S = engines.TRIED_ABOVE_S = -1
+from backprop.__main__ import main
+main()
+"""
+
+
+@with_unsloth
+@pytest.mark.parametrize("family", ["llama-untied", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_auto_tries_both_engines_and_takes_the_faster_one_that_computes_the_same(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, family: str, method: str
+) -> None:
+    from tiny_models import tiny
+
+    model = tiny_qwen2(tmp_path / "m", tiny_model) if family == "qwen2" else tiny(family, tmp_path / "m")
+    options = ["--data", write(UNSLOTH_ROWS), "--model", model, "--method", method, *SHORT, "--no-compile"]
+    argv = [sys.executable, "-c", AUTO, "train", *map(str, options), "--output", str(tmp_path / "run"), "--json"]
+    # What was found is this test's own, what was compiled is not.
+    names = ("UNSLOTH_COMPILE_LOCATION", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    kept = {name: str(tmp_path.parent / name.lower()) for name in names}
+    environment = {**os.environ, **kept, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    chosen: list[dict[str, str]] = []
+    for again in (False, True):
+        more = ["--overwrite", "--resume", "never"] if again else []
+        started = time.monotonic()
+        done = subprocess.run(
+            [*argv, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        phases = [event["name"] for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "phase"]
+        chosen.append(result(tmp_path / "run")["plan"]["engine"])
+        print(
+            f"{time.monotonic() - started:.0f} s", *(name for name in phases if "engine" in name or "fastest" in name)
+        )
+        assert sum(name.startswith("trying the engine") for name in phases) == (0 if again else 2)
+    assert chosen[0]["reason"].startswith("the faster here"), "what unsloth computes is not what torch does"
+    assert chosen[1] == {"value": chosen[0]["value"], "reason": f"in an earlier run {chosen[0]['reason']}"}
+
+
+IN_ONE_PROCESS = """
+import json, sys
+from backprop import Trainer, events
+model, data, output = sys.argv[1:]
+for engine in ("unsloth", "torch"):
+    said = []
+    trainer = Trainer(model, say=said.append, output=f"{output}/{engine}", engine=engine)
+    trainer.train(data, steps=60, batch_size=4, lora_r=16, learning_rate=1e-2)
+    if engine == "unsloth":
+        trainer.export("safetensors")
+    print(*[f"{one.name}: {one.found}" for one in said if isinstance(one, events.Proved)], sep="\\n", file=sys.stderr)
+    print(json.dumps([one.loss for one in said if isinstance(one, events.Step)]))
+"""
+
+
+@with_unsloth
+def test_what_unsloth_has_trained_is_exported_and_torch_trains_in_the_same_process(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    argv = [sys.executable, "-c", IN_ONE_PROCESS, str(tiny_model), str(write(ROWS)), str(tmp_path)]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    print(done.stderr)
+    other, own = map(json.loads, done.stdout.splitlines())
+    assert other[:5] == pytest.approx(own[:5], rel=0.02)
+    assert own[-1] < 0.5 * own[0]
+    assert other[-1] < 0.5 * other[0]
+
+
+@with_unsloth
+def test_several_runs_by_unsloth_are_merged(tiny_model: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+    long = ["--steps", "80", "--batch-size", "4", "--lora-r", "16", "--lr", "0.005", "--engine", "unsloth"]
+    sources = [option for name in "ab" for option in ("--data", write(ROWS, f"{name}.jsonl"))]
+    for method in ("lora", "qlora"):
+        folder = tmp_path / method
+        argv = [*sources, "--model", tiny_model, "--method", method, *long, "--output", folder]
+        done = backprop_process("multi-run", *argv, cwd=tmp_path, timeout_s=600)
+        assert done.returncode == 0, done.stderr
+        assert result(folder)["result"]["runs"] == 2
+
+
+@with_unsloth
+def test_a_rehearsal_goes_the_way_of_unsloth(wide_model: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["--data", write(UNSLOTH_ROWS), "--model", wide_model, *SHORT[:-1], "--rehearse"]
+    _, told = trained_by("unsloth", *options, cwd=tmp_path)
+    assert "the rehearsal went through" in {event.get("name") for event in told}

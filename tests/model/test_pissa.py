@@ -58,7 +58,7 @@ def test_the_start_takes_the_largest_directions_out_of_the_base_and_gives_them_b
     whole: Any = base.get_parameter("model.layers.0.mlp.up_proj.weight").detach().clone()
     ids = torch.arange(20)[None]
     logits = base(input_ids=ids).logits.detach()
-    plan: Any = SimpleNamespace(lora_alpha=SimpleNamespace(value=8.0))
+    plan: Any = SimpleNamespace(engine=SimpleNamespace(value="torch"), lora_alpha=SimpleNamespace(value=8.0))
     model = load.add_adapter(base, TrainConfig(data=("x",), pissa=True, lora_r=4), plan)
     left: Any = model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
     before, after = torch.linalg.svdvals(whole), torch.linalg.svdvals(left)

@@ -101,7 +101,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         case "saving the adapter":
             before(train_verb, "measures")
         case "loading":
-            before(loop, "_pass_size")
+            before(loop, "pass_size")
         case _:
             raise AssertionError(where)
 

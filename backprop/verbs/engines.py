@@ -1,0 +1,34 @@
+"""Which engine a run has: refused early where it cannot be, and tried before the model is loaded where it may be worth it."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+
+from backprop.config import TrainConfig
+from backprop.core.engines import refuse_if_not_there
+from backprop.edges import device
+from backprop.events import Sink
+from backprop.verbs.prepare import Prepared
+
+
+def check_engine(config: TrainConfig) -> None:
+    """Refuse `--engine unsloth` where it is not installed or has no GPU, before any work.
+
+    Raises:
+        BackpropError: Saying what is missing.
+    """
+    if config.engine == "unsloth":
+        there = importlib.util.find_spec("unsloth") is not None
+        refuse_if_not_there(config, device.use_one_gpu(device.probe()), installed=there)
+
+
+def with_faster_engine(config: TrainConfig, parts: Sequence[Prepared], *, say: Sink) -> list[Prepared]:
+    """Let a run, or all of several, have the engine that is the faster with the first, if that is to be tried."""
+    first = parts[0]
+    if config.dry_run or not first.plan.try_engines:
+        return list(parts)
+    from backprop.engine import race
+
+    examples = first.train.examples
+    chosen = race.with_faster(first.model.path, first.config, first.plan, examples, say=say).engine
+    return [replace(part, plan=replace(part.plan, engine=chosen, try_engines=False)) for part in parts]
