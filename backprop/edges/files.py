@@ -12,14 +12,14 @@ import os
 import re
 import shlex
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from backprop.core.data.formats import Row, has_known_shape
 from backprop.core.data.shapes import is_turn
-from backprop.edges.json_text import JsonText
+from backprop.edges.json_text import JsonText, TooLongError
 from backprop.errors import DataError, PackageError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -293,10 +293,7 @@ def _parse(text: str, place: str) -> object:
 
 
 def _document_rows(path: Path, file: IO[bytes]) -> Iterator[Row]:
-    """Read the rows of a list, of a list inside an object, or of objects one after another.
-
-    Only what wraps its rows in an object is in memory as a whole.
-    """
+    """Read the rows of a list, of a list inside an object, or of objects one after another, none of which is long in memory."""
     text = JsonText(path, file)
     values = _items(text) if text.at(text.after_space(0)) == "[" else _values(text)
     for number, value in enumerate(values, start=1):
@@ -306,29 +303,41 @@ def _document_rows(path: Path, file: IO[bytes]) -> Iterator[Row]:
 def _items(text: JsonText) -> Iterator[object]:
     """Give the items of the list that ``text`` is; or the list itself, if it is one conversation."""
     start = text.after_space(0)
-    at = text.after_space(start + 1)
-    closed, first = text.at(at) == "]", True
+    first = text.after_space(start + 1)
+    if text.at(first) != "]" and is_turn(text.decode(first)[0]):
+        whole, at = text.decode(start)
+        yield whole
+    else:
+        at = yield from _of_list(text, start)
+    _hold_end(text, at)
+
+
+def _of_list(text: JsonText, at: int) -> Generator[object, None, int]:
+    """Give the items of the list at a position; give back where it ends."""
+    at = text.after_space(at + 1)
+    closed = text.at(at) == "]"
     while not closed:
         item, at = text.decode(at)
-        if first and is_turn(item):
-            whole, at = text.decode(start)
-            yield whole
-            break
-        first = False
         yield item
         at = text.after_space(text.forget(at))
         closed = text.at(at) == "]"
-        if not closed and text.at(at) != ",":
-            raise text.fault("Expecting ',' delimiter", at)
-        at = at if closed else text.after_space(at + 1)
-    at = text.after_space(at + closed)
+        at = at if closed else text.after_space(text.expect(",", at) + 1)
+    return at + 1
+
+
+def _hold_end(text: JsonText, at: int) -> None:
+    at = text.after_space(at)
     if text.at(at):
         raise text.fault("Extra data", at)
 
 
 def _values(text: JsonText) -> Iterator[object]:
     """Give the objects of ``text``; or the rows of a single one that wraps them, as {"data": […]} does."""
-    value, at = text.decode(text.after_space(0))
+    try:
+        value, at = text.decode(text.after_space(0), MAX_LINE_BYTES)
+    except TooLongError:
+        yield from _of_wrapper(text)
+        return
     at = text.after_space(at)
     if not text.at(at) and isinstance(value, Mapping):
         yield from _wrapped(value) or [value]
@@ -338,6 +347,33 @@ def _values(text: JsonText) -> Iterator[object]:
         value, at = text.decode(at)
         at = text.after_space(text.forget(at))
         yield value
+
+
+def _of_wrapper(text: JsonText) -> Iterator[object]:
+    """Give the rows that an object wraps which is too long to be a row itself: the items of its only list of objects."""
+    at, lists, more = text.expect("{", 0), 0, True
+    while more:
+        _, at = text.decode(text.after_space(at + 1))
+        at = text.after_space(text.expect(":", at) + 1)
+        if text.at(at) == "[" and text.at(text.after_space(at + 1)) == "{":
+            lists += 1
+            if lists > 1:
+                raise _unclear(text, "two lists of objects")
+            at = yield from _of_list(text, at)
+        else:
+            _, at = text.decode(at)
+        at = text.after_space(text.forget(at))
+        more = text.at(at) == ","
+    _hold_end(text, text.expect("}", at) + 1)
+    if not lists:
+        raise _unclear(text, "no list of objects")
+
+
+def _unclear(text: JsonText, what: str) -> DataError:
+    return DataError(
+        f"{text.path} is one object of more than {MAX_LINE_BYTES // 2**20} MiB with {what} in it: where its rows are is not clear",
+        hint="give the rows as a list, or one on each line of a .jsonl file",
+    )
 
 
 def _wrapped(value: Mapping[str, object]) -> list[object]:

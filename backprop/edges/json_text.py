@@ -16,6 +16,10 @@ OF_NUMBERS = "0123456789.eE+-"
 CUT_CHARACTERS = 16
 
 
+class TooLongError(Exception):
+    """A value does not end within what may be held of it."""
+
+
 class JsonText:
     """Positions are those of the text that is held; `forget` moves them.
 
@@ -24,7 +28,7 @@ class JsonText:
     """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
-        self._path, self._file = path, file
+        self.path, self._file = path, file
         self._text, self._num_bytes, self._ended = "", 0, False
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._lines, self._columns = 0, 0
@@ -58,27 +62,41 @@ class JsonText:
             if end < len(self._text) or not self._more():
                 return end
 
-    def decode(self, position: int) -> tuple[object, int]:
+    def expect(self, character: str, position: int) -> int:
+        """Give the next position that holds no white space, of which it must hold this character.
+
+        Raises:
+            DataError: Naming the line, if it does not.
+        """
+        at = self.after_space(position)
+        if self.at(at) != character:
+            raise self.fault(f"Expecting '{character}' delimiter", at)
+        return at
+
+    def decode(self, position: int, most: int | None = None) -> tuple[object, int]:
         """Give the value at a position, and where it ends.
 
         Raises:
             DataError: Naming the line, if there is none.
+            TooLongError: If it does not end within ``most`` characters.
         """
         while True:
             try:
                 value, end = DECODER.raw_decode(self._text, position)
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - CUT_CHARACTERS
+                if cut and most is not None and len(self._text) - position > most:
+                    raise TooLongError from error
                 if not (cut and self._more()):
                     raise self.fault(error.msg, error.pos) from error
             except RecursionError as error:
                 raise DataError(
-                    f"{self._path} is nested too deeply", hint="a .json file is one list of flat objects"
+                    f"{self.path} is nested too deeply", hint="a .json file is one list of flat objects"
                 ) from error
             except ValueError as error:  # a number of over 4,300 digits
                 if not (self._text[-1] in OF_NUMBERS and self._more()):  # of which there may be more, or a point
                     raise DataError(
-                        f"{self._path} cannot be read: {error}", hint="quote numbers that are text"
+                        f"{self.path} cannot be read: {error}", hint="quote numbers that are text"
                     ) from error
             else:
                 if end + CUT_CHARACTERS <= len(self._text) or not self._more():
@@ -100,6 +118,6 @@ class JsonText:
         found = json.JSONDecodeError(what, self._text, position)
         column = found.colno + (self._columns if found.lineno == 1 else 0)
         return DataError(
-            f"{self._path}, line {found.lineno + self._lines} is not JSON: {what} at column {column}",
+            f"{self.path}, line {found.lineno + self._lines} is not JSON: {what} at column {column}",
             hint="a .json file is one list of objects",
         )

@@ -5,13 +5,14 @@ import io
 import json
 import tracemalloc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprop.edges import json_text
+from backprop.edges import files, json_text
 from backprop.edges.files import read_rows
 from backprop.edges.json_text import JsonText
 from backprop.errors import DataError
@@ -84,13 +85,56 @@ def test_a_number_is_too_long_only_where_it_is_whole(after: str) -> None:
         items(digits + " ", 4350)
 
 
-def test_a_long_list_is_never_in_memory(tmp_path: Path) -> None:
+def wrapped(text: str, chunk: int) -> list[object]:
+    """Read the rows of an object of which no more than a few characters may be held at once."""
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        patch.setattr(json_text, "CHUNK_BYTES", chunk)
+        patch.setattr(files, "MAX_LINE_BYTES", 10)
+        path = Path(folder) / "rows.json"
+        path.write_text(text)
+        return [row.value for row in read_rows(str(path))]
+
+
+rows = st.lists(st.fixed_dictionaries({"prompt": st.text(max_size=8), "n": values}), min_size=1, max_size=6)
+named = st.dictionaries(
+    st.text(max_size=5), st.none() | st.integers() | st.lists(st.integers(), max_size=3), max_size=3
+)
+
+
+@given(named, rows, named, chunks)
+def test_rows_in_a_long_object_come_out_as_of_a_list(
+    before: dict[str, Any], wanted: list[Any], after: dict[str, Any], chunk: int
+) -> None:
+    text = json.dumps({**before, "the rows": wanted, **after}, indent=chunk % 3 or None)
+    assert wrapped(text, chunk) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"a": [{"x": 1}], "b": [{"x": 2}]}', "two lists of objects in it"),
+        ('{"a": 1, "b": ["a text", "and another"]}', "no list of objects in it"),
+        ('{"a": [{"x": 1}], "b" 3}', "line 1 is not JSON: Expecting ':' delimiter at column 23"),
+        ('{"a": [{"x": 1}, {"x": 2} {"x": 3}]}', "line 1 is not JSON: Expecting ',' delimiter at column 27"),
+        ('{"a": [{"x": 1}]} {"b": 1}', "line 1 is not JSON: Extra data at column 19"),
+        ('{"a": [{"x": 1}', "line 1 is not JSON: Expecting ',' delimiter at column 16"),
+    ],
+)
+def test_a_long_object_that_wraps_no_rows_is_an_error(text: str, told: str) -> None:
+    with pytest.raises(DataError) as caught:
+        wrapped(text, 4)
+    assert told in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["", '{"info": {"made": "today"}, "data": '], ids=["a list", "an object"])
+def test_many_rows_are_never_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 2**20)
     path = tmp_path / "rows.json"
     with path.open("w") as file:
-        file.write("[\n")
+        file.write(f"{name}[\n")
         for number in range(60_000):
             file.write(f'{", " if number else ""}{{"prompt": "question {number}", "completion": "{"word " * 60}"}}')
-        file.write("]")
+        file.write("]}" if name else "]")
     tracemalloc.start()
     try:
         assert sum(1 for _ in read_rows(str(path))) == 60_000
