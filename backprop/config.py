@@ -187,6 +187,8 @@ class TrainConfig:
     """Pause at so many °C. Default: 5 below its limit."""
     price_per_hour: Annotated[float | None, Bounds(least=0, most=1_000_000), Parameter(group=RUN)] = None
     """Of the machine; the run's cost is reported."""
+    power_note: Annotated[str | None, Parameter(group=RUN)] = None
+    """What stands beside the energy used."""
     skip_proofs: Annotated[bool, Parameter(group=RUN, negative="", show_default=False)] = False
     """Leave out what takes time; the manifest says so."""
     from_run: Annotated[Path | None, Parameter(group=RUN)] = None
@@ -265,7 +267,7 @@ class MultiRunConfig:
     merge_mode: Annotated[MergeMode | None, Parameter(group=RUNS)] = None
     """How runs become one adapter. Default: `slao`; on chunks of one data set `sequential`."""
     init: Annotated[Literal["function-preserving", "literal"], Parameter(group=RUNS)] = "function-preserving"
-    """How the next run starts from the last: with the same function, or as the paper of SLAO has it."""
+    """How a run starts; `literal` is as SLAO's paper has it."""
     replay: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=RUNS)] = 0.0
     """Share of old rows, of all parts."""
     schedule: Annotated[RunSchedule, Parameter(group=RUNS)] = "constant"

@@ -289,6 +289,7 @@ SPENT_NAMES = {
     "seconds": "time, s",
     "paused_seconds": "of it, waiting for a GPU to cool, s",
     "energy_wh": "energy of the GPUs, Wh",
+    "power_note": "note on that, by `--power-note`",
     "hottest_c": "hottest, °C",
     "cost": "cost, by `--price-per-hour`",
 }

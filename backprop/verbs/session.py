@@ -46,7 +46,7 @@ VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "
 NOT_IDENTITY = (
     *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch", "recompute"),
     *("resume", "save_steps", "keep_checkpoints", "max_minutes", "gate", "gate_data", "max_forgetting", "from_run"),
-    *("gpu_max_temp", "price_per_hour"),
+    *("gpu_max_temp", "price_per_hour", "power_note"),
 )
 
 
@@ -75,6 +75,7 @@ class Session:
         """Of earlier processes, what was not done again."""
         self._overwrite = config.overwrite
         self._gpu_max_temp, self._price_per_hour = config.gpu_max_temp, config.price_per_hour
+        self._power_note = config.power_note
         self._cards: cards.Cards | None = None
         self._command = command
         self._manifest = manifest
@@ -242,6 +243,7 @@ class Session:
             "seconds": round(seconds, 1),
             "paused_seconds": round(sum(one.paused_seconds for one in parts), 1),
             "energy_wh": round(sum(energies), 3) if energies else None,
+            "power_note": self._power_note,
             "hottest_c": max((one.hottest_c for one in parts if one.hottest_c is not None), default=None),
             "cost": None if price is None else round(price * seconds / 3600, 4),
         }

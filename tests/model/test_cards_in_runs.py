@@ -78,7 +78,7 @@ def test_a_run_that_waited_for_its_card_ends_with_the_same_adapter(
         paused = any(isinstance(one, events.Paused) for one in said)
         return Now(core=90 if steps_in(said) >= 4 and not paused else 60, watts=200)
 
-    run = on_a_card(state, overwrite=True, resume="never", price_per_hour=3.6)
+    run = on_a_card(state, overwrite=True, resume="never", price_per_hour=3.6, power_note="capped at <250> W")
     manifest = manifest_of(run)
     assert manifest["result"]["adapter_sha256"] == undisturbed
     (paused,) = run.all(events.Paused)
@@ -88,9 +88,11 @@ def test_a_run_that_waited_for_its_card_ends_with_the_same_adapter(
     spent = manifest["spent"]
     assert spent["hottest_c"] == 90
     assert spent["energy_wh"] > 0
+    assert spent["power_note"] == "capped at <250> W"
     assert spent["cost"] == pytest.approx(spent["seconds"] / 1000, abs=1e-3)
     page = (run.folder / "report.html").read_text()
     assert "energy of the GPUs, Wh" in page
+    assert "capped at &lt;250&gt; W" in page
     assert "cost, by `--price-per-hour`" in page
 
 
