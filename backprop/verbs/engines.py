@@ -23,12 +23,14 @@ def check_engine(config: TrainConfig) -> None:
 
 
 def with_faster_engine(config: TrainConfig, parts: Sequence[Prepared], *, say: Sink) -> list[Prepared]:
-    """Let a run, or all of several, have the engine that is the faster with the first, if that is to be tried."""
+    """Let a run, or all of several, have the engine of the first: the faster with it, if that is to be tried."""
     first = parts[0]
-    if config.dry_run or not first.plan.try_engines:
+    if config.dry_run:
         return list(parts)
-    from backprop.engine import race
+    chosen = first.plan.engine
+    if first.plan.try_engines:
+        from backprop.engine import race
 
-    examples = first.train.examples
-    chosen = race.with_faster(first.model.path, first.config, first.plan, examples, say=say).engine
+        examples = first.train.examples
+        chosen = race.with_faster(first.model.path, first.config, first.plan, examples, say=say).engine
     return [replace(part, plan=replace(part.plan, engine=chosen, try_engines=False)) for part in parts]

@@ -354,36 +354,27 @@ def test_several_runs_have_one_engine_and_are_merged(
 ) -> None:
     sources = [
         option
-        for name in "ab"
-        for option in ("--data", write([chat(f"What is {n}?", "It is here.") for n in range(12)], f"{name}.jsonl"))
+        for name, answer in (("a", "It is here."), ("b", "It is here, beside the old mill."))
+        for option in ("--data", write([chat(f"What is {n}?", answer) for n in range(12)], f"{name}.jsonl"))
     ]
     answers = {"TRIED": str(tmp_path / "tried"), "ANSWERS": json.dumps({"unsloth": FAST})}
     answers["UNSLOTH_DOUBLE_LOADS"] = str(tmp_path / "loads")
     paths = {"PYTHONPATH": f"{DOUBLE}{os.pathsep}{ROOT}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    argv = [
-        "multi-run",
-        *sources,
-        "--model",
-        tiny_model,
-        "--output",
-        tmp_path / "run",
-        "--steps",
-        "5",
-        *OPTIONS,
-        "--json",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", HERE, str(RACER), *map(str, argv)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **paths, **answers},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "tried").read_text().splitlines()[0].startswith("torch")
-    assert len((tmp_path / "tried").read_text().splitlines()) == 2, "tried once for all runs"
-    assert engine_in(tmp_path / "run")["value"] == "unsloth"
-    assert len((tmp_path / "loads").read_text().splitlines()) == 2, "each run on the same engine"
+    # The second time it is known what was found with the first part; of the second, whose rows are longer, nothing is.
+    for number, output in enumerate((tmp_path / "run", tmp_path / "again"), start=1):
+        argv = ["multi-run", *sources, "--model", tiny_model, "--output", output, "--steps", "5", *OPTIONS, "--json"]
+        done = subprocess.run(
+            [sys.executable, "-c", HERE, str(RACER), *map(str, argv)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **paths, **answers},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "tried").read_text().splitlines()[0].startswith("torch")
+        assert len((tmp_path / "tried").read_text().splitlines()) == 2, "tried once for all runs"
+        assert engine_in(output)["value"] == "unsloth"
+        assert len((tmp_path / "loads").read_text().splitlines()) == 2 * number, "each run on the same engine"
 
 
 def test_a_checkpoint_of_another_engine_is_told(start: Start, tmp_path: Path) -> None:
