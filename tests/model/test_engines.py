@@ -239,6 +239,50 @@ def test_a_run_that_goes_on_keeps_its_engine(start: Start, tmp_path: Path) -> No
     assert losses(whole)[-len(losses(again)) :] == losses(again)
 
 
+def test_a_run_goes_on_with_torch_where_the_engine_that_was_chosen_is_not_there_any_more(
+    start: Start, tmp_path: Path
+) -> None:
+    answers = {"TRIED": str(tmp_path / "tried"), "ANSWERS": json.dumps({"unsloth": {"tokens_per_second": 200}})}
+    first = start("--save-steps", "1", steps=40, racer=RACER, **answers)
+    assert first.stdout
+    for line in first.stdout:
+        event = json.loads(line)
+        if event["event"] == "step" and event["step"] == 3:
+            first.kill()
+    assert first.wait() == -signal.SIGKILL
+    again = ended(start("--save-steps", "1", steps=40, PYTHONPATH=str(ROOT)))
+    assert again.returncode == 0, again.stderr
+    assert told(again, "resumed")
+    warned = "\n".join(event["message"] for event in told(again, "warning"))
+    assert "goes on with the engine torch, and had unsloth before" in warned
+
+
+def test_what_cannot_be_loaded_any_more_goes_on_as_its_hint_says(start: Start, tmp_path: Path) -> None:
+    """The hint, `--engine torch`, was refused as that of another run."""
+    done = ended(start("--engine", "unsloth", UNSLOTH_DOUBLE="broken"))
+    assert "hint: add `--engine torch`" in done.stderr
+    assert (tmp_path / "run" / "run.json").is_file()
+    again = ended(start("--engine", "torch"))
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("engine", race.ENGINES)
+def test_a_run_that_is_stopped_while_engines_are_tried_leaves_none_of_them(
+    start: Start, tmp_path: Path, engine: str
+) -> None:
+    answers = {"TRIED": str(tmp_path / "tried"), "ANSWERS": json.dumps({engine: {"ends": "never"}})}
+    stopped = start(racer=RACER, **answers)
+    assert stopped.stdout
+    for line in stopped.stdout:
+        if f"{engine}: hangs" in line:
+            stopped.terminate()
+    assert stopped.wait(timeout=60) == 75
+    assert not Path("/proc", (tmp_path / "tried.pid").read_text()).exists()
+    assert not (tmp_path / "run" / "run.json").exists()
+    done = ended(start(racer=RACER, TRIED=str(tmp_path / "tried"), ANSWERS="{}"))
+    assert done.returncode == 0, done.stderr
+
+
 TWO_CORES = Hardware(gpus=(), driver="", num_cpus=2, memory_bytes=2**34, platform="Linux x86_64")
 SHAPE = ModelShape(hidden_size=64, intermediate_size=128, num_layers=2, max_positions=512, vocabulary=49152)
 EXAMPLES = [Example((1,) * length, (True,) * length) for length in (3, 9, 5, 7)]
@@ -303,6 +347,14 @@ def test_the_faster_engine_that_passes_the_checks_is_taken(
     if not failed:
         assert again.engine.value == engine
         assert "fell over" not in again.engine.reason
+
+
+def test_one_that_hangs_leaves_torch(
+    tried: Callable[..., tuple[Plan, list[Event]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "MOST_SILENT_S", 0.01)
+    plan, _ = tried(torch={"ends": "never"}, unsloth=FAST)
+    assert plan.engine == Choice("torch", "torch could not be tried: its process said nothing for 0 minutes")
 
 
 @pytest.mark.parametrize("found", ["torch", ["jax", "faster"], ["unsloth"], ["unsloth", 3], {}, None], ids=repr)
