@@ -380,6 +380,7 @@ def _as_known_before(directory: Path, identity: Mapping[str, object]) -> dict[st
     if identity["method"] is None and before.get("method") == "lora":  # what was the default once
         identity = {**identity, "method": "lora"}
     identity = {name: value for name, value in identity.items() if name in before or value != ONCE.get(name, ...)}
+    identity |= {name: value for name, value in before.items() if name in NOT_IDENTITY}  # it was, once
     defaults = {one.name: one.default for one in (*fields(TrainConfig), *fields(MultiRunConfig))}
     return {name: value for name, value in identity.items() if name in before or value != defaults.get(name, ...)}
 

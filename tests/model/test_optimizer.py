@@ -186,7 +186,8 @@ def test_a_run_that_goes_on_keeps_the_optimizer_that_was_chosen_when_it_began(tm
 def test_a_run_of_before_there_were_two_goes_on_with_moments_of_32_bits(tmp_path: Path, asked: Any) -> None:
     """A plan may choose 8 bits now, which its checkpoints refuse; and `--optimizer adamw` was refused as another run."""
     config = TrainConfig(data=("x",), output=tmp_path, optimizer=asked)
-    identity = {"command": "train", "data_sha256": "of the data", "data": ["x"], "method": None}
+    known = {"engine": "auto"} if asked else {}  # which once made another run
+    identity = {"command": "train", "data_sha256": "of the data", "data": ["x"], "method": None, **known}
     (tmp_path / "run.json").write_text(json.dumps({"identity": identity, "config": {"method": "lora"}}))
     with running(config, command="train", fingerprint="of the data", say=lambda event: None) as session:
         assert session.goes_on
