@@ -235,6 +235,8 @@ def test_a_run_that_goes_on_keeps_its_engine(start: Start, tmp_path: Path) -> No
     (tmp_path / "run").rename(tmp_path / "killed")
     done_again = settings_of(TrainConfig(from_run=tmp_path / "killed", output=tmp_path / "again"))
     assert done_again.engine == "unsloth"
+    by_torch = TrainConfig(from_run=tmp_path / "killed", output=tmp_path / "again", engine="torch")
+    assert settings_of(by_torch).engine == "torch"
     whole = ended(start("--save-steps", "1", "--engine", "unsloth", steps=40))
     assert losses(whole)[-len(losses(again)) :] == losses(again)
 
