@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -26,6 +27,11 @@ match said.pop("ends", ""):
         sys.exit("it fell over")
     case "in silence":
         sys.exit(0)
+    case "never":
+        with open(f"{os.environ['TRIED']}.pid", "w", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
+        tell(connection, Phase(name=f"{engine}: hangs"))
+        time.sleep(600)
     case "refused":
         tell(connection, HardwareError("the memory is full"))
 gradient = {"a": torch.tensor([3.0, 4.0]) * said.pop("scale", 1.0), "b": torch.ones(2)}

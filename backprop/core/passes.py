@@ -71,7 +71,7 @@ def needs(
 
     sizes = sorted({math.ceil(batch / passes) for passes in range(1, batch + 1)})
     if config.micro_batch is not None:
-        sizes = [divisor(batch, config.micro_batch)]
+        sizes = [even(batch, config.micro_batch)]
     again = range(shape.num_layers + 1) if config.recompute is None else [min(config.recompute, shape.num_layers)]
     ways = [Passes(size, layers) for size in sizes for layers in again]
     most = most_offloaded(shape, length, main_bytes)
@@ -122,6 +122,11 @@ def _cost(one: Passes, shape: ModelShape, tokens: float, start: float) -> float:
     """
     more = COST_OF_RECOMPUTING * one.recomputed / shape.num_layers + COST_OF_OFFLOADING * one.offloaded
     return (1 + more) * math.hypot(1, start / tokens)
+
+
+def even(batch: int, most: int) -> int:
+    """Give the size of passes of at most ``most`` examples, as few and as even as can be."""
+    return math.ceil(batch / math.ceil(batch / most))
 
 
 def divisor(number: int, most: int) -> int:

@@ -376,12 +376,11 @@ CPU_TOKENS_PER_PASS = 2048
 def _choose_passes(
     config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
 ) -> tuple[Choice[int], Choice[int], Choice[bool], tuple[Passes, ...]]:
-    """Choose how many examples go through the model at once, how many layers are computed again on the way back, and where
-    their inputs wait; and give what else may be as fast.
-    """
+    """Choose how many examples go through at once, how many layers are computed again, where their inputs wait; what else to try."""
     if not hardware.gpus:
-        most = config.micro_batch or max(1, CPU_TOKENS_PER_PASS // length)
-        micro = Choice(passes.divisor(batch, most), f"at most {CPU_TOKENS_PER_PASS} tokens at once")
+        most = max(1, CPU_TOKENS_PER_PASS // length)
+        size = passes.divisor(batch, most) if config.micro_batch is None else passes.even(batch, config.micro_batch)
+        micro = Choice(size, f"at most {CPU_TOKENS_PER_PASS} tokens at once")
         recompute = Choice(min(config.recompute or 0, shape.num_layers), "main memory is enough")
         return *_as_set(config, micro, recompute, shape), STAY, ()
     gpu = hardware.gpus[0]
@@ -399,7 +398,7 @@ def _as_set(
     config: TrainConfig, micro: Choice[int], recompute: Choice[int], shape: ModelShape
 ) -> tuple[Choice[int], Choice[int]]:
     if config.micro_batch is not None:
-        micro = Choice(micro.value, "set by `--micro-batch`, as a divisor of the batch")
+        micro = Choice(micro.value, "set by `--micro-batch`, in passes as even as can be")
     if config.recompute is not None:
         recompute = Choice(recompute.value, f"set by `--recompute`, of {shape.num_layers} layers")
     return micro, recompute

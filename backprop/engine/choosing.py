@@ -108,7 +108,8 @@ def measured_fastest(
             passes = _hardest(objective, examples, _sized(size, one, config, plan), plan)
             several = one.examples * plan.gpus.value < plan.batch_size.value
             measured = _measured(ranks, model, objective, passes, several=several)
-            if measured is not None:
+            later = plan.memory.moments if plan.memory else 0  # which the first update makes
+            if measured is not None and measured.memory.peak + later <= footprint.room():
                 found[one] = measured
     give_back_memory(main=True)
     if not found:

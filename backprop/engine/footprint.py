@@ -1,5 +1,6 @@
 """What a step holds of a GPU's memory, measured, and what that makes of the estimates."""
 
+import math
 from dataclasses import asdict
 
 from backprop.core.phases import Footprint, Phases, mended
@@ -21,6 +22,15 @@ def end(begun: int) -> Footprint:
     import torch
 
     return Footprint(held=begun, peak=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def room() -> float:
+    """Give the bytes that this process may hold of the GPU, those that it holds included; without end where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return math.inf
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
 def tell(

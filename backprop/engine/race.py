@@ -26,6 +26,8 @@ from backprop.events import JSON, Event, Phase, Sink
 RACER = (sys.executable, "-m", "backprop.engine.racer")
 """The program of an engine that is tried; it takes the number of its socket."""
 ENGINES = ("torch", "unsloth")
+# Loading and compiling say nothing: longer than this, and what is tried would cost more than it could save.
+MOST_SILENT_S = 20 * 60
 VERSIONED = (
     "torch",
     "transformers",
@@ -121,6 +123,8 @@ def _answer(job: Job, *, say: Sink) -> Answer:
 def _heard(connection: Connection, end: Callable[[], str], say: Sink) -> Answer:
     while True:
         try:
+            if not connection.poll(MOST_SILENT_S):
+                raise ToolError(f"its process said nothing for {MOST_SILENT_S / 60:.0f} minutes")
             heard = hear(connection)
         except (EOFError, OSError):
             end()  # raises what it has said

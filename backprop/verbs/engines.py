@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from backprop.config import TrainConfig
-from backprop.core.engines import refuse_if_not_there
+from backprop.core import engines
 from backprop.edges import device
 from backprop.events import Sink
 from backprop.verbs.prepare import Prepared
@@ -18,17 +18,27 @@ def check_engine(config: TrainConfig) -> None:
         BackpropError: Saying what is missing.
     """
     if config.engine == "unsloth":
-        there = importlib.util.find_spec("unsloth") is not None
-        refuse_if_not_there(config, device.use_one_gpu(device.probe()), installed=there)
+        engines.refuse_if_not_there(config, device.use_one_gpu(device.probe()), installed=_is_installed())
+
+
+def can_be(engine: str) -> bool:
+    """Say whether an engine that was chosen when a run began can still be, here: a run may go on elsewhere."""
+    return engine == "torch" or (_is_installed() and not engines.why_not_on(device.use_one_gpu(device.probe())))
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("unsloth") is not None
 
 
 def with_faster_engine(config: TrainConfig, parts: Sequence[Prepared], *, say: Sink) -> list[Prepared]:
-    """Let a run, or all of several, have the engine that is the faster with the first, if that is to be tried."""
+    """Let a run, or all of several, have the engine of the first: the faster with it, if that is to be tried."""
     first = parts[0]
-    if config.dry_run or not first.plan.try_engines:
+    if config.dry_run:
         return list(parts)
-    from backprop.engine import race
+    chosen = first.plan.engine
+    if first.plan.try_engines:
+        from backprop.engine import race
 
-    examples = first.train.examples
-    chosen = race.with_faster(first.model.path, first.config, first.plan, examples, say=say).engine
+        examples = first.train.examples
+        chosen = race.with_faster(first.model.path, first.config, first.plan, examples, say=say).engine
     return [replace(part, plan=replace(part.plan, engine=chosen, try_engines=False)) for part in parts]

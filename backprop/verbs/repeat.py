@@ -10,7 +10,7 @@ from backprop.edges import rundir
 from backprop.errors import TrainingError, UsageError
 from backprop.events import JSON, Repeated, Sink, Step, Warned
 from backprop.verbs.prepare import Prepared
-from backprop.verbs.session import NOT_IDENTITY, other_versions
+from backprop.verbs.session import NOT_IDENTITY, ONCE, other_versions
 
 
 def settings_of(config: TrainConfig) -> TrainConfig:
@@ -34,7 +34,9 @@ def settings_of(config: TrainConfig) -> TrainConfig:
     known = {field.name for field in fields(config)} - {*NOT_IDENTITY, "from_run"}
     settings = {name: value for name, value in manifest["config"].items() if name in known}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    settings["engine"] = (manifest["plan"].get("engine") or {}).get("value", "torch")
+    settings = {**ONCE, **settings}
+    if config.engine == "auto":
+        settings["engine"] = (manifest["plan"].get("engine") or {}).get("value", "torch")
     if config.micro_batch is None:
         planned = manifest["plan"]["micro_batch"]["value"]
         settings["micro_batch"] = manifest["result"].get("micro_batch", planned)  # what was tried may have been faster

@@ -38,6 +38,7 @@ from backprop.events import (
     Step,
     Warned,
 )
+from backprop.verbs.engines import can_be
 from backprop.verbs.prepare import Prepared
 
 # Packages whose version changes what a run does.
@@ -46,7 +47,7 @@ VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "
 NOT_IDENTITY = (
     *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch", "recompute"),
     *("resume", "save_steps", "keep_checkpoints", "max_minutes", "gate", "gate_data", "max_forgetting", "from_run"),
-    *("gpu_max_temp", "price_per_hour", "power_note"),
+    *("gpu_max_temp", "price_per_hour", "power_note", "engine"),
 )
 
 
@@ -57,6 +58,8 @@ ENVIRONMENT = (
 )
 # Options that the plan chooses where they are not given, once for a run however often it goes on.
 CHOSEN = ("method", "optimizer")
+# What versions did that had no such option.
+ONCE = {"optimizer": "adamw"}
 GATES = ("gate", "gate_data")
 # Marks the note on an exception whose traceback is in a file already.
 CRASH_NOTE = "traceback in "
@@ -114,10 +117,11 @@ class Session:
         if not self.goes_on:
             return config
         before = rundir.read_manifest(self.directory) or {}
-        given: Mapping[str, Any] = before.get("config") or {}
+        given: Mapping[str, Any] = {**ONCE, **before["config"]} if before.get("config") else {}
         config = replace(config, **{name: given.get(name) for name in CHOSEN if getattr(config, name) is None})
         if config.engine == "auto" and before.get("plan"):  # there was one only, once
-            config = replace(config, engine=(before["plan"].get("engine") or {}).get("value", "torch"))
+            had = (before["plan"].get("engine") or {}).get("value", "torch")
+            config = replace(config, engine=had if can_be(had) else "torch")
         return config
 
     def claim(self, prepared: Prepared, *, question: str, probes: Sequence[Sequence[Message]]) -> None:
@@ -377,6 +381,8 @@ def _as_known_before(directory: Path, identity: Mapping[str, object]) -> dict[st
         return dict(identity)
     if identity["method"] is None and before.get("method") == "lora":  # what was the default once
         identity = {**identity, "method": "lora"}
+    identity = {name: value for name, value in identity.items() if name in before or value != ONCE.get(name, ...)}
+    identity |= {name: value for name, value in before.items() if name in NOT_IDENTITY}  # it was, once
     defaults = {one.name: one.default for one in (*fields(TrainConfig), *fields(MultiRunConfig))}
     return {name: value for name, value in identity.items() if name in before or value != defaults.get(name, ...)}
 

@@ -243,6 +243,22 @@ def test_what_was_measured_mends_the_memory_that_is_expected_and_is_kept(
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_what_has_no_room_for_the_moments_of_the_first_update_is_not_taken(
+    train: Callable[..., Run],
+    quick: Callable[[Passes], None],
+    measured: list[Footprint],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quick(WAYS[0])
+    monkeypatch.setattr(footprint, "room", lambda: 320)
+    measured += [Footprint(90, 301), Footprint(90, 300), Footprint(90, 100)]
+    run = train(UNEVEN, **OPTIONS)
+    (told,) = phases(run, "the fastest here")
+    assert "4 at once" not in told
+    assert mended(run)[0][1] <= 320
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_that_goes_on_has_its_moments_already(train: Callable[..., Run], measured: list[Footprint]) -> None:
     measured += [Footprint(110, 320)]
     whole = train(UNEVEN, **OPTIONS, save_steps=1, keep_checkpoints=9)

@@ -235,8 +235,54 @@ def test_a_run_that_goes_on_keeps_its_engine(start: Start, tmp_path: Path) -> No
     (tmp_path / "run").rename(tmp_path / "killed")
     done_again = settings_of(TrainConfig(from_run=tmp_path / "killed", output=tmp_path / "again"))
     assert done_again.engine == "unsloth"
+    by_torch = TrainConfig(from_run=tmp_path / "killed", output=tmp_path / "again", engine="torch")
+    assert settings_of(by_torch).engine == "torch"
     whole = ended(start("--save-steps", "1", "--engine", "unsloth", steps=40))
     assert losses(whole)[-len(losses(again)) :] == pytest.approx(losses(again), rel=1e-5)
+
+
+def test_a_run_goes_on_with_torch_where_the_engine_that_was_chosen_is_not_there_any_more(
+    start: Start, tmp_path: Path
+) -> None:
+    answers = {"TRIED": str(tmp_path / "tried"), "ANSWERS": json.dumps({"unsloth": {"tokens_per_second": 200}})}
+    first = start("--save-steps", "1", steps=40, racer=RACER, **answers)
+    assert first.stdout
+    for line in first.stdout:
+        event = json.loads(line)
+        if event["event"] == "step" and event["step"] == 3:
+            first.kill()
+    assert first.wait() == -signal.SIGKILL
+    again = ended(start("--save-steps", "1", steps=40, PYTHONPATH=str(ROOT)))
+    assert again.returncode == 0, again.stderr
+    assert told(again, "resumed")
+    warned = "\n".join(event["message"] for event in told(again, "warning"))
+    assert "goes on with the engine torch, and had unsloth before" in warned
+
+
+def test_what_cannot_be_loaded_any_more_goes_on_as_its_hint_says(start: Start, tmp_path: Path) -> None:
+    """The hint, `--engine torch`, was refused as that of another run."""
+    done = ended(start("--engine", "unsloth", UNSLOTH_DOUBLE="broken"))
+    assert "hint: add `--engine torch`" in done.stderr
+    assert (tmp_path / "run" / "run.json").is_file()
+    again = ended(start("--engine", "torch"))
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("engine", race.ENGINES)
+def test_a_run_that_is_stopped_while_engines_are_tried_leaves_none_of_them(
+    start: Start, tmp_path: Path, engine: str
+) -> None:
+    answers = {"TRIED": str(tmp_path / "tried"), "ANSWERS": json.dumps({engine: {"ends": "never"}})}
+    stopped = start(racer=RACER, **answers)
+    assert stopped.stdout
+    for line in stopped.stdout:
+        if f"{engine}: hangs" in line:
+            stopped.terminate()
+    assert stopped.wait(timeout=60) == 75
+    assert not Path("/proc", (tmp_path / "tried.pid").read_text()).exists()
+    assert not (tmp_path / "run" / "run.json").exists()
+    done = ended(start(racer=RACER, TRIED=str(tmp_path / "tried"), ANSWERS="{}"))
+    assert done.returncode == 0, done.stderr
 
 
 TWO_CORES = Hardware(gpus=(), driver="", num_cpus=2, memory_bytes=2**34, platform="Linux x86_64")
@@ -305,6 +351,14 @@ def test_the_faster_engine_that_passes_the_checks_is_taken(
         assert "fell over" not in again.engine.reason
 
 
+def test_one_that_hangs_leaves_torch(
+    tried: Callable[..., tuple[Plan, list[Event]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "MOST_SILENT_S", 0.01)
+    plan, _ = tried(torch={"ends": "never"}, unsloth=FAST)
+    assert plan.engine == Choice("torch", "torch could not be tried: its process said nothing for 0 minutes")
+
+
 @pytest.mark.parametrize("found", ["torch", ["jax", "faster"], ["unsloth"], ["unsloth", 3], {}, None], ids=repr)
 def test_what_else_a_cache_holds_is_not_taken(
     tried: Callable[..., tuple[Plan, list[Event]]], tmp_path: Path, found: Any
@@ -354,36 +408,27 @@ def test_several_runs_have_one_engine_and_are_merged(
 ) -> None:
     sources = [
         option
-        for name in "ab"
-        for option in ("--data", write([chat(f"What is {n}?", "It is here.") for n in range(12)], f"{name}.jsonl"))
+        for name, answer in (("a", "It is here."), ("b", "It is here, beside the old mill."))
+        for option in ("--data", write([chat(f"What is {n}?", answer) for n in range(12)], f"{name}.jsonl"))
     ]
     answers = {"TRIED": str(tmp_path / "tried"), "ANSWERS": json.dumps({"unsloth": FAST})}
     answers["UNSLOTH_DOUBLE_LOADS"] = str(tmp_path / "loads")
     paths = {"PYTHONPATH": f"{DOUBLE}{os.pathsep}{ROOT}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    argv = [
-        "multi-run",
-        *sources,
-        "--model",
-        tiny_model,
-        "--output",
-        tmp_path / "run",
-        "--steps",
-        "5",
-        *OPTIONS,
-        "--json",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", HERE, str(RACER), *map(str, argv)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **paths, **answers},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "tried").read_text().splitlines()[0].startswith("torch")
-    assert len((tmp_path / "tried").read_text().splitlines()) == 2, "tried once for all runs"
-    assert engine_in(tmp_path / "run")["value"] == "unsloth"
-    assert len((tmp_path / "loads").read_text().splitlines()) == 2, "each run on the same engine"
+    # The second time it is known what was found with the first part; of the second, whose rows are longer, nothing is.
+    for number, output in enumerate((tmp_path / "run", tmp_path / "again"), start=1):
+        argv = ["multi-run", *sources, "--model", tiny_model, "--output", output, "--steps", "5", *OPTIONS, "--json"]
+        done = subprocess.run(
+            [sys.executable, "-c", HERE, str(RACER), *map(str, argv)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **paths, **answers},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "tried").read_text().splitlines()[0].startswith("torch")
+        assert len((tmp_path / "tried").read_text().splitlines()) == 2, "tried once for all runs"
+        assert engine_in(output)["value"] == "unsloth"
+        assert len((tmp_path / "loads").read_text().splitlines()) == 2 * number, "each run on the same engine"
 
 
 def test_a_checkpoint_of_another_engine_is_told(start: Start, tmp_path: Path) -> None:

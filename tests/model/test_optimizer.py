@@ -28,7 +28,7 @@ from backprop.engine.snapshot import FORMAT, OPTIMIZER, decided, moments_of, ref
 from backprop.errors import UsageError
 from backprop.presets import GIB
 from backprop.verbs.fits import method_that_fits
-from backprop.verbs.session import Session
+from backprop.verbs.session import Session, running
 
 pytestmark = pytest.mark.model
 APART = ROOT / ".venv" / "apart"
@@ -180,6 +180,18 @@ def test_a_run_that_goes_on_keeps_the_optimizer_that_was_chosen_when_it_began(tm
     begun = session.as_begun(asked)
     assert (begun.method, begun.optimizer) == ("full", "adamw-8bit")
     assert session.as_begun(replace(asked, optimizer="adamw")).optimizer == "adamw"
+
+
+@pytest.mark.parametrize("asked", [None, "adamw"])
+def test_a_run_of_before_there_were_two_goes_on_with_moments_of_32_bits(tmp_path: Path, asked: Any) -> None:
+    """A plan may choose 8 bits now, which its checkpoints refuse; and `--optimizer adamw` was refused as another run."""
+    config = TrainConfig(data=("x",), output=tmp_path, optimizer=asked)
+    known = {"engine": "auto"} if asked else {}  # which once made another run
+    identity = {"command": "train", "data_sha256": "of the data", "data": ["x"], "method": None, **known}
+    (tmp_path / "run.json").write_text(json.dumps({"identity": identity, "config": {"method": "lora"}}))
+    with running(config, command="train", fingerprint="of the data", say=lambda event: None) as session:
+        assert session.goes_on
+        assert session.as_begun(config).optimizer == "adamw"
 
 
 def test_a_model_that_fits_with_moments_of_8_bits_alone_is_told_to_fit() -> None:

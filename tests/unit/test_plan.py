@@ -1,5 +1,6 @@
 """Choices and their reasons."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from backprop.config import Objective, TrainConfig
 from backprop.core.hardware import Gpu, Hardware
-from backprop.core.passes import room_of
+from backprop.core.passes import even, room_of
 from backprop.core.plan import (
     Choice,
     DataShape,
@@ -100,8 +101,18 @@ def test_the_micro_batch_divides_the_batch(batch: int) -> None:
     assert batch % made.micro_batch.value == 0
 
 
-def test_an_uneven_micro_batch_is_made_to_divide() -> None:
-    assert plan(TrainConfig(data=("x",), batch_size=8, micro_batch=3)).micro_batch.value == 2
+@pytest.mark.parametrize("hardware", [machine(), machine(24)], ids=["CPU", "GPU"])
+@pytest.mark.parametrize(("asked", "size"), [(3, 3), (5, 4), (7, 4), (8, 8), (20, 8), (1, 1)])
+def test_a_micro_batch_is_made_as_even_as_can_be(hardware: Hardware, asked: int, size: int) -> None:
+    """A run with 3 of 8 examples at once, which a GPU's plan may choose, was done again with 2: not bit for bit."""
+    made = plan(TrainConfig(data=("x",), batch_size=8, micro_batch=asked), hardware=hardware)
+    assert made.micro_batch.value == size
+
+
+def test_every_size_that_a_plan_may_choose_is_taken_as_it_is_when_the_run_is_done_again() -> None:
+    for batch in range(1, 65):
+        for size in {math.ceil(batch / passes) for passes in range(1, batch + 1)}:
+            assert even(batch, size) == size
 
 
 def test_nothing_is_cut_unless_the_model_has_no_positions() -> None:
