@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -539,6 +545,40 @@ def test_a_multi_run_that_is_killed_between_two_steps_of_its_own_ends_the_same(
     assert again.error is None
     assert again.all(events.Resumed)
     assert again.result == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_multi_run_whose_process_is_killed_at_any_instant_ends_with_the_same_hashes(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    sources = [option for word in "abc" for option in ("--data", str(write(rows(word), f"{word}.jsonl")))]
+    argv = [sys.executable, "-m", "backprop", "multi-run", *sources, "--model", str(tiny_model), *OPTIONS]
+    argv += ["--lr", "0.01", "--save-steps", "1", "--json", "--quiet", "--output"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*argv, name], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def hashes(name: str) -> dict[str, str]:
+        files = sorted((tmp_path / name).glob("**/lora/adapter_model.safetensors"))
+        return {str(file.relative_to(tmp_path / name)): rundir.sha256_of(file) for file in files}
+
+    told = start("whole").communicate()[0].splitlines()
+    dice, kills, code = random.Random(0), 0, None
+    while code != 0:
+        process, last = start("killed"), dice.randrange(len(told) // 8, len(told) // 3)
+        assert process.stdout
+        for number, _ in enumerate(process.stdout):
+            if number == last and kills < 5:
+                time.sleep(0.2 * dice.random())
+                process.kill()
+                kills += 1
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL)
+    assert kills >= 3
+    assert hashes("killed") == hashes("whole")
+    assert len(hashes("whole")) == 4
 
 
 @pytest.mark.slow
