@@ -238,7 +238,7 @@ def test_a_run_that_goes_on_keeps_its_engine(start: Start, tmp_path: Path) -> No
     by_torch = TrainConfig(from_run=tmp_path / "killed", output=tmp_path / "again", engine="torch")
     assert settings_of(by_torch).engine == "torch"
     whole = ended(start("--save-steps", "1", "--engine", "unsloth", steps=40))
-    assert losses(whole)[-len(losses(again)) :] == pytest.approx(losses(again), rel=1e-5)
+    assert losses(whole)[-len(losses(again)) :] == pytest.approx(losses(again), rel=1e-3)
 
 
 def test_a_run_goes_on_with_torch_where_the_engine_that_was_chosen_is_not_there_any_more(
