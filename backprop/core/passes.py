@@ -69,9 +69,8 @@ def needs(
             several=one.examples < batch,
         ).most
 
-    sizes = sorted({math.ceil(batch / passes) for passes in range(1, batch + 1)})
-    if config.micro_batch is not None:
-        sizes = [even(batch, config.micro_batch)]
+    limits = range(1, batch + 1) if config.micro_batch is None else [config.micro_batch]
+    sizes = sorted({even(batch, most) for most in limits})
     again = range(shape.num_layers + 1) if config.recompute is None else [min(config.recompute, shape.num_layers)]
     ways = [Passes(size, layers) for size in sizes for layers in again]
     most = most_offloaded(shape, length, main_bytes)

@@ -198,16 +198,19 @@ def _circumstances(model: Any, size: PassSize, config: TrainConfig, plan: Plan) 
     """Give what decides which way is the fastest, but for the lengths of the data."""
     import torch
 
-    chosen = {name: choice.value for name, choice in plan.choices().items()}
-    for name in ("steps", "eval_steps", "learning_rate", "lora_alpha", "micro_batch", "recompute", "offload"):
-        del chosen[name]
     return {
-        "version": backprop.__version__,
         "torch": torch.__version__,
-        "gpu": plan.device.reason,
         "weights": sum(weight.numel() for weight in model.parameters()),
         "adapter": [config.lora_r, config.lora_dropout, config.objective, *config.target_modules],
         "packing": size.packing,
         "to_try": [asdict(one) for one in plan.to_try],
-        **chosen,
+        **chosen_for_all(plan),
     }
+
+
+def chosen_for_all(plan: Plan) -> dict[str, JSON]:
+    """Give the machine and what a plan has chosen that changes the speed, whatever is tried."""
+    chosen = {name: choice.value for name, choice in plan.choices().items()}
+    for name in ("steps", "eval_steps", "learning_rate", "lora_alpha", "micro_batch", "recompute", "offload"):
+        del chosen[name]
+    return {"version": backprop.__version__, "gpu": plan.device.reason, **chosen}

@@ -12,13 +12,12 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
-import backprop
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
 from backprop.core.engines import Raced, faster
 from backprop.core.plan import Choice, Plan
 from backprop.edges import process, tried
-from backprop.engine.choosing import MOST_EXAMPLES
+from backprop.engine.choosing import MOST_EXAMPLES, chosen_for_all
 from backprop.engine.ranks import hear, tell
 from backprop.errors import BackpropError, ToolError
 from backprop.events import JSON, Event, Phase, Sink
@@ -139,16 +138,11 @@ def _heard(connection: Connection, end: Callable[[], str], say: Sink) -> Answer:
 
 def _circumstances(config: TrainConfig, plan: Plan) -> JSON:
     """Give what decides which engine is the faster, but for the lengths of the data."""
-    chosen = {name: choice.value for name, choice in plan.choices().items()}
-    for name in ("engine", "steps", "eval_steps", "learning_rate", "lora_alpha", "micro_batch", "recompute", "offload"):
-        del chosen[name]
     return {
-        "what": "engine",
-        "version": backprop.__version__,
+        **chosen_for_all(plan),
+        "engine": "tried",
         "versions": {name: _version(name) for name in VERSIONED},
-        "gpu": plan.device.reason,
         "adapter": [config.lora_r, *config.target_modules],
-        **chosen,
     }
 
 
