@@ -293,7 +293,7 @@ def _parse(text: str, place: str) -> object:
 
 
 def _document_rows(path: Path, file: IO[bytes]) -> Iterator[Row]:
-    """Read the rows of a list, of a list inside an object, or of objects one after another, none of which is long in memory."""
+    """Read the rows of a list, of a list inside an object, or of objects one after another; no list is in memory as a whole."""
     text = JsonText(path, file)
     values = _items(text) if text.at(text.after_space(0)) == "[" else _values(text)
     for number, value in enumerate(values, start=1):
@@ -312,12 +312,14 @@ def _items(text: JsonText) -> Iterator[object]:
     _hold_end(text, at)
 
 
-def _of_list(text: JsonText, at: int) -> Generator[object, None, int]:
-    """Give the items of the list at a position; give back where it ends."""
+def _of_list(text: JsonText, at: int, *, objects: bool = False) -> Generator[object, None, int]:
+    """Give the items of the list at a position, which may have to be objects all of them; give back where it ends."""
     at = text.after_space(at + 1)
     closed = text.at(at) == "]"
     while not closed:
         item, at = text.decode(at)
+        if objects and not isinstance(item, Mapping):
+            raise _unclear(text, "a list of objects and others")
         yield item
         at = text.after_space(text.forget(at))
         closed = text.at(at) == "]"
@@ -351,27 +353,33 @@ def _values(text: JsonText) -> Iterator[object]:
 
 def _of_wrapper(text: JsonText) -> Iterator[object]:
     """Give the rows that an object wraps which is too long to be a row itself: the items of its only list of objects."""
-    at, lists, more = text.expect("{", 0), 0, True
+    at, members, rows, more = text.expect("{", 0), dict[str, object](), "", True
     while more:
-        _, at = text.decode(text.after_space(at + 1))
+        key, at = text.decode(text.expect('"', at + 1))
         at = text.after_space(text.expect(":", at) + 1)
-        if text.at(at) == "[" and text.at(text.after_space(at + 1)) == "{":
-            lists += 1
-            if lists > 1:
-                raise _unclear(text, "two lists of objects")
-            at = yield from _of_list(text, at)
+        first = text.after_space(at + 1)
+        if text.at(at) == "[" and text.at(first) == "{":
+            if rows:
+                raise _unclear(text, "two lists of objects in it")
+            item, _ = text.decode(first)
+            rows, members[str(key)] = str(key), [item]
+            if is_turn(item):
+                raise _unclear(text, "turns in it")
+            at = yield from _of_list(text, at, objects=True)
         else:
-            _, at = text.decode(at)
+            members[str(key)], at = text.decode(at)
         at = text.after_space(text.forget(at))
         more = text.at(at) == ","
     _hold_end(text, text.expect("}", at) + 1)
-    if not lists:
-        raise _unclear(text, "no list of objects")
+    if not rows:
+        raise _unclear(text, "no list of objects in it")
+    if has_known_shape(members):
+        raise _unclear(text, "the columns of a row")
 
 
 def _unclear(text: JsonText, what: str) -> DataError:
     return DataError(
-        f"{text.path} is one object of more than {MAX_LINE_BYTES // 2**20} MiB with {what} in it: where its rows are is not clear",
+        f"{text.path} is one object of more than {MAX_LINE_BYTES // 2**20} MiB with {what}: where its rows are is not clear",
         hint="give the rows as a list, or one on each line of a .jsonl file",
     )
 

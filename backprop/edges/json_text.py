@@ -85,7 +85,7 @@ class JsonText:
                 value, end = DECODER.raw_decode(self._text, position)
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - CUT_CHARACTERS
-                if cut and most is not None and len(self._text) - position > most:
+                if cut and most is not None and len(self._text) - position >= most:
                     raise TooLongError from error
                 if not (cut and self._more()):
                     raise self.fault(error.msg, error.pos) from error

@@ -169,7 +169,7 @@ def _attend_once(attend: Any, dtype: Any) -> None:
     """Go through a product and attention, and back."""
     import torch
 
-    with suppress(RuntimeError):  # what cannot run here is told of by who needs it
+    with suppress(Exception):  # what cannot run here is told of by who needs it
         tokens = torch.ones(1, 2, 16, 64, device="cuda", dtype=dtype, requires_grad=True)
         heads = tokens @ tokens.new_ones(64, 64)
         ends = torch.tensor([0, 8, 16], dtype=torch.int32, device="cuda")

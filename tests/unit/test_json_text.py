@@ -114,6 +114,10 @@ def test_rows_in_a_long_object_come_out_as_of_a_list(
     [
         ('{"a": [{"x": 1}], "b": [{"x": 2}]}', "two lists of objects in it"),
         ('{"a": 1, "b": ["a text", "and another"]}', "no list of objects in it"),
+        ('{"a": [{"x": 1}, 3]}', "a list of objects and others"),
+        ('{"a": [{"role": "user", "content": "hi"}]}', "turns"),
+        ('{"prompt": "p", "completion": "c", "a": [{"x": 1}]}', "the columns of a row"),
+        ('{"a": [{"x": 1}], 5: 3}', "line 1 is not JSON: Expecting '\"' delimiter at column 19"),
         ('{"a": [{"x": 1}], "b" 3}', "line 1 is not JSON: Expecting ':' delimiter at column 23"),
         ('{"a": [{"x": 1}, {"x": 2} {"x": 3}]}', "line 1 is not JSON: Expecting ',' delimiter at column 27"),
         ('{"a": [{"x": 1}]} {"b": 1}', "line 1 is not JSON: Extra data at column 19"),
