@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from backprop.config import TrainConfig
-from backprop.core import engines
+from backprop.core import engines, passes
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape, met_weights
 from backprop.core.plan import BF16_CAPABILITY, Choice, DataShape, Plan, make_plan
@@ -64,16 +64,25 @@ def plan_and_seconds(
     seconds = estimate_seconds(plan, shape, data, hardware)
     gpus = choose_gpus(plan, hardware, seconds)
     compiled = choose_compile(config, plan, hardware, seconds / gpus.value, experts=shape.num_experts)
-    plan = make_plan(
-        *(config, hardware, shape, data),
-        model=model,
-        max_length=max_length,
-        compiled=compiled,
-        eight_bit=eight_bit,
-    )
+
+    def planned(compiled: Choice[bool]) -> Plan:
+        given = config, hardware, shape, data
+        return make_plan(*given, model=model, max_length=max_length, compiled=compiled, eight_bit=eight_bit)
+
+    plan = planned(compiled)
+    if compiled.value and config.compile is None:
+        bare = planned(Choice(False, "compiled, a step needs more memory than there is"))
+        plan = max(plan, bare, key=lambda one: _roomiest(one, hardware))
     worth_trying = seconds / gpus.value > TRIED_ABOVE_S and not config.deterministic
     plan = replace(plan, gpus=gpus, to_try=plan.to_try if worth_trying else ())
     return engines.with_engine(plan, config, hardware, shape, seconds=seconds / gpus.value, installed=unsloth), seconds
+
+
+def _roomiest(plan: Plan, hardware: Hardware) -> tuple[bool, bool, int]:
+    """Order plans: those that fit, those with moments of 32 bits, since what is compiled must not decide the result, then the least."""
+    need = plan.memory.most if plan.memory else 0
+    fits = need <= passes.room_of(hardware.gpus[0])
+    return fits, plan.optimizer.value == "adamw", 0 if fits else -need
 
 
 # Six passes are tried; what comes of it is kept for later runs.

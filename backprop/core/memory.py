@@ -189,6 +189,9 @@ def step_memory(
         way_back = dora_memory(shape, tokens=tokens)
     loss = loss_memory(config, shape, tokens=tokens, width=width, compiled=compiled)
     again = layer if recomputed else 0
+    if recomputed and compiled:
+        # Within compiled code, what gate and up and their adapters give waits apart for the one kernel that needs it all.
+        again += tokens * width * (3 * shape.intermediate_size + 2 * shape.hidden_size)
     # The first layers are those that are computed again: when their turn comes, the others have let go of theirs.
     turn = max(0, again - own * layer)
     # At the end, all gradients are there, and nothing is kept but by the first layer.

@@ -73,7 +73,7 @@ def phases_of(
     copied = word_weights(shape) * FLOAT32 if config.method == "full" and shape.tied else 0
     between = WORKSPACE + held.base + held.trained + held.moments
     return Phases(
-        load=_load_memory(config, shape, dtype=dtype),
+        load=WORKSPACE + _load_memory(config, shape, dtype=dtype),
         step=step.total,
         evaluation=between + held.casts + _forward_memory(config, shape, tokens=tokens, dtype=dtype),
         save=between + copied,

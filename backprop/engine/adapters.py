@@ -3,6 +3,7 @@
 Torch is imported at the top since these are classes of PEFT's; only `load` imports this, when it adds an adapter.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,34 @@ if TYPE_CHECKING:
 else:
     Mixin = object
 
+BESIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that read the same: transformers' names for them."""
+
+
+class _Together:
+    """The products with A of layers that read the same, as one: seven of a Llama's layer become four.
+
+    The first of them computes those of all, and each takes its own, the last of which clears the place.
+    """
+
+    def __init__(self, members: list[Any]) -> None:
+        self._members = members
+        self._of: torch.Tensor | None = None
+        self._found: tuple[torch.Tensor, ...] = ()
+
+    def product(self, x: torch.Tensor, place: int) -> torch.Tensor:
+        """Give the product of ``x`` with the A of the layer at ``place``."""
+        if place == 0:
+            weights = [member.lora_A["default"].weight for member in self._members]
+            product = torch.nn.functional.linear(x, torch.cat(weights))
+            self._of, self._found = x, product.split([len(weight) for weight in weights], dim=-1)
+        elif self._of is not x:
+            return self._members[place].lora_A["default"](x)
+        mine = self._found[place]
+        if place == len(self._members) - 1:
+            self._of, self._found = None, ()
+        return mine
+
 
 class _Narrow(Mixin):
     """Scales what is as narrow as the rank.
@@ -21,11 +50,17 @@ class _Narrow(Mixin):
     layer: each is written once more, and kept for the way back.
     """
 
+    together: _Together | None = None
+    place: int
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        narrow = self.lora_A["default"](self.lora_dropout["default"](x)) * self.scaling["default"]
-        return self.base_layer(x) + self.lora_B["default"](narrow)
+        if self.together is None:
+            product = self.lora_A["default"](self.lora_dropout["default"](x))
+        else:
+            product = self.together.product(x, self.place)
+        return self.base_layer(x) + self.lora_B["default"](product * self.scaling["default"])
 
 
 class _Linear(_Narrow, lora.Linear):
@@ -45,3 +80,18 @@ def narrow(model: Any) -> None:
             assert module.active_adapters == list(module.lora_A) == ["default"]
             # Its class and not its own `forward`, by which a compiler would tell every layer from the others.
             module.__class__ = NARROW[type(module)]
+    for members in _reading_the_same(model):
+        together = _Together(members)
+        for place, member in enumerate(members):
+            member.together, member.place = together, place
+
+
+def _reading_the_same(model: Any) -> Iterator[list[Any]]:
+    """Give the narrow layers whose products can be one, those that drop inputs apart: each drops its own."""
+    for module in model.modules():
+        for names in BESIDE:
+            found = [getattr(module, name, None) for name in names]
+            if all(
+                isinstance(one, _Narrow) and isinstance(one.lora_dropout["default"], torch.nn.Identity) for one in found
+            ):
+                yield found

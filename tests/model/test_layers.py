@@ -320,6 +320,43 @@ def test_adapters_compute_what_pefts_do(options: dict[str, Any]) -> None:
     torch.testing.assert_close(model(torch.arange(9)[None]).logits, apart, rtol=1e-4, atol=1e-5)
 
 
+def test_products_with_a_of_layers_that_read_the_same_are_one_and_others_are_their_own() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from backprop.engine.adapters import narrow
+
+    model = with_adapter(llama())
+    rank = model.peft_config["default"].r
+    thin: list[int] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and made.shape[-1] in (
+                rank,
+                2 * rank,
+                3 * rank,
+            ):
+                thin.append(made.shape[-1] // rank)
+            return made
+
+    with Seen(), torch.no_grad():
+        model(torch.arange(9)[None])
+    assert thin == 12 * [1] * 7
+    narrow(model)
+    thin.clear()
+    with Seen(), torch.no_grad():
+        model(torch.arange(9)[None])
+    assert thin == 12 * [3, 1, 2, 1]
+    # A layer that is given something else than the first of its group computes its own.
+    attention = model.base_model.model.model.layers[0].self_attn
+    one, other = torch.randn(2, 1, 4, model.config.hidden_size)
+    alone = attention.k_proj(other)
+    attention.q_proj(one)
+    torch.testing.assert_close(attention.k_proj(other), alone)
+    torch.testing.assert_close(attention.v_proj(one), attention.v_proj(one.clone()))
+
+
 def test_adapters_drop_what_pefts_drop() -> None:
     from backprop.engine.adapters import narrow
 

@@ -10,6 +10,7 @@ from backprop.core.duration import plan_and_seconds
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.memory import (
     ROUNDING_4_BIT,
+    WORKSPACE,
     ModelShape,
     adapter_weights,
     block_weights,
@@ -41,14 +42,13 @@ def test_weights_are_counted_as_the_model_has_them() -> None:
     assert word_weights(replace(QWEN25_7B, tied=True)) == 152064 * 3584
 
 
-# An H200 with torch 2.11 (docs/benchmarks.md): method, compiled, layers recomputed, tokens, GiB.
+# An H200 with torch 2.11 (docs/benchmarks.md): method, compiled, layers recomputed, tokens, GiB. Layers that are compiled and
+# recomputed, all of them, are in tests/assets/memory-h200.csv.
 MEASURED = [
     ("lora", True, 0, 8192, 49.4),
     ("lora", True, 0, 2048, 23.63),
     ("lora", True, 0, 16384, 83.96),
     ("lora", True, 14, 8192, 33.16),
-    ("lora", True, 28, 16384, 21.36),
-    ("lora", True, 28, 4096, 16.37),
     ("lora", False, 0, 8192, 60.63),
     ("lora", False, 0, 2048, 26.45),
     ("lora", False, 0, 16384, 106.49),
@@ -58,8 +58,6 @@ MEASURED = [
     ("qlora", True, 0, 2048, 14.64),
     ("qlora", True, 0, 16384, 75.06),
     ("qlora", True, 14, 8192, 24.15),
-    ("qlora", True, 28, 16384, 12.36),
-    ("qlora", True, 28, 4096, 7.37),
     ("qlora", False, 0, 8192, 51.62),
     ("qlora", False, 0, 2048, 17.44),
     ("qlora", False, 0, 16384, 97.48),
@@ -87,20 +85,20 @@ def expected(method: str, **options: Any) -> Phases:
 def test_loading_holds_the_weights_and_what_becomes_of_them() -> None:
     base, adapter = 7_615_000_000, adapter_weights(QWEN25_7B, 16)
     largest = 3584 * 18944
-    assert expected("lora").load == pytest.approx(2 * base + 4 * adapter, rel=0.001)
+    assert expected("lora").load - WORKSPACE == pytest.approx(2 * base + 4 * adapter, rel=0.001)
     # Each weight comes in 16 bits before it is held in 4; the adapter, which comes later, is smaller here.
     four_bit = block_weights(QWEN25_7B) * 0.5159 + 28 * 7 * ROUNDING_4_BIT + 2 * word_weights(QWEN25_7B)
-    assert expected("qlora").load == pytest.approx(four_bit + 2 * largest, rel=0.001)
-    assert expected("dora").load == pytest.approx(2 * base + 4 * adapter + 12 * largest, rel=0.001)
+    assert expected("qlora").load - WORKSPACE == pytest.approx(four_bit + 2 * largest, rel=0.001)
+    assert expected("dora").load - WORKSPACE == pytest.approx(2 * base + 4 * adapter + 12 * largest, rel=0.001)
     # In 16 bits, a copy of it, and that in float32.
-    assert expected("full").load == pytest.approx(6 * base, rel=0.001)
+    assert expected("full").load - WORKSPACE == pytest.approx(6 * base, rel=0.001)
 
 
 def test_words_that_are_tied_are_copied_twice_while_a_whole_model_is_loaded() -> None:
     small = replace(QWEN25_7B, num_layers=1, tied=True)
     found = phases_of(replace(CONFIG, method="full"), small, tokens=1, recomputed=0, compiled=False).load
     weights, words = block_weights(small) + word_weights(small), word_weights(small)
-    assert found == 4 * weights + 6 * words > 6 * weights
+    assert found - WORKSPACE == 4 * weights + 6 * words > 6 * weights
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "full"])
@@ -185,11 +183,26 @@ def test_a_large_card_recomputes_nothing_and_one_in_between_a_part() -> None:
 
 def test_the_inputs_of_layers_wait_in_main_memory_where_nothing_else_fits() -> None:
     assert not planned(12, method="qlora")[0].offload.value
-    # What 8 GB may have free beside a desktop: with them on the GPU, 6.6 GiB would be needed.
-    plan, need = planned(7, method="qlora")
+    # What 8 GB may have free beside a desktop: with them on the GPU, 6.8 GiB would be needed.
+    plan, need = planned(7.5, method="qlora")
     assert (plan.micro_batch.value, plan.recompute.value, plan.offload.value) == (1, 28, True)
-    assert 6.1 * GIB < need < 6.4 * GIB
+    assert 6.4 * GIB < need < 6.5 * GIB
     assert planned(7, method="qlora", recompute=20)[0].offload.value is False
+
+
+@pytest.mark.parametrize(
+    ("gib", "compiled", "reason"),
+    [(7.5, True, "minutes are estimated"), (7.2, False, "needs more memory than there is"), (6.0, False, "needs more")],
+)
+def test_what_fits_only_uncompiled_or_not_at_all_is_not_compiled(gib: float, compiled: bool, reason: str) -> None:
+    plan, need = planned(gib, method="qlora", eight_bit=True)
+    assert plan.compile.value is compiled
+    assert reason in plan.compile.reason
+    if gib > 7:
+        assert plan.optimizer.value == "adamw", "what is compiled must not decide the result"
+    more = planned(gib, method="qlora", eight_bit=True, compile=True)
+    assert more[1] >= need
+    assert more[0].compile.reason == "set by `--compile`"
 
 
 QWEN3_06B = ModelShape(
@@ -208,7 +221,7 @@ QWEN3_06B = ModelShape(
     ("method", "shape", "gib", "expected"),
     [
         ("qlora", QWEN25_7B, 7.2, "adamw"),  # from main memory, which changes no result
-        ("qlora", QWEN25_7B, 7.0, "adamw-8bit"),
+        ("qlora", QWEN25_7B, 7.1, "adamw-8bit"),
         ("full", QWEN3_06B, 17, "adamw"),
         ("full", QWEN3_06B, 13, "adamw-8bit"),
         ("full", QWEN3_06B, 12, "adamw-8bit"),
