@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from backprop import BackpropError, Trainer, events
 from backprop.core.data.formats import Message
@@ -21,6 +22,10 @@ from backprop.edges import process
 from backprop.schema import schema as event_schema
 
 ROOT = Path(__file__).parent.parent
+
+# Time is measured by scripts/bench: a busy machine makes no example wrong.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 # Workers that share cores wait for each other in torch and llama.cpp, which makes both many times slower.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):

@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from backprop.core.gate import (
@@ -169,8 +169,6 @@ def test_a_measure_is_on_one_side_of_a_bound_and_is_written_there(value: float, 
     assert (written < bound, written > bound) == (value < bound, value > bound)
 
 
-# The first interval imports numpy, which can take longer than hypothesis allows an example.
-unhurried = settings(deadline=None)
 losses = st.floats(0, 1e4)
 pairs = st.lists(st.tuples(losses, losses, st.integers(1, 2000)), min_size=1, max_size=30)
 
@@ -179,7 +177,6 @@ def under(pairs: list[tuple[float, float, int]]) -> tuple[list[RowLoss], list[Ro
     return [(before, num) for before, _, num in pairs], [(after, num) for _, after, num in pairs]
 
 
-@unhurried
 @given(pairs=pairs, seed=st.integers(0, 99))
 def test_the_interval_holds_the_change(pairs: list[tuple[float, float, int]], seed: int) -> None:
     before, after = under(pairs)
@@ -192,7 +189,6 @@ def test_the_interval_holds_the_change(pairs: list[tuple[float, float, int]], se
     assert found.rows == len(pairs)
 
 
-@unhurried
 @given(pairs=pairs, seed=st.integers(0, 99))
 def test_swapping_before_and_after_mirrors_the_interval(pairs: list[tuple[float, float, int]], seed: int) -> None:
     before, after = under(pairs)
@@ -201,7 +197,6 @@ def test_swapping_before_and_after_mirrors_the_interval(pairs: list[tuple[float,
     assert (mirrored.change, mirrored.low, mirrored.high) == (-found.change, -found.high, -found.low)
 
 
-@unhurried
 @given(pairs=pairs)
 def test_equal_losses_changed_by_nothing(pairs: list[tuple[float, float, int]]) -> None:
     before, _ = under(pairs)

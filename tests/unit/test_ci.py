@@ -7,7 +7,7 @@ from html import unescape
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from backprop.ci import CELL_MOST, NO_LAST_WORD, annotation, junit, step_summary
@@ -327,7 +327,6 @@ TEXT = st.text(
 )
 
 
-@settings(deadline=None)
 @given(texts=st.lists(TEXT, min_size=6, max_size=6), ok=st.booleans(), end=st.booleans())
 def test_whatever_the_texts_all_is_well_formed(texts: list[str], ok: bool, end: bool) -> None:
     command, name, found, gate, message, hint = texts

@@ -58,7 +58,9 @@ def errors(phase: str) -> list[float]:
             config, SHAPES[row["shape"]], tokens=tokens, recomputed=again, compiled=compiled, several=several
         )
         expected = getattr(need, phase)
-        if phase == "load" and row["kernels_ahead"] == "0":  # what was measured before they were loaded beside the weights
+        if (
+            phase == "load" and row["kernels_ahead"] == "0"
+        ):  # what was measured before they were loaded beside the weights
             expected -= WORKSPACE
         if int(row[phase]):
             found.append(expected / int(row[phase]) - 1)
