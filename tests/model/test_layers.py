@@ -101,10 +101,12 @@ def test_one_graph_serves_all_layers_and_rows_of_any_documents(
 ) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    from backprop.engine import attention
     from backprop.engine.adapters import narrow
     from backprop.engine.layers import Compiled
 
-    rows = [[5, 9], [3, 4, 20], [7], [2, 2, 3, 50]]
+    rows = [[5, 9], [3, 4, 20], [7], [2, 2, 3, 50], [60, 60], [61, 61, 61]]
+    monkeypatch.setattr(attention, "LONG", 60)
     model = with_adapter(llama())
     narrow(model)
     expected = [gradients_of(model, lengths) for lengths in rows]
@@ -124,7 +126,47 @@ def test_one_graph_serves_all_layers_and_rows_of_any_documents(
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
     # Nothing before the first layer has a gradient, so that it is compiled by itself.
     assert made[0] <= 3
-    assert set(made) == {made[0]}
+    assert set(made[:4]) == {made[0]}
+    # Those of one length are attended otherwise.
+    assert set(made[4:]) == {made[4]}
+    assert made[4] <= 2 * made[0]
+
+
+def test_long_documents_of_one_length_are_attended_side_by_side_as_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    from backprop.engine import attention
+
+    rows = [[7, 7, 7], [7, 7, 5], [3, 3]]
+    model = with_adapter(llama())
+    expected = [gradients_of(model, lengths) for lengths in rows]
+    request.getfixturevalue("kernel_on_a_cpu")
+    monkeypatch.setattr(attention, "LONG", 7)
+    real, shapes = attention._side_by_side, set[tuple[int, int]]()
+
+    def noted(query: Any, key: Any, value: Any, length: int, scaling: float | None) -> Any:
+        shapes.add((query.shape[2], length))
+        return real(query, key, value, length, scaling)
+
+    monkeypatch.setattr(attention, "_side_by_side", noted)
+    for lengths, plain in zip(rows, expected, strict=True):
+        torch.testing.assert_close(gradients_of(model, lengths), plain, rtol=1e-4, atol=1e-6)
+    assert shapes == {(21, 7)}, "neither of several lengths, nor of short ones"
+
+
+def test_a_window_shorter_than_documents_of_one_length_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from backprop.engine import attention, varlen
+
+    documents = attention.Documents.of([2048, 2048])
+    tokens = torch.zeros(1, 1, 4096, 2)
+    seen: list[int | None] = []
+    monkeypatch.setattr(attention, "_varlen_fits", lambda *_: True)
+    monkeypatch.setattr(varlen, "attend", lambda *given: seen.append(given[-1]))
+    for window in (512, 2048, None):
+        attention.attend_within_documents(
+            None, tokens, tokens, tokens, None, documents=documents, sliding_window=window
+        )
+    assert seen == [512]
 
 
 @pytest.mark.slow
