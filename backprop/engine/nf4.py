@@ -1,0 +1,60 @@
+"""Frozen weights in 4 bits within compiled code: 16 bits are made of them by the compiler's own kernels, one for each weight.
+
+bitsandbytes makes them in operations of its own, which a compiler starts one by one from Python: three for a weight on the
+way back. Torch and bitsandbytes are imported at the top since these are classes of theirs; only `load` imports this.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportMissingImports]
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    Mixin = torch.nn.Linear
+else:
+    Mixin = Linear4bit
+
+BLOCK, OF_SCALES = 64, 256
+"""Weights that share a scale, and scales that share one of their own."""
+
+
+def unpack(state: Any, packed: torch.Tensor) -> torch.Tensor:
+    """Make the weights of nf4 with doubly quantized scales (arXiv:2305.14314, section 3), bit for bit as bitsandbytes does.
+
+    Args:
+        state: What bitsandbytes keeps of them.
+        packed: Two to a byte, the first in its upper half; of any shape.
+    """
+    pairs = packed.view(-1, BLOCK // 2)
+    numbers = torch.stack((pairs >> 4, pairs & 15), dim=-1).flatten(1).int()
+    of_scales = state.state2.absmax[torch.arange(len(pairs), device=packed.device) // OF_SCALES]
+    scales = state.state2.code[state.absmax.int()] * of_scales + state.offset
+    return (state.code[numbers] * scales[:, None]).to(state.dtype).view(state.shape)
+
+
+class _FourBit(Mixin):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        weight: Any = self.weight
+        # Marked as what is made again on the way back: else each weight would be kept in 16 bits.
+        made: Any = checkpoint(unpack, weight.quant_state, weight.data, use_reentrant=False)
+        return torch.nn.functional.linear(x.to(made.dtype), made, self.bias).to(x.dtype)
+
+
+def unpack_within_compiled_code(model: Any) -> None:
+    """Let the 4-bit layers of ``model`` do so, where they are held as this knows them."""
+    for module in model.modules():
+        if type(module) is Linear4bit and _is_known(module.weight.quant_state):
+            module.__class__ = _FourBit
+
+
+def _is_known(state: Any) -> bool:
+    return (
+        state.quant_type == "nf4"
+        and state.nested
+        and (state.blocksize, state.state2.blocksize) == (BLOCK, OF_SCALES)
+        and not getattr(state, "packing_format_for_cpu", False)
+        and state.shape.numel() % BLOCK == 0
+    )
