@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from backprop.config import TrainConfig, beyond_unsloth
+from backprop.core.choice import Choice
+from backprop.core.fitting import BF16_CAPABILITY
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape
-from backprop.core.plan import BF16_CAPABILITY, Choice, Plan
+from backprop.core.plan import Plan
 from backprop.errors import HardwareError, ModelError, PackageError
 
 INSTALL = "pip install 'backprop[unsloth]'"

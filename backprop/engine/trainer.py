@@ -20,12 +20,13 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.plan import Plan, sides_of
+from backprop.core.passes import sides_of
+from backprop.core.plan import Plan
 from backprop.core.schedule import schedule_of
 from backprop.edges import cards, stopping
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
-from backprop.engine.footprint import FirstStep
+from backprop.engine.footprint import FirstStep, expected
 from backprop.engine.layers import layers_of
 from backprop.engine.load import HfTokenizer
 from backprop.engine.objectives import Objective, accuracy_of
@@ -59,6 +60,7 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         self._examples = examples
         self._longest = plan.max_length.value * sides_of(config)
         self._num_ranks, self._planned = plan.gpus.value, (plan.recompute.value, plan.offload.value)
+        self._may_offload = config.offload is not False
 
     def __len__(self) -> int:
         return self.schedule.num_steps - self.first
@@ -80,16 +82,16 @@ class StepPasses(torch.utils.data.Dataset[Any]):
 
     def recompute_all(self, ranks: Ranks, model: Any) -> bool:
         """Let every layer compute its activations again on the way back; false if all do already."""
-        layers = len(layers_of(model))
-        if self.recomputed[0] >= layers:
+        layers, (again, offloaded) = len(layers_of(model)), self.recomputed
+        if again >= layers:
             return False
-        self.size = replace(self.size, recomputed=layers, offloaded=False)
-        return ranks.recompute(layers)
+        self.size = replace(self.size, recomputed=layers, offloaded=offloaded)
+        return ranks.recompute(layers, offloaded)
 
     def offload(self, ranks: Ranks, model: Any) -> bool:
-        """Let the inputs of all layers wait in main memory; false if they do, or cannot."""
+        """Let the inputs of all layers wait in main memory; false if they do, cannot or may not."""
         layers = len(layers_of(model))
-        if not layers or self.recomputed[1]:
+        if not layers or self.recomputed[1] or not self._may_offload:
             return False
         self.size = replace(self.size, recomputed=layers, offloaded=True)
         return ranks.recompute(layers, True)
@@ -110,8 +112,9 @@ class Watch(TrainerCallback):
         self,
         config: TrainConfig,
         plan: Plan,
-        *,
+        steps: StepPasses,
         saver: Saver,
+        *,
         prove: Prove,
         say: Sink,
         describe: Callable[[Sequence[int]], str],
@@ -131,7 +134,8 @@ class Watch(TrainerCallback):
         self._validation, self._describe = saver.validation, describe
         self._started, self._step_seconds = time.monotonic(), 1e-9
         self._movement: Movement | None = None
-        self.memory = FirstStep(plan.memory, updated=self.progress.step > 0, say=say, run=run)
+        done = self.progress.step > 0
+        self.memory = FirstStep(lambda: expected(config, plan, steps.size), updated=done, say=say, run=run)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, model: Any = None, **_: Any
@@ -320,9 +324,10 @@ class StepTrainer(SFTTrainer):
                 self._watch.offloading()
             else:
                 longest = self._plan.max_length.value
+                instead = "leave out `--no-offload`, or " if self._config.offload is False else ""
                 raise HardwareError(
                     f"the GPU's memory is too small for one example of up to {longest} tokens",
-                    hint=f"add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
+                    hint=f"{instead}add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
                 )
             todo = self._steps.passes_of(self._watch.numbers)
             self._watch.memory.begin()

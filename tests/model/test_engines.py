@@ -15,10 +15,11 @@ import pytest
 from conftest import ROOT, UNEVEN, Done, chat
 
 from backprop.config import TrainConfig
+from backprop.core.choice import Choice
 from backprop.core.data.render import Example
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape
-from backprop.core.plan import Choice, DataShape, Plan, make_plan
+from backprop.core.plan import DataShape, Plan, make_plan
 from backprop.engine import race
 from backprop.events import Event, Phase
 from backprop.verbs.repeat import settings_of
@@ -231,7 +232,7 @@ def test_a_run_that_goes_on_keeps_its_engine(start: Start, tmp_path: Path) -> No
     assert again.returncode == 0, again.stderr
     assert told(again, "resumed")
     assert not phases(again, "trying the engine")
-    assert engine_in(tmp_path / "run")["value"] == "unsloth"
+    assert engine_in(tmp_path / "run") == {"value": "unsloth", "reason": "as this run began"}
     (tmp_path / "run").rename(tmp_path / "killed")
     done_again = settings_of(TrainConfig(from_run=tmp_path / "killed", output=tmp_path / "again"))
     assert done_again.engine == "unsloth"
@@ -257,6 +258,8 @@ def test_a_run_goes_on_with_torch_where_the_engine_that_was_chosen_is_not_there_
     assert told(again, "resumed")
     warned = "\n".join(event["message"] for event in told(again, "warning"))
     assert "goes on with the engine torch, and had unsloth before" in warned
+    told_so = {"value": "torch", "reason": "the run began with unsloth, which is not here"}
+    assert engine_in(tmp_path / "run") == told_so
 
 
 def test_what_cannot_be_loaded_any_more_goes_on_as_its_hint_says(start: Start, tmp_path: Path) -> None:
