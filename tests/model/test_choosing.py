@@ -379,3 +379,17 @@ def test_each_run_of_several_names_itself_with_its_memory(
     first, second = [event for event in said if isinstance(event, events.PlanMade)]
     assert first.reasons["method"] == "the exact one that trains least"
     assert second.reasons["method"] == second.reasons["optimizer"] == "as in the first run"
+
+
+def test_nothing_is_tried_on_the_small_copy_of_a_rehearsal(
+    train: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was the fastest for the copy was kept in the cache."""
+    monkeypatch.setenv("BACKPROP_LLAMA_CPP", str(tmp_path / "nowhere"))
+    tries: list[object] = []
+    real = choosing.measured_fastest
+    monkeypatch.setattr(choosing, "measured_fastest", lambda *given, **more: tries.append(1) or real(*given, **more))
+    run = train(UNEVEN, **OPTIONS, rehearse=True, dry_run=True)
+    assert "the rehearsal went through" in [proof.name for proof in run.all(events.Proved)]
+    assert tries == []
+    assert not (tmp_path / "cache" / "backprop" / "tried").exists()
