@@ -15,7 +15,7 @@ from backprop.core.data.render import Example
 from backprop.core.passes import Passes, sides_of
 from backprop.core.phases import Footprint
 from backprop.core.plan import Plan
-from backprop.edges import tried
+from backprop.edges import cards, tried
 from backprop.engine import footprint
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize, num_tokens
@@ -108,6 +108,7 @@ def measured_fastest(
     found: dict[Passes, _Measured] = {}
     with within_documents(model) if size.packing else nullcontext():
         for one in plan.to_try:
+            cards.rest(lambda: None)  # there is nothing to save yet
             say(Phase(name=f"trying {_told(one)}"))
             ranks.recompute(one.recomputed, one.offloaded)
             passes = _hardest(objective, examples, _sized(size, one, config, plan), plan)

@@ -19,7 +19,7 @@ from backprop.core.memory import ModelShape
 from backprop.core.passes import Passes
 from backprop.core.phases import Footprint, Phases
 from backprop.core.plan import Plan, memory_of
-from backprop.edges import tried
+from backprop.edges import cards, tried
 from backprop.engine import choosing, footprint, objectives, ranks
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.layers import layers_of
@@ -393,3 +393,21 @@ def test_nothing_is_tried_on_the_small_copy_of_a_rehearsal(
     assert "the rehearsal went through" in [proof.name for proof in run.all(events.Proved)]
     assert tries == []
     assert not (tmp_path / "cache" / "backprop" / "tried").exists()
+
+
+def test_a_card_that_is_too_warm_is_waited_for_before_each_try(
+    train: Callable[..., Run], quick: Callable[[Passes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(WAYS[0])
+    said: list[str] = []
+
+    def rest(save: Callable[[], object]) -> None:
+        said.append("rest")
+        save()  # there is nothing to save, which is no reason to fail
+
+    real = ranks.Rank.compute
+    monkeypatch.setattr(ranks.Rank, "compute", lambda rank, share: said.append("pass") or real(rank, share))
+    monkeypatch.setattr(cards, "rest", rest)
+    train(UNEVEN, **OPTIONS)
+    tries = said[: said.index("rest", said.index("pass") + 1)], said[: 3 * len(WAYS)]
+    assert tries == (["rest", "pass", "pass"], ["rest", "pass", "pass"] * len(WAYS))
