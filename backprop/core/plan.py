@@ -9,7 +9,7 @@ from backprop.config import Optimizer, TrainConfig
 from backprop.core.choice import Choice
 from backprop.core.fitting import STAY, choose_dtype, choose_optimizer, choose_passes, refuse_without_gpu
 from backprop.core.hardware import Hardware
-from backprop.core.memory import FLOAT32, ModelShape, adapter_weights, block_weights, moments_bytes, word_weights
+from backprop.core.memory import FLOAT32, ModelShape, moments_bytes, trained_weights
 from backprop.core.passes import Passes, sides_of
 from backprop.core.phases import Phases, phases_of
 from backprop.errors import HardwareError, UsageError
@@ -127,12 +127,11 @@ def disk_bytes(config: TrainConfig, shape: ModelShape, data: DataShape) -> int:
     Each checkpoint has how often each example was seen, and how likely its sides were before; so has what is kept while
     that is found, twice while it is replaced.
     """
-    every = block_weights(shape) + word_weights(shape)
-    adapter = 4 * (every if config.method == "full" else adapter_weights(shape, config.lora_r))
+    adapter = FLOAT32 * trained_weights(config, shape)
     delivered = adapter * (2 if config.pissa else 1)  # what was trained, less what it began with
-    moments, best = moments_bytes(config, FLOAT32) / FLOAT32, int(config.early_stopping is not None)
+    moments, best = moments_bytes(config, shape, FLOAT32), int(config.early_stopping is not None)
     seen, weighed = 4 * data.num_examples, 8 * data.num_examples * (config.objective in ("dpo", "kto"))
-    checkpoint = int(adapter * (1 + moments + best)) + seen + weighed
+    checkpoint = adapter * (1 + best) + moments + seen + weighed
     return 2 * (delivered + weighed) + (config.keep_checkpoints + 1) * checkpoint + SMALL_FILES_BYTES
 
 

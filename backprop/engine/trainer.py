@@ -365,6 +365,8 @@ class StepTrainer(SFTTrainer):
                 loraplus_lr_ratio=self._config.lora_plus,
                 loraplus_weight_decay=self._config.weight_decay,
             )
+        if self._plan.optimizer.value == "adamw-8bit":
+            _keep_words_exact(self.optimizer, cast(Any, model or self.model))
         if self._checkpoint is not None:
             restore_optimizer(self._checkpoint, self.optimizer)
         return self.optimizer
@@ -380,6 +382,19 @@ class StepTrainer(SFTTrainer):
             group.pop("initial_lr", None)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(stepped, share)
         return self.lr_scheduler
+
+
+def _keep_words_exact(optimizer: Any, model: Any) -> None:
+    """Let moments of what words begin with have 32 bits, as bitsandbytes advises: most steps meet few of the words."""
+    from bitsandbytes.optim import GlobalOptimManager  # pyright: ignore[reportMissingImports]
+
+    # Not the one for all, which would know these weights by their addresses when others have them.
+    own: Any = GlobalOptimManager.__new__(GlobalOptimManager)
+    own.initialize()
+    words = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    own.override_config([weight for weight in words if weight.requires_grad], "optim_bits", 32)
+    own.register_parameters(optimizer.param_groups)
+    optimizer.mng = own
 
 
 def _arguments(config: TrainConfig, plan: Plan, folder: Path, *, num_steps: int) -> Any:
