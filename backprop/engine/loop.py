@@ -10,9 +10,10 @@ from typing import Any, cast
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.plan import Plan, sides_of
+from backprop.core.passes import sides_of
+from backprop.core.plan import Plan
 from backprop.core.schedule import schedule_of
-from backprop.edges import checkpoints, rundir, stopping
+from backprop.edges import checkpoints, rundir
 from backprop.edges.checkpoints import Checkpoint
 from backprop.engine import proofs, snapshot
 from backprop.engine.attention import within_documents
@@ -31,6 +32,7 @@ from backprop.engine.snapshot import (
     refuse_other_future,
     refuse_other_start,
     restore,
+    saved_when_stopped,
     warn_of_other_ranks,
 )
 from backprop.engine.trackers import Trackers
@@ -175,7 +177,9 @@ class _Training:
                 *given, plan=self.plan, ranks=self.ranks, prove=self.prove, say=self.say, before=before
             )
         if checkpoint is None:
-            self.size = fastest(*given, config=self.config, plan=self.plan, ranks=self.ranks, say=self.say)
+            self.size = fastest(
+                *given, config=self.config, plan=self.plan, ranks=self.ranks, say=self.say, run=self.run
+            )
         stand = self._stand(checkpoint)
         for left in reversed(range(MOST_ROLLBACKS + 1)):
             try:
@@ -210,7 +214,7 @@ class _Training:
             refuse_other(kept, self.config, self.plan, self.data_sha256)
             refuse_other_start(kept, self.model)
             weighing.go_on(kept)
-        with _saved_when_stopped(weighing.save):
+        with saved_when_stopped(weighing.save):
             return weighing.finish()
 
     @property
@@ -236,7 +240,7 @@ class _Training:
         )
         describe = _describe(self.tokenizer, self.examples)
         watch = Watch(
-            self.config, self.plan, saver=saver, prove=self.prove, say=self.say, describe=describe, run=self.run
+            *(self.config, self.plan, steps, saver), prove=self.prove, say=self.say, describe=describe, run=self.run
         )
         trainer = StepTrainer(
             *(self.model, self.tokenizer, steps, self.config, self.plan),
@@ -248,7 +252,7 @@ class _Training:
         # After the trainer, which makes the state that accelerate's trackers ask for.
         trackers = Trackers(self.config, self.folder, first=steps.first, say=self.say)
         trainer.add_callback(Curves(trackers))
-        with closing(trackers), _saved_when_stopped(saver.save):
+        with closing(trackers), saved_when_stopped(saver.save):
             if not (stand.progress.ended or watch.evaluate_if_due()):
                 self.ranks.meet(self.model)
                 self.ranks.recompute(*steps.recomputed)
@@ -283,8 +287,10 @@ class _Training:
                     examples=min(size.examples, self.size.examples),
                     tokens=min(size.tokens, self.size.tokens),
                 )
-            if self.config.recompute is not None:
+            if self.config.recompute is not None or self.config.offload:
                 size = replace(size, recomputed=self.plan.recompute.value, offloaded=self.plan.offload.value)
+            elif self.config.offload is False:
+                size = replace(size, offloaded=False)
         examined = known or before.get("exam")
         exam = Exam(
             self.model,
@@ -316,20 +322,6 @@ class _Training:
                 warn_of_other_ranks(checkpoint, self.plan, self.say)
             validation.restore(before["validation"], best_of(checkpoint))
         return Stand(size=size, progress=progress, exam=exam, validation=validation, checkpoint=checkpoint)
-
-
-@contextmanager
-def _saved_when_stopped(save: Callable[[], None]) -> Generator[None]:
-    """Save where the work stands when it is interrupted, by this thread or, if that cannot hear, another."""
-    try:
-        with stopping.rescued_by(save):
-            yield
-    except KeyboardInterrupt as interrupt:
-        stopping.accept(interrupt)
-        save()
-        raise
-    finally:
-        stopping.let_go()
 
 
 @contextmanager
@@ -378,7 +370,14 @@ def pass_size(model: Any, config: TrainConfig, plan: Plan, prove: Prove, say: Si
     """
     micro = plan.micro_batch.value
     tokens = micro * plan.max_length.value * sides_of(config)
-    size = PassSize(examples=micro, tokens=tokens, packing=plan.packing.value, dtype=plan.dtype.value)
+    size = PassSize(
+        examples=micro,
+        tokens=tokens,
+        packing=plan.packing.value,
+        dtype=plan.dtype.value,
+        recomputed=plan.recompute.value,
+        offloaded=plan.offload.value,
+    )
     if config.method == "qlora" and not config.skip_proofs:
         proof = prove(lambda: proofs.prove_quantized_layer(model))
         if not proof.ok:

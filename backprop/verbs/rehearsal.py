@@ -9,8 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
 from backprop.config import ExportConfig, TrainConfig
+from backprop.core.choice import Choice
 from backprop.core.duration import choose_rehearsal
-from backprop.core.plan import Choice
 from backprop.edges import llama_cpp, rundir
 from backprop.edges.hub import ModelSource
 from backprop.errors import BackpropError, ModelError, ToolError, TrainingError
@@ -111,6 +111,7 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
             gpus=Choice(min(2, prepared.plan.gpus.value), "rehearsal"),
             compile=Choice(False, "rehearsal"),  # of other widths, it would serve nothing that follows
             fp8_backward=Choice(False, "rehearsal"),
+            to_try=(),  # what is the fastest for the copy is not so for the model
         ),
     )
     # The copy has learnt nothing: what it knows proves nothing.
