@@ -27,15 +27,15 @@ def write_beside(gguf: Any, quantized: Mapping[str, Path], *, keep: bool) -> Non
     Args:
         gguf: The converter's package of that name.
         quantized: Files to make, by their types.
-        keep: Whether to write the converter's own file too; else it is left empty.
+        keep: Whether to write the converter's own file too; else only its head is, and its length.
     """
 
     def write(writer: Any, **_: Any) -> None:
         length = _write_head(writer)
         (file,) = writer.fout
         with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(process.cpus()))
             targets = [stack.enter_context(_Target(gguf, writer, path, kind)) for kind, path in quantized.items()]
+            pool = stack.enter_context(ThreadPoolExecutor(process.cpus()))  # ends first: it writes into their files
 
             def write_one(name: str, found: Future[Any]) -> None:
                 array = found.result()
@@ -47,9 +47,7 @@ def write_beside(gguf: Any, quantized: Mapping[str, Path], *, keep: bool) -> Non
                     part.result()
 
             _compute_ahead(writer, write_one)
-        if not keep:
-            file.truncate(0)
-        elif file.tell() != length:
+        if keep and file.tell() != length:
             raise ExportError(f"{file.tell()} bytes were written of {length}", hint="please report it")
         writer.state = gguf.gguf_writer.WriterState.WEIGHTS
 

@@ -1,5 +1,6 @@
 """Files that are quantized while the weights are converted are byte for byte those that llama.cpp makes of the 16-bit file."""
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
@@ -9,7 +10,7 @@ from conftest import HERE, backprop, trained_run
 from tiny_models import MODELS, smollm2, tiny
 
 from backprop.config import NEEDS_IMATRIX, ExportConfig, Quantization
-from backprop.edges import llama_cpp, llama_quants, places
+from backprop.edges import device, llama_cpp, llama_quants, places
 from backprop.engine import streamed
 from backprop.errors import ExportError
 from backprop.verbs import gguf
@@ -17,6 +18,8 @@ from backprop.verbs import gguf
 pytestmark = pytest.mark.model
 
 KINDS = ("q4_k_m", "q5_k_s", "q3_k_m", "q8_0", "q6_k", "iq4_nl", "q4_0", "iq3_s")
+NUM_WEIGHTS = 3_219_776
+"""Of the tiny model."""
 PLAIN = [kind for kind in get_args(Quantization) if kind not in (*NEEDS_IMATRIX, *llama_cpp.CONVERTED)]
 
 
@@ -106,15 +109,14 @@ def test_what_is_rare_is_as_llama_cpp_makes_it(name: str, special: dict[str, Any
 
 def test_the_16_bit_file_is_not_written_where_nobody_asks_for_it(tiny_model: Path, tmp_path: Path) -> None:
     source = converted(tiny_model, tmp_path / "kept", ["q4_k_m", "q8_0"], keep=True)
-    empty = converted(tiny_model, tmp_path / "made", ["q4_k_m", "q8_0"], keep=False)
-    assert empty.stat().st_size == 0
+    head = converted(tiny_model, tmp_path / "made", ["q4_k_m", "q8_0"], keep=False)
+    assert head.stat().st_size == source.stat().st_size, "what llama.cpp plans by"
+    assert 512 * head.stat().st_blocks < source.stat().st_size - NUM_WEIGHTS, "weights were written"
     assert_as_llama_cpp(source, tmp_path / "made", ["q4_k_m", "q8_0"])
 
 
 def test_a_weight_that_is_no_number_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     """As llama.cpp does, when it reads the 16-bit file: here nothing else would look."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny_model, tmp_path / "model")
@@ -162,16 +164,41 @@ def files_of(run: Path, output: Path, *options: str) -> dict[str, bytes]:
 def test_an_export_gives_the_same_files_whichever_way_they_are_quantized(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without proofs and with them, on one CPU and on all, and by llama.cpp's own quantizer where the kernels are missing."""
+    """Without proofs and with them, and by llama.cpp's own quantizer where the kernels are missing."""
     with monkeypatch.context() as patch:
         patch.setattr(llama_cpp, "quantize", lambda *_, **__: pytest.fail("the 16-bit file is quantized once more"))
-        quick = files_of(run, tmp_path / "quick", "--no-verify")
+        with pytest.MonkeyPatch.context() as nearly_full:
+            nearly_full.setattr(device, "disk_free_bytes", lambda _: int(2.2 * NUM_WEIGHTS))
+            quick = files_of(run, tmp_path / "quick", "--no-verify")
         proved = files_of(run, tmp_path / "proved")
     monkeypatch.setattr(llama_quants, "kernels_path", lambda: None)
     plain = files_of(run, tmp_path / "plain", "--no-verify")
     assert set(quick) == {"run-q4_k_m.gguf", "run-q8_0.gguf"}
     assert quick == proved == plain
     assert not [path for folder in ("quick", "proved") for path in (tmp_path / folder).glob(".*")]
+
+
+def test_the_16_bit_file_that_is_to_be_proved_is_asked_room_for(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "disk_free_bytes", lambda _: int(2.2 * NUM_WEIGHTS))
+    done = backprop("export", run, "-q", "q4_k_m", "--output", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 9
+    assert "export writes up to 9 MiB" in done.stderr  # 3 bytes for each of 3.2 million weights
+
+
+def test_an_adapter_that_changes_nothing_is_told_in_the_same_words_without_proofs(run: Path, tmp_path: Path) -> None:
+    """It is the converter's process that finds out then, and what that prints is no message."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(run / "lora", tmp_path / "lora")
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    done = backprop("export", tmp_path / "lora", "--no-verify", cwd=tmp_path)
+    assert done.returncode == 7
+    assert "is all zero: nothing was learnt" in done.stderr
+    assert "cannot convert" not in done.stderr
+    assert list((tmp_path / "lora" / "export").iterdir()) == []
 
 
 def test_without_the_library_by_itself_the_quantizer_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
