@@ -1,12 +1,13 @@
 """The training loop: trl's SFTTrainer on examples that are already tokens, with what a run must say and check."""
 
+import importlib
 import math
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
@@ -433,16 +434,16 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def quieten() -> None:
-    """Keep the libraries' own notices off the terminal; what the user must know is said as an event."""
+def quieten(*, data: bool = True) -> None:
+    """Keep the libraries' own notices off the terminal, and with ``data`` those about data sets; the user is told by events."""
     import logging
 
-    # bitsandbytes looks for optional kernels when peft imports it.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import datasets
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for optional kernels when peft imports it
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    cast(Any, datasets).disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)
+    if data:
+        datasets: Any = importlib.import_module("datasets")
+        datasets.disable_progress_bars()
