@@ -247,7 +247,7 @@ class _Fold:
                 hint="choose another `--output`, or add `--overwrite`",
             )
         self._check_settings(folder)
-        self._step(load.read_adapter(folder / "lora"), parent=figures["parent"])
+        self._step(load.read_adapter(folder / "lora"), parent=figures["parent"] or "")
         if figures["general"]:
             self.book.general_before = Score(**figures["general_before"])
             self.book.general.append(Score(**figures["general"]))
