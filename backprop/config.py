@@ -86,7 +86,7 @@ class TrainConfig:
     """Options of `train`; `multi-run` uses them for each of its runs."""
 
     data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", name=["--data", "-d"], show_default=False)] = ()
-    """A .jsonl .json .csv .parquet .txt file (also .gz), a folder, or a hub set `owner/name[:split]`. Repeatable."""
+    """A .jsonl .json .csv .parquet .txt file (also .gz), a folder, or hub set `owner/name[:split]`. Repeatable."""
     eval_data: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
     """Held-out data. Default: a part of `--data`."""
     eval_fraction: Annotated[float | None, Bounds(least=0, most=0.5), Parameter(group=DATA)] = None
@@ -117,6 +117,8 @@ class TrainConfig:
     """Examples per pass; changes no result."""
     recompute: Annotated[int | None, Bounds(least=0, most=10_000), Parameter(group=TRAINING)] = None
     """Layers computed again. Default: as few as fit."""
+    offload: Annotated[bool | None, Parameter(group=TRAINING)] = None
+    """Their inputs in main memory. Default: if needed."""
     compile: Annotated[bool | None, Parameter(group=TRAINING)] = None
     """Compile the layers. Default: for long runs."""
     engine: Annotated[Engine, Parameter(group=TRAINING)] = "auto"
@@ -217,9 +219,10 @@ class TrainConfig:
             raise UsageError(
                 "`--fp8-backward` is for plain `--method lora` and `--objective sft`", hint="leave out one of them"
             )
-        beyond = beyond_unsloth(self) if self.engine == "unsloth" else ""
-        if beyond:
+        if self.engine == "unsloth" and (beyond := beyond_unsloth(self)):
             raise UsageError(f"`--engine unsloth` does not do `{beyond}`", hint="leave out one of them")
+        if self.offload and self.recompute == 0:
+            raise UsageError("`--offload` is for layers that are recomputed", hint="leave out `--recompute 0`")
         if self.eval_data and self.eval_fraction is not None:
             raise UsageError("both `--eval-data` and `--eval-fraction` are given", hint="give one of them")
         if self.objective != "sft" and self.loss_on == "all":
@@ -433,8 +436,7 @@ def _check_value(flag: str, value: object, kind: Any, bounds: Bounds | None) -> 
         if value not in get_args(kind):
             raise UsageError(f"`{flag}` cannot be {value!r}", hint=f"choose one of {', '.join(get_args(kind))}")
         return
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         raise UsageError(f"`{flag}` takes {kind.__name__}: {value!r}")
     if bounds is not None and isinstance(value, int | float) and not bounds.hold(value):
         raise UsageError(f"`{flag}` must be {bounds}: {value}", hint="see the command with `--help`")

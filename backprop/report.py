@@ -24,7 +24,8 @@ h3 { font-size: 1rem; } table.samples { table-layout: fixed; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td, th { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
-table.heat th { font-weight: 500; overflow-wrap: anywhere; } table.heat td.number { padding: .3rem .5rem; }
+table.heat th { font-weight: 500; overflow-wrap: anywhere; } table.heat th + th { text-align: right; padding: .3rem .5rem; }
+table.heat td.number { padding: .3rem .5rem; }
 td.said { white-space: pre-wrap; overflow-wrap: anywhere; } td.failed { color: var(--other); font-weight: 600; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; } svg .axis { stroke: var(--line); }
 """

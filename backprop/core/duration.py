@@ -5,9 +5,11 @@ from dataclasses import replace
 
 from backprop.config import TrainConfig
 from backprop.core import engines, passes
+from backprop.core.choice import Choice
+from backprop.core.fitting import BF16_CAPABILITY
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape, met_weights
-from backprop.core.plan import BF16_CAPABILITY, Choice, DataShape, Plan, make_plan
+from backprop.core.plan import DataShape, Plan, make_plan
 from backprop.presets import GIB
 
 # Operations per weight and token: a product and a sum, each in the pass forward and in that of the gradients back to the

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from backprop.config import TrainConfig, beyond_unsloth
+from backprop.core.choice import Choice
+from backprop.core.fitting import BF16_CAPABILITY
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape
-from backprop.core.plan import BF16_CAPABILITY, Choice, Plan
+from backprop.core.passes import room_to_try
+from backprop.core.plan import Plan
 from backprop.errors import HardwareError, ModelError, PackageError
+from backprop.presets import GIB
 
 INSTALL = "pip install 'backprop[unsloth]'"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -55,11 +59,11 @@ def with_engine(
         return replace(plan, engine=Choice("unsloth", "set by `--engine`"))
     if config.engine == "torch":
         return replace(plan, engine=Choice("torch", "set by `--engine`"))
-    told = _why_not(config, hardware, shape, installed=installed)
+    told = _why_not(config, hardware, shape, installed=installed) or _why_not_tried(plan, hardware)
     if told:
         return replace(plan, engine=Choice("torch", told))
     minutes = f"{max(seconds / 60, 1):,.0f} min are estimated"
-    if seconds <= TRIED_ABOVE_S or len(plan.to_try) == 0:
+    if seconds <= TRIED_ABOVE_S:
         return replace(plan, engine=Choice("torch", f"{minutes}: not worth trying unsloth beside it"))
     return replace(
         plan, engine=Choice("torch", f"{minutes}: unless unsloth, tried beside it first, is faster"), try_engines=True
@@ -75,6 +79,15 @@ def _why_not(config: TrainConfig, hardware: Hardware, shape: ModelShape, *, inst
     if shape.family not in FAMILIES:
         return f"unsloth has no kernels that were tried for models of the kind `{shape.family}`"
     return why_not_on(hardware)
+
+
+def _why_not_tried(plan: Plan, hardware: Hardware) -> str:
+    """Say so where no way through the model is estimated to fit, with either; empty if one is."""
+    if plan.memory is None or not hardware.gpus:
+        return ""
+    need, room = plan.memory.most, room_to_try(hardware.gpus[0])
+    told = f"{need / GIB:.1f} GiB are estimated at least, and there is room for {room / GIB:.1f}"
+    return "" if need <= room else f"{told}: nothing to try unsloth with"
 
 
 def why_not_on(hardware: Hardware) -> str:

@@ -132,20 +132,32 @@ def held_memory(config: TrainConfig, shape: ModelShape, *, dtype: str = "bfloat1
     base += shape.num_layers * 7 * ROUNDING_4_BIT if config.method == "qlora" else 0
     # Feed-forward weights once more in 8 bits.
     base += shape.num_layers * 3 * shape.hidden_size * shape.intermediate_size if config.fp8_backward else 0
-    trained = blocks + words if config.method == "full" else adapter_weights(shape, config.lora_r)
+    trained = trained_weights(config, shape)
     # An adapter of a 4-bit model is held in 16 bits.
     size = width if config.method == "qlora" else FLOAT32
     return Held(
         base=base,
         trained=trained * size,
-        moments=int(trained * moments_bytes(config, size)),
+        moments=moments_bytes(config, shape, size),
         casts=trained * width if size > width else 0,
     )
 
 
-def moments_bytes(config: TrainConfig, width: int) -> float:
-    """Give what AdamW's two moments of a weight take, which is trained in ``width`` bytes."""
-    return 2 * (MOMENT_8_BIT if config.optimizer == "adamw-8bit" else width)
+def trained_weights(config: TrainConfig, shape: ModelShape) -> int:
+    """Count what is trained: an adapter on every product, or all."""
+    return (
+        block_weights(shape) + word_weights(shape) if config.method == "full" else adapter_weights(shape, config.lora_r)
+    )
+
+
+def moments_bytes(config: TrainConfig, shape: ModelShape, width: int) -> int:
+    """Give what AdamW's two moments take of all that is trained, in ``width`` bytes each."""
+    trained = trained_weights(config, shape)
+    if config.optimizer != "adamw-8bit":
+        return 2 * trained * width
+    # What words begin with keeps 32 bits (`engine.trainer`).
+    exact = shape.hidden_size * shape.vocabulary if config.method == "full" else 0
+    return int(2 * ((trained - exact) * MOMENT_8_BIT + exact * FLOAT32))
 
 
 def step_memory(

@@ -42,15 +42,26 @@ COST_OF_OFFLOADING = 0.05
 SHARE_OFFLOADED = 0.25
 
 
+def sides_of(config: TrainConfig) -> int:
+    """Count what goes through the model at once for each example: both sides of a preference."""
+    return 2 if config.objective in ("dpo", "orpo") else 1
+
+
 def room_of(gpu: Gpu) -> float:
     """Give the bytes that a run may be estimated to need."""
     return SHARE_FOR_STEP * (gpu.memory_free_bytes - CUDA_BYTES)
 
 
+def room_to_try(gpu: Gpu) -> float:
+    """Give the bytes that what is tried may be estimated to need."""
+    return room_of(gpu) * SHARE_TRIED / SHARE_FOR_STEP
+
+
 def needs(
     config: TrainConfig, batch: int, length: int, shape: ModelShape, *, compiled: bool, dtype: str, main_bytes: int
 ) -> Mapping[Passes, int]:
-    """Estimate the bytes that a run needs in its fullest phase, of each way that the configuration allows.
+    """Estimate the bytes that a run needs in its fullest phase, of each way that the configuration allows; of none, if the main
+    memory is too small for what is to wait there.
 
     Args:
         length: Of the longest example, in tokens.
@@ -71,23 +82,35 @@ def needs(
 
     limits = range(1, batch + 1) if config.micro_batch is None else [config.micro_batch]
     sizes = sorted({even(batch, most) for most in limits})
-    again = range(shape.num_layers + 1) if config.recompute is None else [min(config.recompute, shape.num_layers)]
+    every = shape.num_layers
+    again = range(every + 1) if config.recompute is None else [min(config.recompute, every)]
     ways = [Passes(size, layers) for size in sizes for layers in again]
-    most = most_offloaded(shape, length, main_bytes)
-    every = [one for one in ways if one.recomputed == shape.num_layers and one.examples <= most]
-    return {one: need(one) for one in (*ways, *(replace(one, offloaded=True) for one in every))}
+    # Of layers that are computed again in part, the inputs wait only where both were asked for.
+    could = [one for one in ways if one.recomputed == every or (config.offload and config.recompute)]
+    waiting = [
+        replace(one, offloaded=True)
+        for one in could
+        if one.examples <= most_offloaded(shape, length, main_bytes, layers=one.recomputed)
+    ]
+    staying = () if config.offload else ways
+    return {one: need(one) for one in (*staying, *(() if config.offload is False else waiting))}
 
 
-def most_offloaded(shape: ModelShape, length: int, main_bytes: int) -> int:
-    """Say of how many examples at once what all layers begin with may wait in main memory."""
-    return int(SHARE_OFFLOADED * main_bytes / (shape.num_layers * length * shape.hidden_size * FLOAT32))
+def most_offloaded(shape: ModelShape, length: int, main_bytes: int, *, layers: int | None = None) -> int:
+    """Say of how many examples at once what so many layers, or all, begin with may wait in main memory."""
+    return int(SHARE_OFFLOADED * main_bytes / waiting_bytes(shape, length, layers or shape.num_layers))
+
+
+def waiting_bytes(shape: ModelShape, length: int, layers: int) -> int:
+    """Estimate what so many layers begin with, of an example."""
+    return layers * length * shape.hidden_size * FLOAT32
 
 
 def fastest_first(
     config: TrainConfig, need: Mapping[Passes, int], batch: int, length: int, shape: ModelShape, gpu: Gpu
 ) -> Sequence[Passes]:
     """Order the ways that may fit by how long a token is estimated to take."""
-    room = room_of(gpu) * SHARE_TRIED / SHARE_FOR_STEP
+    room = room_to_try(gpu)
     seconds = START_SECONDS_4_BIT if config.method == "qlora" else START_SECONDS
     start = seconds * RATE_PER_GIB * gpu.memory_bytes / GIB * shape.num_layers / (4 * block_weights(shape))
     return sorted(

@@ -2,27 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-from backprop.config import Method, Optimizer, TrainConfig
-from backprop.core import passes
+from backprop.config import Optimizer, TrainConfig
+from backprop.core.choice import Choice
+from backprop.core.fitting import STAY, choose_dtype, choose_optimizer, choose_passes, refuse_without_gpu
 from backprop.core.hardware import Hardware
-from backprop.core.memory import FLOAT32, ModelShape, adapter_weights, block_weights, moments_bytes, word_weights
-from backprop.core.passes import Passes
+from backprop.core.memory import FLOAT32, ModelShape, moments_bytes, trained_weights
+from backprop.core.passes import Passes, sides_of
 from backprop.core.phases import Phases, phases_of
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import DEFAULTS, DEMO, GIB, PRESETS, Preset
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Choice(Generic[T]):
-    """A value, and why it."""
-
-    value: T
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +23,6 @@ class DataShape:
     num_examples: int
     num_tokens: int
     """Of all examples together."""
-
-
-STAY = Choice(False, "the inputs of layers stay where they are used")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +57,8 @@ class Plan:
     """What is tried on the GPU before the first step, instead of micro_batch, recompute and offload as estimated."""
     memory: Phases | None = None
     """What each phase is estimated to need of a GPU; None without one."""
+    shape: ModelShape | None = None
+    """Of the model, to estimate the same of other ways; None without a GPU."""
     try_engines: bool = False
     """Whether the other engine is to be tried beside this one before the model is loaded."""
 
@@ -131,23 +121,17 @@ def choose_max_length(config: TrainConfig, longest: int, shape: ModelShape) -> C
 SMALL_FILES_BYTES = 64 * 2**20
 
 
-def sides_of(config: TrainConfig) -> int:
-    """Count what goes through the model at once for each example: both sides of a preference."""
-    return 2 if config.objective in ("dpo", "orpo") else 1
-
-
 def disk_bytes(config: TrainConfig, shape: ModelShape, data: DataShape) -> int:
     """Estimate what a run writes at most to its directory: the adapter twice while it is replaced, and its checkpoints.
 
     Each checkpoint has how often each example was seen, and how likely its sides were before; so has what is kept while
     that is found, twice while it is replaced.
     """
-    every = block_weights(shape) + word_weights(shape)
-    adapter = 4 * (every if config.method == "full" else adapter_weights(shape, config.lora_r))
+    adapter = FLOAT32 * trained_weights(config, shape)
     delivered = adapter * (2 if config.pissa else 1)  # what was trained, less what it began with
-    moments, best = moments_bytes(config, FLOAT32) / FLOAT32, int(config.early_stopping is not None)
+    moments, best = moments_bytes(config, shape, FLOAT32), int(config.early_stopping is not None)
     seen, weighed = 4 * data.num_examples, 8 * data.num_examples * (config.objective in ("dpo", "kto"))
-    checkpoint = int(adapter * (1 + moments + best)) + seen + weighed
+    checkpoint = adapter * (1 + best) + moments + seen + weighed
     return 2 * (delivered + weighed) + (config.keep_checkpoints + 1) * checkpoint + SMALL_FILES_BYTES
 
 
@@ -167,53 +151,6 @@ def spill_bytes(config: TrainConfig, *, rows: int, characters: int) -> int:
     return int(copies * (EXAMPLE_BYTES_PER_CHARACTER * characters + EXAMPLE_BYTES * rows))
 
 
-def least_bytes(
-    config: TrainConfig, shape: ModelShape, *, length: int, method: Method, dtype: str, main_bytes: int
-) -> int:
-    """Estimate what a run needs with a single example of ``length`` tokens at once, and every layer recomputed.
-
-    Args:
-        main_bytes: Of main memory, what there is for each GPU.
-    """
-    own = replace(config, method=method)
-    tokens = length * sides_of(config)
-    return phases_of(
-        own,
-        shape,
-        tokens=tokens,
-        recomputed=shape.num_layers,
-        compiled=False,
-        dtype=dtype,
-        offloaded=passes.most_offloaded(shape, tokens, main_bytes) > 0,
-    ).most
-
-
-def choose_method(
-    config: TrainConfig, hardware: Hardware, shape: ModelShape, *, length: int, four_bit: bool
-) -> Choice[Method]:
-    """Take LoRA, or QLoRA where LoRA does not fit, even with its moments in 8 bits.
-
-    Args:
-        four_bit: Whether what holds weights in 4 bits, and moments in 8, is installed.
-    """
-    if config.method is not None:
-        return Choice(config.method, "set by `--method`")
-    if not hardware.gpus:
-        return Choice("lora", "the exact one that trains least")
-    dtype = _choose_dtype(hardware).value
-    room = passes.room_of(hardware.gpus[0])
-    least = replace(config, optimizer=config.optimizer or ("adamw-8bit" if four_bit else "adamw"))
-    need = least_bytes(least, shape, length=length, method="lora", dtype=dtype, main_bytes=hardware.memory_for_each_gpu)
-    told = f"LoRA needs {need / GIB:.1f} GiB at least, and there is room for {room / GIB:.1f}"
-    if need <= room:
-        return Choice("lora", told)
-    if config.pissa or config.fp8_backward:
-        return Choice("lora", f"{told}; `--{'pissa' if config.pissa else 'fp8-backward'}` is for it alone")
-    if not four_bit:
-        return Choice("lora", f"{told}; for 4 bits, `pip install 'backprop[standard]'`")
-    return Choice("qlora", told)
-
-
 def make_plan(
     config: TrainConfig,
     hardware: Hardware,
@@ -231,24 +168,22 @@ def make_plan(
         eight_bit: Whether what holds moments in 8 bits is installed.
 
     Raises:
-        HardwareError: If the method needs a GPU, and there is none.
+        HardwareError: If something needs a GPU, or more main memory, and there is none.
     """
     on_gpu = bool(hardware.gpus)
-    if config.method == "qlora" and not on_gpu:
-        # bitsandbytes 0.50 multiplies 4-bit weights on a CPU without a gradient: most of the adapter would stand still.
-        raise HardwareError("`--method qlora` needs an NVIDIA GPU, and none was found", hint="add `--method lora`")
+    refuse_without_gpu(config, hardware)
     fp8_backward = _choose_fp8_backward(config, hardware)
     batch = _choose_batch(config, data)
     given = batch.value, max_length.value * sides_of(config), shape, hardware
     as_compiled = compiled is not None and compiled.value
-    optimizer = _choose_optimizer(config, *given, compiled=as_compiled, eight_bit=eight_bit)
+    optimizer = choose_optimizer(config, *given, compiled=as_compiled, eight_bit=eight_bit)
     config = replace(config, optimizer=optimizer.value)
-    micro, recompute, offload, to_try = _choose_passes(config, *given, compiled=as_compiled)
+    micro, recompute, offload, to_try = choose_passes(config, *given, compiled=as_compiled)
     steps = _choose_steps(config, data, batch.value)
     plan = Plan(
         model=model,
         device=Choice("cuda", hardware.gpus[0].name) if on_gpu else Choice("cpu", "no GPU was found"),
-        dtype=_choose_dtype(hardware),
+        dtype=choose_dtype(hardware),
         max_length=max_length,
         batch_size=batch,
         micro_batch=micro,
@@ -266,20 +201,49 @@ def make_plan(
         fp8_backward=fp8_backward,
         to_try=to_try,
     )
-    return replace(plan, memory=_memory(config, shape, plan)) if on_gpu else plan
+    return with_memory(config, replace(plan, shape=shape)) if on_gpu else plan
 
 
-def _memory(config: TrainConfig, shape: ModelShape, plan: Plan) -> Phases:
+def with_memory(config: TrainConfig, plan: Plan) -> Plan:
+    """Let a plan know what each phase needs of a GPU."""
+    micro, length = plan.micro_batch.value, plan.max_length.value
+    tokens = micro * length * sides_of(config)
+    memory = memory_of(config, plan, tokens=tokens, recomputed=plan.recompute.value, offloaded=plan.offload.value)
+    return replace(plan, memory=memory)
+
+
+def memory_of(config: TrainConfig, plan: Plan, *, tokens: int, recomputed: int, offloaded: bool) -> Phases | None:
+    """Estimate what each phase needs of a GPU where a step goes through the model so, planned or not; None without one.
+
+    Args:
+        tokens: Of the largest pass.
+        recomputed: Layers whose activations are computed again on the way back.
+        offloaded: Whether their inputs wait in main memory.
+    """
+    if plan.shape is None:
+        return plan.memory
     return phases_of(
         config,
-        shape,
-        tokens=plan.micro_batch.value * plan.max_length.value * sides_of(config),
-        recomputed=plan.recompute.value,
+        plan.shape,
+        tokens=tokens,
+        recomputed=recomputed,
         compiled=plan.compile.value,
         dtype=plan.dtype.value,
-        offloaded=plan.offload.value,
-        several=plan.micro_batch.value < plan.batch_size.value,
+        offloaded=offloaded,
+        several=tokens < plan.batch_size.value * plan.max_length.value * sides_of(config),
     )
+
+
+def taken_over(asked: TrainConfig, config: TrainConfig, reason: str) -> dict[str, Choice[Any]]:
+    """Give the choices that options decide which are not as this command has them."""
+    names = [one.name for one in fields(config) if one.name in Plan.__dataclass_fields__]
+    given = {name: getattr(config, name) for name in names}
+    return {name: Choice(value, reason) for name, value in given.items() if value != getattr(asked, name)}
+
+
+def with_known(config: TrainConfig, plan: Plan, known: Mapping[str, Choice[Any]]) -> Plan:
+    """Let a plan have choices that were made before it."""
+    return with_memory(config, replace(plan, **known)) if known else plan
 
 
 # Ada, Hopper and later: compute capability 8.9.
@@ -312,18 +276,6 @@ def _choose_alpha(config: TrainConfig) -> Choice[float]:
     return Choice(2.0 * config.lora_r, "twice the rank")
 
 
-# Every GPU from Ampere (compute capability 8.0) on multiplies in bfloat16.
-BF16_CAPABILITY = (8, 0)
-
-
-def _choose_dtype(hardware: Hardware) -> Choice[str]:
-    if not hardware.gpus:
-        return Choice("float32", "on a CPU float32 is faster than bfloat16, and exact")
-    if hardware.gpus[0].capability >= BF16_CAPABILITY:
-        return Choice("bfloat16", "this GPU multiplies in it")
-    return Choice("float32", "this GPU has no bfloat16")
-
-
 # Pottlesea (examples/, SmolLM2 135M): 125 steps of 4 teach what 130 steps of 8 do, in half the time.
 BATCH_SIZES = ((4, 250), (8, 1000))
 LARGEST_BATCH = 16
@@ -335,73 +287,6 @@ def _choose_batch(config: TrainConfig, data: DataShape) -> Choice[int]:
     # Small sets need many steps more than they need smooth ones, and each step costs less.
     size = next((size for size, fewer_than in BATCH_SIZES if data.num_examples < fewer_than), LARGEST_BATCH)
     return Choice(min(size, data.num_examples), f"{data.num_examples} examples")
-
-
-def _choose_optimizer(
-    config: TrainConfig,
-    batch: int,
-    length: int,
-    shape: ModelShape,
-    hardware: Hardware,
-    *,
-    compiled: bool,
-    eight_bit: bool,
-) -> Choice[Optimizer]:
-    """Hold the moments in 8 bits where no pass fits without: all else that makes room changes no result."""
-    if config.optimizer is not None:
-        return Choice(config.optimizer, "set by `--optimizer`")
-    if not hardware.gpus:
-        return Choice("adamw", "main memory is enough")
-    need = min(_needs(config, batch, length, shape, hardware, compiled=compiled).values())
-    room = passes.room_of(hardware.gpus[0])
-    told = f"a step needs {need / GIB:.1f} GiB at least, and there is room for {room / GIB:.1f}"
-    if need <= room:
-        return Choice("adamw", told)
-    if not eight_bit:
-        return Choice("adamw", f"{told}; for 8 bits, `pip install 'backprop[standard]'`")
-    return Choice("adamw-8bit", f"with moments of 32 bits, {told}")
-
-
-def _needs(
-    config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
-) -> Mapping[Passes, int]:
-    dtype, main = _choose_dtype(hardware).value, hardware.memory_for_each_gpu
-    return passes.needs(config, batch, length, shape, compiled=compiled, dtype=dtype, main_bytes=main)
-
-
-# Tokens of one forward pass on a CPU: more brings no speed, and less memory is touched (scripts/bench).
-CPU_TOKENS_PER_PASS = 2048
-
-
-def _choose_passes(
-    config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
-) -> tuple[Choice[int], Choice[int], Choice[bool], tuple[Passes, ...]]:
-    """Choose how many examples go through at once, how many layers are computed again, where their inputs wait; what else to try."""
-    if not hardware.gpus:
-        most = max(1, CPU_TOKENS_PER_PASS // length)
-        size = passes.divisor(batch, most) if config.micro_batch is None else passes.even(batch, config.micro_batch)
-        micro = Choice(size, f"at most {CPU_TOKENS_PER_PASS} tokens at once")
-        recompute = Choice(min(config.recompute or 0, shape.num_layers), "main memory is enough")
-        return *_as_set(config, micro, recompute, shape), STAY, ()
-    gpu = hardware.gpus[0]
-    need = _needs(config, batch, length, shape, hardware, compiled=compiled)
-    ways = passes.fastest_first(config, need, batch, length, shape, gpu)
-    fitting = (one for one in ways if need[one] <= passes.room_of(gpu))
-    chosen = next(fitting, min(need, key=need.__getitem__))
-    told = f"about {need[chosen] / GIB:.1f} GiB at the fullest, and {gpu.memory_free_bytes / GIB:.1f} GiB are free"
-    recompute = Choice(chosen.recomputed, f"of {shape.num_layers} layers; {told}")
-    offload = Choice(True, "the GPU's memory is too small for the inputs of layers") if chosen.offloaded else STAY
-    return *_as_set(config, Choice(chosen.examples, told), recompute, shape), offload, passes.worth_trying(ways)
-
-
-def _as_set(
-    config: TrainConfig, micro: Choice[int], recompute: Choice[int], shape: ModelShape
-) -> tuple[Choice[int], Choice[int]]:
-    if config.micro_batch is not None:
-        micro = Choice(micro.value, "set by `--micro-batch`, in passes as even as can be")
-    if config.recompute is not None:
-        recompute = Choice(recompute.value, f"set by `--recompute`, of {shape.num_layers} layers")
-    return micro, recompute
 
 
 # A small set is learnt in about this many steps, and passes beyond ten only repeat (examples/, SmolLM2 135M).

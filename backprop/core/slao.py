@@ -213,14 +213,14 @@ def step(
         mode: As in `merge`.
         init: How this run began, as `next_start` was told.
         parent: `fingerprint` of the fine-tuned adapter whose `next_start` this run began from, as recorded when it
-            began. None if the caller knows that it was ``state.fine_tuned``.
+            began; "" if it began from none. None if the caller knows that it was ``state.fine_tuned``.
         exponent: As in `merge`.
 
     Raises:
         UsageError: If ``parent`` is another adapter than ``state.fine_tuned``, or as in `merge`.
         ValueError: As in `merge`.
     """
-    if state is not None and parent is not None and parent != fingerprint(state.fine_tuned):
+    if parent is not None and parent != (fingerprint(state.fine_tuned) if state else ""):
         raise UsageError(
             "this run began from another adapter than the last merged run: their factors have nothing in common",
             hint="run `backprop multi-run` again with a new `--output`",

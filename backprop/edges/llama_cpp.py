@@ -135,6 +135,11 @@ def _environment(script: Path) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
+def ftype_of(quantization: str) -> int:
+    """Give llama.cpp's number of a file's type."""
+    return int(getattr(bindings(), f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}"))
+
+
 def quantize(source: Path, target: Path, *, quantization: str) -> None:
     """Quantize a GGUF file of 16 or 32 bits.
 
@@ -143,7 +148,7 @@ def quantize(source: Path, target: Path, *, quantization: str) -> None:
     """
     llama_cpp = bindings()
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
+    parameters.ftype = ftype_of(quantization)
     parameters.nthread = process.cpus()
     with _quiet():
         code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), parameters)

@@ -10,11 +10,12 @@ from typing import Any
 
 import backprop
 from backprop.config import TrainConfig
+from backprop.core.choice import Choice
 from backprop.core.data.render import Example
-from backprop.core.passes import Passes
+from backprop.core.passes import Passes, sides_of
 from backprop.core.phases import Footprint
-from backprop.core.plan import Choice, Plan, sides_of
-from backprop.edges import tried
+from backprop.core.plan import Plan
+from backprop.edges import cards, tried
 from backprop.engine import footprint
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize, num_tokens
@@ -68,6 +69,7 @@ def fastest(
     plan: Plan,
     ranks: Ranks,
     say: Sink,
+    run: int,
 ) -> PassSize:
     """Try the ways of the plan on the longest examples, and give the fastest that fits; as planned if none does.
 
@@ -80,10 +82,12 @@ def fastest(
     if before is not None:
         chosen, found_before = before
         say(Phase(name=f"{_told(chosen)}: was the fastest when this was tried in an earlier run"))
-        footprint.tell(plan.memory, found_before, "tried in an earlier run", say)
-        return _sized(size, chosen, config, plan)
+        found = _sized(size, chosen, config, plan)
+        expected = footprint.expected(config, plan, found)
+        footprint.tell(expected, found_before, "tried in an earlier run", say, run=run)
+        return found
     given = (model, objective, examples, size)
-    return measured_fastest(*given, config=config, plan=plan, ranks=ranks, say=say)[0]
+    return measured_fastest(*given, config=config, plan=plan, ranks=ranks, say=say, run=run)[0]
 
 
 def measured_fastest(
@@ -96,6 +100,7 @@ def measured_fastest(
     plan: Plan,
     ranks: Ranks,
     say: Sink,
+    run: int = 1,
 ) -> tuple[PassSize, float]:
     """Try all the same, remember what was the fastest, and give it with its tokens per second; 0 if nothing fits."""
     ranks.meet(model)
@@ -103,6 +108,7 @@ def measured_fastest(
     found: dict[Passes, _Measured] = {}
     with within_documents(model) if size.packing else nullcontext():
         for one in plan.to_try:
+            cards.rest(lambda: None)  # there is nothing to save yet
             say(Phase(name=f"trying {_told(one)}"))
             ranks.recompute(one.recomputed, one.offloaded)
             passes = _hardest(objective, examples, _sized(size, one, config, plan), plan)
@@ -120,8 +126,9 @@ def measured_fastest(
     tried.remember(_circumstances(model, size, config, plan), {"way": asdict(chosen), **asdict(measured.memory)})
     others = "; ".join(f"{_told(one)}: {other}" for one, other in found.items() if one != chosen)
     say(Phase(name=f"the fastest here: {_told(chosen)}: {measured} ({others or 'no other fits'})"))
-    footprint.tell(plan.memory, measured.memory, "tried", say)
-    return _sized(size, chosen, config, plan), measured.speed
+    size = _sized(size, chosen, config, plan)
+    footprint.tell(footprint.expected(config, plan, size), measured.memory, "tried", say, run=run)
+    return size, measured.speed
 
 
 @dataclass(frozen=True, slots=True)

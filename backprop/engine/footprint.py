@@ -1,9 +1,13 @@
 """What a step holds of a GPU's memory, measured, and what that makes of the estimates."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 
+from backprop.config import TrainConfig
 from backprop.core.phases import Footprint, Phases, mended
+from backprop.core.plan import Plan, memory_of
+from backprop.engine.batches import PassSize
 from backprop.events import MemoryMended, Sink
 
 
@@ -33,13 +37,20 @@ def room() -> float:
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
-def tell(
-    expected: Phases | None, found: Footprint, how: str, say: Sink, *, updated: bool = False, run: int = 1
-) -> None:
-    """Mend the estimates of a plan by what was found of a step, and tell of it.
+def expected(config: TrainConfig, plan: Plan, size: PassSize) -> Phases | None:
+    """Estimate what each phase needs with passes of this size, planned or not; None without a GPU."""
+    again, offloaded = size.recomputed, size.offloaded
+    if again is None:
+        again, offloaded = plan.recompute.value, plan.offload.value
+    return memory_of(config, plan, tokens=size.tokens, recomputed=again, offloaded=offloaded)
+
+
+def tell(expected: Phases | None, found: Footprint, how: str, say: Sink, *, run: int, updated: bool = False) -> None:
+    """Mend what was expected of a way through the model by what was found of its step, and tell of it.
 
     Args:
         how: Where it was found.
+        run: The number of this run in a multi-run.
         updated: Whether the optimizer had made its state before.
     """
     if expected is None or not found.peak:
@@ -52,20 +63,21 @@ class FirstStep:
     """Measures the first step of this process, and mends what is expected of the others.
 
     Args:
+        expected: Gives what is estimated of the way in which it went through the model.
         updated: Whether the optimizer made its state in an earlier process.
     """
 
-    def __init__(self, expected: Phases | None, *, updated: bool, say: Sink, run: int) -> None:
+    def __init__(self, expected: Callable[[], Phases | None], *, updated: bool, say: Sink, run: int) -> None:
         self._expected, self._updated, self._say, self._run = expected, updated, say, run
-        self._begun = 0
+        self._begun, self._over = 0, False
 
     def begin(self) -> None:
         """Begin before the passes of a step, and anew where the memory was full."""
-        self._begun = begin() if self._expected else 0
+        self._begun = 0 if self._over else begin()
 
     def end(self) -> None:
         """Measure what they took, before the update."""
-        if self._expected is not None:
+        if not self._over:
             found = end(self._begun)
-            tell(self._expected, found, "in the first step", self._say, updated=self._updated, run=self._run)
-        self._expected = None
+            tell(self._expected(), found, "in the first step", self._say, updated=self._updated, run=self._run)
+        self._over = True

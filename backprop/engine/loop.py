@@ -1,18 +1,20 @@
 """The training loop: trl's SFTTrainer on examples that are already tokens, with what a run must say and check."""
 
+import importlib
 import math
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.plan import Plan, sides_of
+from backprop.core.passes import sides_of
+from backprop.core.plan import Plan
 from backprop.core.schedule import schedule_of
-from backprop.edges import checkpoints, rundir, stopping
+from backprop.edges import checkpoints, rundir
 from backprop.edges.checkpoints import Checkpoint
 from backprop.engine import proofs, snapshot
 from backprop.engine.attention import within_documents
@@ -31,6 +33,7 @@ from backprop.engine.snapshot import (
     refuse_other_future,
     refuse_other_start,
     restore,
+    saved_when_stopped,
     warn_of_other_ranks,
 )
 from backprop.engine.trackers import Trackers
@@ -175,7 +178,9 @@ class _Training:
                 *given, plan=self.plan, ranks=self.ranks, prove=self.prove, say=self.say, before=before
             )
         if checkpoint is None:
-            self.size = fastest(*given, config=self.config, plan=self.plan, ranks=self.ranks, say=self.say)
+            self.size = fastest(
+                *given, config=self.config, plan=self.plan, ranks=self.ranks, say=self.say, run=self.run
+            )
         stand = self._stand(checkpoint)
         for left in reversed(range(MOST_ROLLBACKS + 1)):
             try:
@@ -210,7 +215,7 @@ class _Training:
             refuse_other(kept, self.config, self.plan, self.data_sha256)
             refuse_other_start(kept, self.model)
             weighing.go_on(kept)
-        with _saved_when_stopped(weighing.save):
+        with saved_when_stopped(weighing.save):
             return weighing.finish()
 
     @property
@@ -236,7 +241,7 @@ class _Training:
         )
         describe = _describe(self.tokenizer, self.examples)
         watch = Watch(
-            self.config, self.plan, saver=saver, prove=self.prove, say=self.say, describe=describe, run=self.run
+            *(self.config, self.plan, steps, saver), prove=self.prove, say=self.say, describe=describe, run=self.run
         )
         trainer = StepTrainer(
             *(self.model, self.tokenizer, steps, self.config, self.plan),
@@ -248,7 +253,7 @@ class _Training:
         # After the trainer, which makes the state that accelerate's trackers ask for.
         trackers = Trackers(self.config, self.folder, first=steps.first, say=self.say)
         trainer.add_callback(Curves(trackers))
-        with closing(trackers), _saved_when_stopped(saver.save):
+        with closing(trackers), saved_when_stopped(saver.save):
             if not (stand.progress.ended or watch.evaluate_if_due()):
                 self.ranks.meet(self.model)
                 self.ranks.recompute(*steps.recomputed)
@@ -283,8 +288,10 @@ class _Training:
                     examples=min(size.examples, self.size.examples),
                     tokens=min(size.tokens, self.size.tokens),
                 )
-            if self.config.recompute is not None:
+            if self.config.recompute is not None or self.config.offload:
                 size = replace(size, recomputed=self.plan.recompute.value, offloaded=self.plan.offload.value)
+            elif self.config.offload is False:
+                size = replace(size, offloaded=False)
         examined = known or before.get("exam")
         exam = Exam(
             self.model,
@@ -316,20 +323,6 @@ class _Training:
                 warn_of_other_ranks(checkpoint, self.plan, self.say)
             validation.restore(before["validation"], best_of(checkpoint))
         return Stand(size=size, progress=progress, exam=exam, validation=validation, checkpoint=checkpoint)
-
-
-@contextmanager
-def _saved_when_stopped(save: Callable[[], None]) -> Generator[None]:
-    """Save where the work stands when it is interrupted, by this thread or, if that cannot hear, another."""
-    try:
-        with stopping.rescued_by(save):
-            yield
-    except KeyboardInterrupt as interrupt:
-        stopping.accept(interrupt)
-        save()
-        raise
-    finally:
-        stopping.let_go()
 
 
 @contextmanager
@@ -378,7 +371,14 @@ def pass_size(model: Any, config: TrainConfig, plan: Plan, prove: Prove, say: Si
     """
     micro = plan.micro_batch.value
     tokens = micro * plan.max_length.value * sides_of(config)
-    size = PassSize(examples=micro, tokens=tokens, packing=plan.packing.value, dtype=plan.dtype.value)
+    size = PassSize(
+        examples=micro,
+        tokens=tokens,
+        packing=plan.packing.value,
+        dtype=plan.dtype.value,
+        recomputed=plan.recompute.value,
+        offloaded=plan.offload.value,
+    )
     if config.method == "qlora" and not config.skip_proofs:
         proof = prove(lambda: proofs.prove_quantized_layer(model))
         if not proof.ok:
@@ -434,16 +434,16 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def quieten() -> None:
-    """Keep the libraries' own notices off the terminal; what the user must know is said as an event."""
+def quieten(*, data: bool = True) -> None:
+    """Keep the libraries' own notices off the terminal, and with ``data`` those about data sets; the user is told by events."""
     import logging
 
-    # bitsandbytes looks for optional kernels when peft imports it.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import datasets
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for optional kernels when peft imports it
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    cast(Any, datasets).disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)
+    if data:
+        datasets: Any = importlib.import_module("datasets")
+        datasets.disable_progress_bars()

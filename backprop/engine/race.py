@@ -13,9 +13,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from backprop.config import TrainConfig
+from backprop.core.choice import Choice
 from backprop.core.data.render import Example
 from backprop.core.engines import Raced, faster
-from backprop.core.plan import Choice, Plan
+from backprop.core.hardware import Gpu
+from backprop.core.plan import Plan
 from backprop.edges import process, tried
 from backprop.engine.choosing import MOST_EXAMPLES, chosen_for_all
 from backprop.engine.ranks import hear, tell
@@ -25,8 +27,9 @@ from backprop.events import JSON, Event, Phase, Sink
 RACER = (sys.executable, "-m", "backprop.engine.racer")
 """The program of an engine that is tried; it takes the number of its socket."""
 ENGINES = ("torch", "unsloth")
-# Loading and compiling say nothing: longer than this, and what is tried would cost more than it could save.
-MOST_SILENT_S = 20 * 60
+# Loading, compiling and waiting for a card to cool say nothing: longer than this, and what is tried would cost more than it
+# could save.
+MOST_SILENT_S = 25 * 60
 VERSIONED = (
     "torch",
     "transformers",
@@ -48,6 +51,8 @@ class Job:
     config: TrainConfig
     plan: Plan
     examples: Sequence[Example]
+    gpus: Sequence[Gpu] = ()
+    """To look after."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +64,9 @@ class Answer:
     """Of a step before any update, by the names of the trained weights; in main memory."""
 
 
-def with_faster(path: str, config: TrainConfig, plan: Plan, examples: Sequence[Example], *, say: Sink) -> Plan:
+def with_faster(
+    path: str, config: TrainConfig, plan: Plan, examples: Sequence[Example], *, gpus: Sequence[Gpu] = (), say: Sink
+) -> Plan:
     """Try both engines, and let the plan have the faster one that computes what torch does; torch if one cannot be tried.
 
     What is found is kept for later runs; why one could not be tried is not.
@@ -70,7 +77,8 @@ def with_faster(path: str, config: TrainConfig, plan: Plan, examples: Sequence[E
         say(Phase(name=f"trying the engine {engine} on the longest examples, in a process of its own"))
         planned = replace(plan, engine=Choice(engine, "tried"), try_engines=False)
         try:
-            answers[engine] = _answer(Job(path=path, config=config, plan=planned, examples=longest), say=say)
+            job = Job(path=path, config=config, plan=planned, examples=longest, gpus=gpus)
+            answers[engine] = _answer(job, say=say)
         except BackpropError as error:
             told = f"{engine} could not be tried: {' '.join(error.message.split())[:300]}"
             say(Phase(name=f"the engine is torch: {told}"))
@@ -143,6 +151,7 @@ def _circumstances(config: TrainConfig, plan: Plan) -> JSON:
         "engine": "tried",
         "versions": {name: _version(name) for name in VERSIONED},
         "adapter": [config.lora_r, *config.target_modules],
+        "given": [config.micro_batch, config.recompute, config.offload],
     }
 
 

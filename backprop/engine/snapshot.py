@@ -6,7 +6,8 @@ down all the same, and a program that would go on with others is refused.
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -82,6 +83,20 @@ class Stand:
     validation: Validation
     checkpoint: Checkpoint | None
     """Where it comes from."""
+
+
+@contextmanager
+def saved_when_stopped(save: Callable[[], None]) -> Generator[None]:
+    """Save where the work stands when it is interrupted, by this thread or, if that cannot hear, another."""
+    try:
+        with stopping.rescued_by(save):
+            yield
+    except KeyboardInterrupt as interrupt:
+        stopping.accept(interrupt)
+        save()
+        raise
+    finally:
+        stopping.let_go()
 
 
 class Steps(Protocol):

@@ -5,11 +5,12 @@ Run as a program, it is llama.cpp's converter, which finds the weights in a fold
 """
 
 import json
+import os
 import runpy
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -239,44 +240,6 @@ def _narrow_as_read(name: str, read: Callable[[], Any]) -> Callable[[], Any]:
     return narrowed
 
 
-class _Ahead:
-    """A tensor of the converter, whose computation is begun while the one before it is written."""
-
-    def __init__(self, tensor: Any, pool: ThreadPoolExecutor, following: "_Ahead | None") -> None:
-        self.nbytes: int = tensor.nbytes
-        self._tensor: Any = tensor
-        self._pool, self._following = pool, following
-        self._found: Future[Any] | None = None
-
-    def begin(self) -> None:
-        if self._found is None and hasattr(self._tensor, "to_eager"):
-            self._found = self._pool.submit(self._tensor.to_eager, self._tensor)
-
-    def tofile(self, file: Any) -> None:
-        self.begin()
-        array = self._found.result() if self._found else self._tensor
-        self._found = self._tensor = None  # the writer keeps this until it is written
-        if self._following:
-            self._following.begin()
-        array.tofile(file)
-
-
-def _compute_ahead(gguf: Any) -> None:
-    """Let the converter compute a tensor while it writes the one before."""
-    write = gguf.GGUFWriter.write_tensors_to_file
-
-    def write_ahead(writer: Any, **options: Any) -> None:
-        infos = [info for tensors in writer.tensors for info in tensors.values()]
-        with ThreadPoolExecutor(1) as pool:
-            following = None
-            for info in reversed(infos):
-                following = info.tensor = _Ahead(info.tensor, pool, following)
-            del following
-            write(writer, **options)
-
-    gguf.GGUFWriter.write_tensors_to_file = write_ahead
-
-
 def _narrow_with_torch(gguf: Any) -> None:
     """Let torch round weights to 16 bits, on all cores: numpy does 200 MB/s (docs/benchmarks.md)."""
     import numpy
@@ -296,16 +259,35 @@ def _narrow_with_torch(gguf: Any) -> None:
     gguf.quants.quantize = quantize_fast
 
 
-def write_options(path: Path, base: Path, adapter: Path, *, rounding: Rounding | None, trust_remote_code: bool) -> None:
-    """Write down for `main` what is to be merged."""
+def write_options(
+    path: Path,
+    base: Path,
+    adapter: Path | None,
+    *,
+    rounding: Rounding | None,
+    trust_remote_code: bool,
+    quantized: Mapping[str, Path] | None = None,
+    keep: bool = True,
+) -> None:
+    """Write down for `main` what is to be merged, and which other files are to be made beside one of 16 bits.
+
+    Args:
+        adapter: None if the weights are merged already.
+        quantized: Files to be quantized from the 16-bit one, by their types.
+        keep: Whether the 16-bit file is to be written too.
+    """
     rounded = {"dtype": rounding.dtype, "weights": sorted(rounding.weights)} if rounding else None
-    told = {"base": str(base), "adapter": str(adapter), "rounding": rounded, "trust_remote_code": trust_remote_code}
+    told = {"base": str(base), "rounding": rounded, "trust_remote_code": trust_remote_code, "keep": keep}
+    told["adapter"] = adapter and str(adapter)
+    told["quantized"] = {kind: str(made) for kind, made in (quantized or {}).items()}
     path.write_text(json.dumps(told), encoding="utf-8")
 
 
-def read_options(path: Path) -> Merger:
-    """Make the merger of what `write_options` wrote."""
-    told = json.loads(path.read_text(encoding="utf-8"))
+def merger_of(told: Mapping[str, Any]) -> Merger | None:
+    """Make the merger of what `write_options` wrote; None if the weights are merged already."""
+    if told["adapter"] is None:
+        return None
+    four_bit.why_not()  # hides one from PEFT that cannot be imported
     rounded = told["rounding"]
     rounding = Rounding(weights=frozenset(rounded["weights"]), dtype=rounded["dtype"]) if rounded else None
     trust = bool(told["trust_remote_code"])
@@ -313,18 +295,40 @@ def read_options(path: Path) -> Merger:
 
 
 def main() -> None:
-    """Run the converter script on the rest of the arguments, with an adapter in every weight that it reads."""
+    """Run the converter script on the rest of the arguments, with an adapter in every weight that it reads.
+
+    What it is to read may come later, whole; until then all is made ready.
+    """
     options, *sys.argv = sys.argv[1:]
     home, to_f16 = Path(sys.argv[0]).parent, "f16" in sys.argv
     sys.path[:0] = [str(home), str(home / "gguf-py")]
     import gguf
     from conversion.base import ModelBase  # pyright: ignore[reportMissingImports]
 
-    four_bit.why_not()  # hides one from PEFT that cannot be imported
+    from backprop.engine import quantized
+
+    told: dict[str, Any] = json.loads(Path(options).read_text(encoding="utf-8"))
     _narrow_with_torch(gguf)
-    _compute_ahead(gguf)
-    merger = read_options(Path(options))
-    index = ModelBase.index_tensors
+    wanted = {kind: Path(path) for kind, path in told["quantized"].items()} if to_f16 else {}
+    quantized.write_beside(gguf, wanted, keep=told["keep"] or not to_f16)
+    merger = merger_of(told)
+    if merger is not None:
+        _merge_as_read(ModelBase, merger, to_f16=to_f16)
+    _wait_for(Path(sys.argv[1]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _wait_for(folder: Path) -> None:
+    parent = os.getppid()
+    while not folder.exists():
+        if os.getppid() != parent:
+            sys.exit("nobody waits for this any more")
+        time.sleep(0.02)
+
+
+def _merge_as_read(models: Any, merger: Merger, *, to_f16: bool) -> None:
+    """Let all of the converter's models find the adapter in every weight that they read."""
+    index = models.index_tensors
 
     def index_merged(model: Any, *args: Any, **options: Any) -> Any:
         keep = model.filter_tensors
@@ -341,8 +345,7 @@ def main() -> None:
         finally:
             del model.filter_tensors
 
-    ModelBase.index_tensors = index_merged
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    models.index_tensors = index_merged
 
 
 if __name__ == "__main__":

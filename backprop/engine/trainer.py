@@ -20,12 +20,13 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.plan import Plan, sides_of
+from backprop.core.passes import sides_of
+from backprop.core.plan import Plan
 from backprop.core.schedule import schedule_of
 from backprop.edges import cards, stopping
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
-from backprop.engine.footprint import FirstStep
+from backprop.engine.footprint import FirstStep, expected
 from backprop.engine.layers import layers_of
 from backprop.engine.load import HfTokenizer
 from backprop.engine.objectives import Objective, accuracy_of
@@ -59,6 +60,7 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         self._examples = examples
         self._longest = plan.max_length.value * sides_of(config)
         self._num_ranks, self._planned = plan.gpus.value, (plan.recompute.value, plan.offload.value)
+        self._may_offload = config.offload is not False
 
     def __len__(self) -> int:
         return self.schedule.num_steps - self.first
@@ -80,16 +82,16 @@ class StepPasses(torch.utils.data.Dataset[Any]):
 
     def recompute_all(self, ranks: Ranks, model: Any) -> bool:
         """Let every layer compute its activations again on the way back; false if all do already."""
-        layers = len(layers_of(model))
-        if self.recomputed[0] >= layers:
+        layers, (again, offloaded) = len(layers_of(model)), self.recomputed
+        if again >= layers:
             return False
-        self.size = replace(self.size, recomputed=layers, offloaded=False)
-        return ranks.recompute(layers)
+        self.size = replace(self.size, recomputed=layers, offloaded=offloaded)
+        return ranks.recompute(layers, offloaded)
 
     def offload(self, ranks: Ranks, model: Any) -> bool:
-        """Let the inputs of all layers wait in main memory; false if they do, or cannot."""
+        """Let the inputs of all layers wait in main memory; false if they do, cannot or may not."""
         layers = len(layers_of(model))
-        if not layers or self.recomputed[1]:
+        if not layers or self.recomputed[1] or not self._may_offload:
             return False
         self.size = replace(self.size, recomputed=layers, offloaded=True)
         return ranks.recompute(layers, True)
@@ -110,8 +112,9 @@ class Watch(TrainerCallback):
         self,
         config: TrainConfig,
         plan: Plan,
-        *,
+        steps: StepPasses,
         saver: Saver,
+        *,
         prove: Prove,
         say: Sink,
         describe: Callable[[Sequence[int]], str],
@@ -131,7 +134,8 @@ class Watch(TrainerCallback):
         self._validation, self._describe = saver.validation, describe
         self._started, self._step_seconds = time.monotonic(), 1e-9
         self._movement: Movement | None = None
-        self.memory = FirstStep(plan.memory, updated=self.progress.step > 0, say=say, run=run)
+        done = self.progress.step > 0
+        self.memory = FirstStep(lambda: expected(config, plan, steps.size), updated=done, say=say, run=run)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, model: Any = None, **_: Any
@@ -320,9 +324,10 @@ class StepTrainer(SFTTrainer):
                 self._watch.offloading()
             else:
                 longest = self._plan.max_length.value
+                instead = "leave out `--no-offload`, or " if self._config.offload is False else ""
                 raise HardwareError(
                     f"the GPU's memory is too small for one example of up to {longest} tokens",
-                    hint=f"add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
+                    hint=f"{instead}add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
                 )
             todo = self._steps.passes_of(self._watch.numbers)
             self._watch.memory.begin()
@@ -360,6 +365,8 @@ class StepTrainer(SFTTrainer):
                 loraplus_lr_ratio=self._config.lora_plus,
                 loraplus_weight_decay=self._config.weight_decay,
             )
+        if self._plan.optimizer.value == "adamw-8bit":
+            _keep_words_exact(self.optimizer, cast(Any, model or self.model))
         if self._checkpoint is not None:
             restore_optimizer(self._checkpoint, self.optimizer)
         return self.optimizer
@@ -375,6 +382,19 @@ class StepTrainer(SFTTrainer):
             group.pop("initial_lr", None)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(stepped, share)
         return self.lr_scheduler
+
+
+def _keep_words_exact(optimizer: Any, model: Any) -> None:
+    """Let moments of what words begin with have 32 bits, as bitsandbytes advises: most steps meet few of the words."""
+    from bitsandbytes.optim import GlobalOptimManager  # pyright: ignore[reportMissingImports]
+
+    # Not the one for all, which would know these weights by their addresses when others have them.
+    own: Any = GlobalOptimManager.__new__(GlobalOptimManager)
+    own.initialize()
+    words = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    own.override_config([weight for weight in words if weight.requires_grad], "optim_bits", 32)
+    own.register_parameters(optimizer.param_groups)
+    optimizer.mng = own
 
 
 def _arguments(config: TrainConfig, plan: Plan, folder: Path, *, num_steps: int) -> Any:

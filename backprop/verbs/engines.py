@@ -39,6 +39,6 @@ def with_faster_engine(config: TrainConfig, parts: Sequence[Prepared], *, say: S
     if first.plan.try_engines:
         from backprop.engine import race
 
-        examples = first.train.examples
-        chosen = race.with_faster(first.model.path, first.config, first.plan, examples, say=say).engine
+        given, gpus = (first.model.path, first.config, first.plan, first.train.examples), first.hardware.gpus[:1]
+        chosen = race.with_faster(*given, gpus=gpus, say=say).engine
     return [replace(part, plan=replace(part.plan, engine=chosen, try_engines=False)) for part in parts]

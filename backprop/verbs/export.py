@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +23,10 @@ from backprop.verbs.verify import REJECTED, room_for, verifier_for
 if TYPE_CHECKING:
     from backprop.engine.four_bit import Rounding
 
-# Per weight: the 16-bit GGUF that all are made from, and beside it a file of each kind; of others less than 1.
+# Per weight: the 16-bit GGUF, where one is needed, and beside it a file of each kind; of others less than 1.
 SOURCE_BYTES = 2
 BYTES_OF_SPLIT = 2
-BYTES_OF = {"f32": 4, "f16": 0, "bf16": 2, "safetensors": 0}
+BYTES_OF = {"f32": 4, "f16": 0, "bf16": 2, "safetensors": 0, "q8_0": 1.1}
 DEFAULT_QUANTIZATION = "q4_k_m"
 DEFAULT_OF_ADAPTERS = "f16"
 
@@ -59,7 +59,7 @@ def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
     gguf.refuse_early(adapter, targets, config)
     where = destination(config, default_name=adapter.name)
     # Two files that `--budget` tries stand beside each other.
-    _make_room(adapter, targets or ("tried", "tried"), split=config.split_size is not None)
+    _make_room(adapter, list(targets) or ["tried", "tried"], config)
     with ExitStack() as stack:
         for folder in {adapter.output.resolve(), *([adapter.run.resolve()] if adapter.run else [])}:
             stack.enter_context(rundir.locked(folder))
@@ -152,7 +152,7 @@ def _targets(config: ExportConfig, adapter: Adapter) -> dict[str, Path]:
     return {kind: target_of(kind, adapter, config) for kind in kinds}
 
 
-def _make_room(adapter: Adapter, kinds: Iterable[str], *, split: bool) -> None:
+def _make_room(adapter: Adapter, kinds: Sequence[str], config: ExportConfig) -> None:
     """Make the folder for the files, and refuse a disk that is too small for the work."""
     try:
         adapter.output.mkdir(parents=True, exist_ok=True)
@@ -163,9 +163,10 @@ def _make_room(adapter: Adapter, kinds: Iterable[str], *, split: bool) -> None:
     from backprop.engine.streamed import size_of, why_not
 
     base = Path(adapter.base)
-    files = sum(BYTES_OF.get(kind, 1) for kind in kinds) + (BYTES_OF_SPLIT if split else 0)
+    files = sum(BYTES_OF.get(kind, 1) for kind in kinds) + (BYTES_OF_SPLIT if config.split_size else 0)
+    source = SOURCE_BYTES if config.format != "gguf" or gguf.keeps_source(kinds, config) else 0
     in_memory = BYTES_OF["f32"] if why_not(base, adapter.folder) else 0
-    need = size_of(base)[0] * (SOURCE_BYTES + files + in_memory)
+    need = size_of(base)[0] * (source + files + in_memory)
     free = device.disk_free_bytes(adapter.output)
     if free < need:
         raise DiskError(
@@ -178,7 +179,7 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
     from backprop.engine import loop
     from backprop.engine.reference import Checkpoint
 
-    loop.quieten()
+    loop.quieten(data=False)
     rejected = target.with_name(target.name + REJECTED)
     rundir.remove(rejected)
     rounding = bases.nearest_base(adapter, config, say)

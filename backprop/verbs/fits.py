@@ -4,11 +4,13 @@ from dataclasses import replace
 
 from backprop.config import DoctorConfig, Method, Optimizer, TrainConfig
 from backprop.core import duration
+from backprop.core.choice import Choice
 from backprop.core.data.judge import judge
+from backprop.core.fitting import least_bytes
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape
 from backprop.core.passes import room_of
-from backprop.core.plan import Choice, DataShape, Plan, choose_model, least_bytes
+from backprop.core.plan import DataShape, Plan, choose_model
 from backprop.edges import hub
 from backprop.engine import load
 from backprop.errors import HardwareError

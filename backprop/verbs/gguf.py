@@ -1,23 +1,23 @@
 """GGUF files of an adapter: merged, converted, quantized, and each held to the model that was trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import get_args
 
 from backprop.config import ExportConfig, Quantization
-from backprop.edges import llama_cpp, llama_tools, rundir
+from backprop.edges import llama_cpp, llama_quants, llama_tools, rundir
 from backprop.engine import streamed
 from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer
-from backprop.errors import RejectedError, UsageError
+from backprop.errors import ExportError, RejectedError, UsageError
 from backprop.events import Phase, Sink, Warned
 from backprop.verbs import bases, budget, importance
 from backprop.verbs.card import write_card
 from backprop.verbs.records import answered, record, refuse_others, remember_choice
 from backprop.verbs.source import Adapter
-from backprop.verbs.verify import REJECTED, Verifier, room_for, verifier_for
+from backprop.verbs.verify import REJECTED, Verifier, refuse_foreign, room_for, verifier_for
 
 
 def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig, say: Sink) -> Mapping[str, Path]:
@@ -30,26 +30,33 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
     """
     from backprop.engine import loop
 
-    loop.quieten()
+    loop.quieten(data=False)
     forget_rejected(adapter)
     with rundir.scratch(adapter.output) as scratch:
         if config.verify:
             room_for(Path(adapter.base))
         rounding = bases.nearest_base(adapter, config, say)
-        say(Phase(name="merging and converting to GGUF"))
-        inputs = lay_out(adapter, scratch, config, say, rounding=rounding)
-        # Quantizing starts from 16 bits or more; a file that is wanted as it is serves as the source too.
+        beside = {kind: scratch / f"{kind}.gguf" for kind in quantized_beside(targets, config)}
+        say(Phase(name=f"merging and converting to GGUF{', quantizing on the way' if beside else ''}"))
+        through = program(
+            adapter, scratch, config, rounding=rounding, quantized=beside, keep=keeps_source(targets, config)
+        )
+        # Others are made from 16 bits or more; a file that is wanted as it is serves as the source too.
         source = scratch / "f16.gguf"
-        with llama_cpp.converting(inputs.folder, source, kind="f16", through=inputs.through) as finish:
+        # It is started before there is anything to read: what it imports takes as long as laying that out.
+        with llama_cpp.converting(scratch / MERGED, source, kind="f16", through=through) as finish:
+            inputs = lay_out(adapter, scratch, config, say, rounding=rounding)
             verifier = verifier_for(adapter, targets, config, say, rounding=rounding)
-            finish()
+            _wait(finish, adapter, config)
         if verifier:
             verifier.check_source(source, adapter.output / f"{adapter.name}-f16.gguf{REJECTED}")
+        if targets and set(targets) <= set(beside):
+            source.unlink()  # nothing else is made from it
         by_imatrix = any(importance.matters(kind, config) for kind in targets or budget.to_make(config, source))
         imatrix = importance.find(adapter, config, inputs.tokenizer, source, say) if by_imatrix else None
-        made = {"f16": source}
+        made = {"f16": source, **beside}
         base = bases.name_of(rounding, adapter, config)
-        maker = Maker(adapter, config, inputs, made, imatrix, verifier, base, scratch, say)
+        maker = Maker(adapter, config, inputs, through, made, imatrix, verifier, base, scratch, say)
         if config.budget and verifier and not targets:
             ranked, nearest = budget.rank(config, source, verifier, imatrix, say)
             made[ranked[0]] = nearest
@@ -88,6 +95,12 @@ def _write_nearest(ranked: Sequence[str], maker: "Maker") -> Mapping[str, Path]:
     raise AssertionError("no type was ranked")
 
 
+MERGED = "merged"
+"""The folder that the converter reads, in the scratch of an export."""
+ANSWER_TOKENS = 32
+"""Of the answer that a file is asked for: enough to read; each takes a twentieth of a second on two CPUs."""
+
+
 @dataclass(frozen=True)
 class Maker:
     """Writes one file after the other."""
@@ -95,6 +108,8 @@ class Maker:
     adapter: Adapter
     config: ExportConfig
     inputs: "Inputs"
+    through: tuple[str, ...]
+    """The program that runs the converter."""
     made: Mapping[str, Path]
     """Files that are there already, by their type: the 16-bit one at least."""
     imatrix: Path | None
@@ -115,19 +130,33 @@ class Maker:
             if config.split_size:
                 whole, gguf = gguf, llama_tools.split(gguf, beside, name=target.name, size=config.split_size)
                 whole.unlink()
-            (reply,) = llama_cpp.ask(gguf, [[{"role": "user", "content": adapter.question}]])
+            (reply,) = llama_cpp.ask(gguf, [[{"role": "user", "content": adapter.question}]], max_tokens=ANSWER_TOKENS)
             told = answered(adapter, reply.text, target, beside, format="gguf", quantization=kind)
             record(adapter, target, beside, told, config, base=self.base)
         self.say(told)
 
     def _make(self, kind: str, gguf: Path) -> None:
-        if kind in self.made:
+        if kind == "f16":
             gguf.hardlink_to(self.made[kind])
+        elif kind in self.made:
+            self.made[kind].replace(gguf)
         elif kind in llama_cpp.CONVERTED:
-            llama_cpp.convert(self.inputs.folder, gguf, kind=kind, through=self.inputs.through)
+            llama_cpp.convert(self.inputs.folder, gguf, kind=kind, through=self.through)
         else:
             by = self.imatrix if importance.matters(kind, self.config) else None
             budget.quantize(kind, self.made["f16"], gguf, imatrix=by)
+
+
+def quantized_beside(kinds: Iterable[str], config: ExportConfig) -> Sequence[str]:
+    """Name the types that are quantized while the weights are converted."""
+    if llama_quants.kernels_path() is None:
+        return ()
+    return [kind for kind in kinds if kind not in llama_cpp.CONVERTED and not importance.matters(kind, config)]
+
+
+def keeps_source(kinds: Collection[str], config: ExportConfig) -> bool:
+    """Say whether the 16-bit file is needed: to be proved, or for other files to be made from."""
+    return config.verify or len(quantized_beside(kinds, config)) < len(kinds) or not kinds
 
 
 def refuse_early(adapter: Adapter, targets: Mapping[str, Path], config: ExportConfig) -> None:
@@ -165,8 +194,36 @@ class Inputs:
 
     folder: Path
     tokenizer: HfTokenizer
-    through: tuple[str, ...] = ()
-    """The program that merges what it reads; empty if the folder is to be read as it is."""
+
+
+def program(
+    adapter: Adapter,
+    room: Path,
+    config: ExportConfig,
+    *,
+    rounding: Rounding | None = None,
+    quantized: Mapping[str, Path] | None = None,
+    keep: bool = True,
+) -> tuple[str, ...]:
+    """Give the program that runs the converter: it merges what it reads, and quantizes beside.
+
+    Args:
+        rounding: Of the base's weights, before the adapter is added.
+        quantized: Files to make beside the one of 16 bits, by their types.
+        keep: Whether to make that one too.
+    """
+    base = Path(adapter.base)
+    options = room / "merge.json"
+    streamed.write_options(
+        options,
+        base,
+        None if streamed.why_not(base, adapter.folder, rounding) else adapter.folder,
+        rounding=rounding,
+        trust_remote_code=config.trust_remote_code,
+        quantized=quantized,
+        keep=keep,
+    )
+    return ("-m", streamed.__name__, str(options))
 
 
 def lay_out(
@@ -177,8 +234,8 @@ def lay_out(
     *,
     merged: bool = True,
     rounding: Rounding | None = None,
-) -> Inputs:
-    """Let the converter merge the weights one by one, or merge them for it where they are stored in another way.
+) -> "Inputs":
+    """Lay out in ``room``, for the program to merge the weights one by one; or merge them for it where they are stored in another way.
 
     Args:
         merged: Whether the adapter is to be in them; else they are those of the base.
@@ -188,7 +245,7 @@ def lay_out(
 
     base, trust = Path(adapter.base), config.trust_remote_code
     tokenizer = merge.adapted_tokenizer(adapter.folder, trust_remote_code=trust)
-    folder = room / "merged"
+    folder = room / f"{MERGED}.part"
     why_not = streamed.why_not(base, adapter.folder, rounding) if merged else ""
     if why_not:
         say(Phase(name=f"merging the adapter in memory: {why_not}"))
@@ -198,10 +255,15 @@ def lay_out(
         streamed.link_weights(base, folder)
     pieces.tell_converter(tokenizer, folder, base=adapter.base)
     write_card(adapter, folder, name=pieces.model_name(tokenizer, adapter.name, base=adapter.base))
-    options = room / "merge.json"
-    streamed.write_options(options, base, adapter.folder, rounding=rounding, trust_remote_code=trust)
-    streams = ("-m", streamed.__name__, str(options))
-    return Inputs(folder=folder, tokenizer=tokenizer, through=streams if merged and not why_not else ())
+    return Inputs(folder=folder.rename(room / MERGED), tokenizer=tokenizer)
+
+
+def _wait(finish: Callable[[], None], adapter: Adapter, config: ExportConfig) -> None:
+    try:
+        finish()
+    except ExportError:
+        refuse_foreign(adapter, config)  # in its own words, if that is why
+        raise
 
 
 def forget_rejected(adapter: Adapter) -> None:

@@ -14,7 +14,7 @@ from backprop.verbs.card import write_card
 from backprop.verbs.gguf import forget_rejected, lay_out
 from backprop.verbs.records import answered, record
 from backprop.verbs.source import Adapter
-from backprop.verbs.verify import REJECTED, verifier_for
+from backprop.verbs.verify import REJECTED, refuse_foreign, verifier_for
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -27,7 +27,7 @@ def export_lora_gguf(adapter: Adapter, targets: Mapping[str, Path], config: Expo
     """
     from backprop.engine import loop
 
-    loop.quieten()
+    loop.quieten(data=False)
     settings = _settings(adapter.folder)
     forget_rejected(adapter)
     if adapter.four_bit_dtype:
@@ -38,6 +38,7 @@ def export_lora_gguf(adapter: Adapter, targets: Mapping[str, Path], config: Expo
         base, plain = scratch / "base.gguf", scratch / "adapter"
         inputs = lay_out(adapter, scratch, config, say, merged=False)
         with llama_cpp.converting(inputs.folder, base, kind="f16") as finish:
+            refuse_foreign(adapter, config)
             verifier = verifier_for(adapter, targets, config, say)
             finish()
         _write_plain(adapter, settings, plain)

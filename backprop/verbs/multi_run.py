@@ -14,13 +14,15 @@ from backprop.config import ONLY_OF_TRAIN, MergeMode, MultiRunConfig, RunSchedul
 from backprop.core import slao
 from backprop.core.data.judge import Judged
 from backprop.core.forgetting import Score, measure, over_trained
+from backprop.core.plan import taken_over
 from backprop.edges import network, rundir, stopping
 from backprop.errors import DataError, TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Resumed, RunMerged, Sink, Warned
 from backprop.verbs.adapter import measures, train_one
 from backprop.verbs.engines import check_engine, with_faster_engine
+from backprop.verbs.examples import show_examples
 from backprop.verbs.forgetting import MOST_EVALUATED, Book, best_of
-from backprop.verbs.parts import leaks, parts_of
+from backprop.verbs.parts import Part, leaks, parts_of
 from backprop.verbs.prepare import (
     Prepared,
     fingerprint_of,
@@ -29,10 +31,9 @@ from backprop.verbs.prepare import (
     prepare,
     probes_of,
     rows_of,
-    show_examples,
 )
 from backprop.verbs.rehearsal import rehearse_if_due
-from backprop.verbs.session import CHOSEN, running
+from backprop.verbs.session import CHOSEN, Session, running
 from backprop.verbs.train import check_disk, check_packages
 
 if TYPE_CHECKING:
@@ -70,25 +71,7 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
         general = [f"general rows: {warning}" for warning in lasting.warnings]
         for warning in (*general, *leaks(parts, lasting.conversations)):
             session.say(Warned(message=warning))
-        prepared: list[Prepared] = []
-        config = session.as_begun(config)
-        for number, part in enumerate(parts):
-            if options.replay and number:
-                old, rows = part.judged.replayed, len(part.judged.conversations)
-                session.say(Phase(name=f"part {part.name}: {old} of {rows} rows are of earlier parts"))
-            one = prepare(
-                seeded(config, number),
-                part.judged,
-                part.held_out,
-                gate_rows=() if number else lasting.conversations,
-                rate_share=rate_share(options.schedule, number, len(parts)),
-                say=session.say,
-            )
-            if not number:
-                chosen = {name: getattr(one.config, name) for name in CHOSEN}
-                config = dataclasses.replace(config, **chosen)  # one for all runs
-                check_rank(config, one)
-            prepared.append(one)
+        config, prepared = _prepared(config, options, parts, lasting, session)
         first = prepared[0]
         if config.dry_run:
             rows = [len(part.judged.conversations) for part in parts]
@@ -110,6 +93,33 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             fold.run(number)
         session.finish(fold.result())
     return config.output
+
+
+def _prepared(
+    asked: TrainConfig, options: MultiRunConfig, parts: Sequence[Part], lasting: Judged, session: Session
+) -> tuple[TrainConfig, list[Prepared]]:
+    """Prepare every part, and give the configuration with what is chosen with the first, once for all runs."""
+    prepared: list[Prepared] = []
+    config, known = session.as_begun(asked)
+    for number, part in enumerate(parts):
+        if options.replay and number:
+            old, rows = part.judged.replayed, len(part.judged.conversations)
+            session.say(Phase(name=f"part {part.name}: {old} of {rows} rows are of earlier parts"))
+        one = prepare(
+            seeded(config, number),
+            part.judged,
+            part.held_out,
+            gate_rows=() if number else lasting.conversations,
+            rate_share=rate_share(options.schedule, number, len(parts)),
+            known=known,
+            say=session.say,
+        )
+        if not number:
+            config = dataclasses.replace(config, **{name: getattr(one.config, name) for name in CHOSEN})
+            known = {**taken_over(asked, config, "as in the first run"), **known}
+            check_rank(config, one)
+        prepared.append(one)
+    return config, prepared
 
 
 def _general_rows(config: TrainConfig, options: MultiRunConfig) -> Judged:
@@ -237,7 +247,7 @@ class _Fold:
                 hint="choose another `--output`, or add `--overwrite`",
             )
         self._check_settings(folder)
-        self._step(load.read_adapter(folder / "lora"), parent=figures["parent"])
+        self._step(load.read_adapter(folder / "lora"), parent=figures["parent"] or "")
         if figures["general"]:
             self.book.general_before = Score(**figures["general_before"])
             self.book.general.append(Score(**figures["general"]))

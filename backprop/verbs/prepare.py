@@ -2,37 +2,38 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from itertools import groupby, islice
+from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from backprop.config import TrainConfig
-from backprop.console import colour_spans
 from backprop.core import duration
+from backprop.core.choice import Choice
 from backprop.core.data.formats import Conversation, Message, Row, parse_columns
 from backprop.core.data.inspect import Ledger, histogram, inspect
 from backprop.core.data.judge import Judged, judge
 from backprop.core.data.render import Encoded, Example, cut, encode_all, with_mismatched
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import Adapter, Forgeries, adapt
+from backprop.core.fitting import choose_method
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape
 from backprop.core.plan import (
-    Choice,
     DataShape,
     Plan,
     choose_max_length,
-    choose_method,
     choose_model,
     disk_bytes,
     spill_bytes,
+    with_known,
 )
 from backprop.core.probes import choose
 from backprop.edges import device, files, hub, spill
 from backprop.errors import DataError, ModelError, UsageError
-from backprop.events import DataRead, Examples, Phase, PlanMade, Proved, Sink, Warned
+from backprop.events import DataRead, Phase, PlanMade, Proved, Sink, Warned
 
 if TYPE_CHECKING:
     from backprop.engine.load import HfTokenizer
@@ -113,6 +114,9 @@ def rows_of(source: str, *, offline: bool) -> Iterator[Row]:
     return files.read_rows(source) if files.is_local(source) else hub.stream_rows(source, offline=offline)
 
 
+NOTHING: Mapping[str, Choice[Any]] = MappingProxyType({})
+
+
 def prepare(
     config: TrainConfig,
     judged: Judged,
@@ -120,10 +124,11 @@ def prepare(
     *,
     gate_rows: Sequence[Conversation] = (),
     rate_share: float = 1.0,
+    known: Mapping[str, Choice[Any]] = NOTHING,
     weights: bool = True,
     say: Sink,
 ) -> Prepared:
-    """Choose the model (``weights``: with its own), render the data, and make the plan, with a share of its rate."""
+    """Choose the model (``weights``: with its own), render the data, and make the plan, with a share of its rate and what is ``known``."""
     for warning in judged.warnings:
         say(Warned(message=warning))
     say(Phase(name="looking at the data"))
@@ -153,7 +158,7 @@ def prepare(
     longest = config.max_length or min(shape.max_positions, max(max_length.value, MEASURED_TOKENS))
     gate_examples = _old_tasks(config, gate_rows, tokenizer, longest, say)
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
-    plan, seconds = _planned(config, hardware, shape, sizes, chosen, max_length)
+    plan, seconds = _planned(config, hardware, shape, sizes, chosen, max_length, known)
     config = replace(config, method=plan.method.value, optimizer=plan.optimizer.value)
     plan = race.with_known(config, _slowed(plan, rate_share))
     say(_data_read(judged, held_out, train, ledger))
@@ -175,7 +180,13 @@ def prepare(
 
 
 def _planned(
-    config: TrainConfig, hardware: Hardware, shape: ModelShape, data: DataShape, model: Choice[str], length: Choice[int]
+    config: TrainConfig,
+    hardware: Hardware,
+    shape: ModelShape,
+    data: DataShape,
+    model: Choice[str],
+    length: Choice[int],
+    known: Mapping[str, Choice[Any]],
 ) -> tuple[Plan, float]:
     in_bits = find_spec("bitsandbytes") is not None
     method = choose_method(config, hardware, shape, length=length.value, four_bit=in_bits)
@@ -187,7 +198,8 @@ def _planned(
         eight_bit=in_bits,
         unsloth=find_spec("unsloth") is not None,
     )
-    return replace(plan, method=method), seconds
+    config = replace(config, optimizer=plan.optimizer.value)
+    return with_known(config, replace(plan, method=method), known), seconds
 
 
 def _slowed(plan: Plan, share: float) -> Plan:
@@ -416,34 +428,3 @@ def digest(examples: Sequence[Example]) -> str:
             found.update(repr((side.ids, side.mask)).encode())
         found.update(b"" if example.desirable else b"unwanted")
     return found.hexdigest()
-
-
-def show_examples(prepared: Prepared, *, count: int = 3) -> Examples:
-    """Write the first examples as text, and say which parts of it are trained on."""
-    shown = [
-        (f"{number}{kind}", side)
-        for number, example in enumerate(prepared.train.examples[:count], start=1)
-        for kind, side in _kinds(example)
-    ]
-    spans = [_spans(side, prepared.tokenizer) for _, side in shown]
-    texts = [
-        f"--- example {name}: {side.num_trained} of {len(side.ids)} tokens trained\n{colour_spans(part, colour=False)}"
-        for (name, side), part in zip(shown, spans, strict=True)
-    ]
-    return Examples(text="\n".join(texts), examples=spans, names=[name for name, _ in shown])
-
-
-def _kinds(example: Example) -> list[tuple[str, Example]]:
-    """Give the sides that are judged, each with what it is."""
-    if example.rejected:
-        return [(", chosen", example), (", rejected", example.rejected)]
-    if example.mismatched:
-        return [(", wanted" if example.desirable else ", unwanted", example)]
-    return [("", example)]
-
-
-def _spans(example: Example, tokenizer: "HfTokenizer") -> list[tuple[str, bool]]:
-    whole: Any = tokenizer.inner
-    tokens = zip(example.ids, example.mask, strict=True)
-    groups = [(trained, [token for token, _ in group]) for trained, group in groupby(tokens, key=lambda pair: pair[1])]
-    return [(str(whole.decode(ids, skip_special_tokens=False)), trained) for trained, ids in groups]

@@ -9,14 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
 from backprop.config import ExportConfig, TrainConfig
+from backprop.core.choice import Choice
 from backprop.core.duration import choose_rehearsal
-from backprop.core.plan import Choice
 from backprop.edges import llama_cpp, rundir
 from backprop.edges.hub import ModelSource
 from backprop.errors import BackpropError, ModelError, ToolError, TrainingError
 from backprop.events import Event, Phase, Proved, Resumed, Sink, Warned
 from backprop.verbs.adapter import train_one
-from backprop.verbs.gguf import lay_out
+from backprop.verbs.gguf import lay_out, program
 from backprop.verbs.prepare import Prepared
 from backprop.verbs.source import Adapter
 
@@ -111,6 +111,7 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
             gpus=Choice(min(2, prepared.plan.gpus.value), "rehearsal"),
             compile=Choice(False, "rehearsal"),  # of other widths, it would serve nothing that follows
             fp8_backward=Choice(False, "rehearsal"),
+            to_try=(),  # what is the fastest for the copy is not so for the model
         ),
     )
     # The copy has learnt nothing: what it knows proves nothing.
@@ -131,8 +132,9 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
         merge.merge(str(room / "model"), room / "lora", room / "merged", trust_remote_code=code)
         say(Warned(message=f"the way to a GGUF was not rehearsed: {error.message}: `{error.hint}`"))
         return f"{STEPS} steps, a checkpoint, going on from it, and the merge"
-    inputs = lay_out(_adapter_in(room), room, ExportConfig(trust_remote_code=code), _silent)
-    llama_cpp.convert(inputs.folder, room / "f16.gguf", kind="f16", through=inputs.through)
+    adapter, exported = _adapter_in(room), ExportConfig(trust_remote_code=code)
+    inputs, through = lay_out(adapter, room, exported, _silent), program(adapter, room, exported)
+    llama_cpp.convert(inputs.folder, room / "f16.gguf", kind="f16", through=through)
     llama_cpp.quantize(room / "f16.gguf", room / "small.gguf", quantization=QUANTIZATION)
     llama_cpp.ask(room / "small.gguf", [[{"role": "user", "content": "Hello?"}]])
     return (

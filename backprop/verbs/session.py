@@ -14,7 +14,9 @@ from typing import Any
 import backprop
 from backprop import report
 from backprop.config import MultiRunConfig, TrainConfig
+from backprop.core.choice import Choice
 from backprop.core.data.formats import Message
+from backprop.core.plan import taken_over
 from backprop.edges import cards, checkpoints, rundir, stopping
 from backprop.edges.hub import ModelSource
 from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
@@ -47,7 +49,7 @@ VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "
 NOT_IDENTITY = (
     *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch", "recompute"),
     *("resume", "save_steps", "keep_checkpoints", "max_minutes", "gate", "gate_data", "max_forgetting", "from_run"),
-    *("gpu_max_temp", "price_per_hour", "power_note", "engine"),
+    *("gpu_max_temp", "price_per_hour", "power_note", "engine", "offload"),
 )
 
 
@@ -60,6 +62,7 @@ ENVIRONMENT = (
 CHOSEN = ("method", "optimizer")
 # What versions did that had no such option.
 ONCE = {"optimizer": "adamw"}
+BEGUN, SAVED = "as this run began", "as in this run's last checkpoint"
 GATES = ("gate", "gate_data")
 # Marks the note on an exception whose traceback is in a file already.
 CRASH_NOTE = "traceback in "
@@ -89,7 +92,9 @@ class Session:
         self.done = False
         """Whether the directory holds this very run, finished."""
         self.goes_on = False
-        """Whether this very run began before."""
+        """Whether this very run began before, here or where its checkpoint is from."""
+        self.has_begun = False
+        """Whether it began in this directory."""
         self._started = time.monotonic()
         self.stack = ExitStack()
 
@@ -112,17 +117,32 @@ class Session:
         """Whether the run directory is this run's own."""
         return self._log is not None
 
-    def as_begun(self, config: TrainConfig) -> TrainConfig:
-        """Give the configuration with what was chosen when this very run began, if it goes on: method, optimizer, engine."""
-        if not self.goes_on:
-            return config
+    def as_begun(self, asked: TrainConfig) -> tuple[TrainConfig, dict[str, Choice[Any]]]:
+        """Give the configuration with what was chosen when the run in this directory began, if that goes on; and these choices.
+
+        They are method, optimizer and engine; and of the newest checkpoint, how a step goes through the model.
+        """
+        if not self.has_begun:
+            return asked, {}
         before = rundir.read_manifest(self.directory) or {}
         given: Mapping[str, Any] = {**ONCE, **before["config"]} if before.get("config") else {}
-        config = replace(config, **{name: given.get(name) for name in CHOSEN if getattr(config, name) is None})
+        config = replace(asked, **{name: given.get(name) for name in CHOSEN if getattr(asked, name) is None})
+        begun = taken_over(asked, config, BEGUN)
         if config.engine == "auto" and before.get("plan"):  # there was one only, once
             had = (before["plan"].get("engine") or {}).get("value", "torch")
-            config = replace(config, engine=had if can_be(had) else "torch")
-        return config
+            there = can_be(had)
+            config = replace(config, engine=had if there else "torch")
+            begun["engine"] = Choice(config.engine, BEGUN if there else f"the run began with {had}, which is not here")
+        return config, {**begun, **self._ways_begun(asked)}
+
+    def _ways_begun(self, asked: TrainConfig) -> dict[str, Choice[Any]]:
+        """Give what the next step takes over from the newest checkpoint, and no option decides."""
+        size = checkpoints.newest_state(self.directory / "checkpoints").get("size") or {}
+        kept = {"micro_batch": size.get("examples")} if asked.micro_batch is None else {}
+        if asked.recompute is None and size.get("recomputed") is not None:  # else it is of before this was written down
+            kept |= {} if asked.offload else {"recompute": size["recomputed"]}
+            kept |= {"offload": size["offloaded"]} if asked.offload is None else {}
+        return {name: Choice(value, SAVED) for name, value in kept.items() if value is not None}
 
     def claim(self, prepared: Prepared, *, question: str, probes: Sequence[Sequence[Message]]) -> None:
         """Take the run directory, and write down what is known, with what export is going to ask.
@@ -353,7 +373,8 @@ def running(
         "versions": versions(),
     }
     session = Session(config, command, manifest, say)
-    session.goes_on = (found != "nothing" and config.resume != "never") or config.resume not in ("auto", "never")
+    session.has_begun = found != "nothing" and config.resume != "never"
+    session.goes_on = session.has_begun or config.resume not in ("auto", "never")
     if found == "finished":
         session.meet(rundir.read_manifest(config.output) or {})
     with session.stack, stopping.ends_with(session.interrupted):

@@ -7,11 +7,13 @@ from itertools import chain
 from pathlib import Path
 
 from backprop.config import TrainConfig
+from backprop.core.plan import taken_over
 from backprop.edges import checkpoints, device, network, rundir, stopping
 from backprop.errors import DiskError, PackageError, UsageError
 from backprop.events import Sink
 from backprop.verbs.adapter import measures, train_one
 from backprop.verbs.engines import check_engine, with_faster_engine
+from backprop.verbs.examples import show_examples
 from backprop.verbs.gates import check_gates, read_gates, refuse_gates_without_figures
 from backprop.verbs.prepare import (
     Prepared,
@@ -20,7 +22,6 @@ from backprop.verbs.prepare import (
     prepare,
     probes_of,
     read_data,
-    show_examples,
 )
 from backprop.verbs.rehearsal import rehearse_if_due
 from backprop.verbs.repeat import compare_with, losses_of, refuse_other_inputs, settings_of
@@ -41,7 +42,7 @@ def train(config: TrainConfig, *, say: Sink) -> Path:
 
 
 def _train(config: TrainConfig, say: Sink) -> Path:
-    original = config.from_run
+    original, asked = config.from_run, config
     if original is not None:
         config = settings_of(config)
     check_packages(config)
@@ -57,7 +58,9 @@ def _train(config: TrainConfig, say: Sink) -> Path:
                 compare_with(original, losses_of(config.output), say=session.say, run=config.output)
             session.end_again()
             return config.output
-        prepared = prepare(session.as_begun(config), judged, held_out, gate_rows=gate_rows, say=session.say)
+        known = taken_over(asked, config, f"as in `{original}`")
+        config, begun = session.as_begun(config)
+        prepared = prepare(config, judged, held_out, gate_rows=gate_rows, known={**known, **begun}, say=session.say)
         config = prepared.config
         if original is not None:
             refuse_other_inputs(original, prepared, fingerprint, say=session.say)

@@ -192,15 +192,14 @@ def verifier_for(
     Raises:
         ExportError: If the adapter does not belong to its base model, or there is no room for that.
     """
-    from backprop.engine.merge import load_adapted
-    from backprop.engine.reference import refer
-    from backprop.engine.streamed import Merger
-
-    trust = config.trust_remote_code
-    Merger(Path(adapter.base), adapter.folder, trust_remote_code=trust)  # refuses without reading weights
     if not config.verify:
         forget(adapter.output, kinds)
         return None
+    from backprop.engine.merge import load_adapted
+    from backprop.engine.reference import refer
+
+    refuse_foreign(adapter, config)
+    trust = config.trust_remote_code
     where = room_for(Path(adapter.base))
     say(Phase(name=f"asking the trained model what its copies will be asked: {where.dtype} on {where.device}"))
     model, tokenizer = load_adapted(
@@ -213,6 +212,17 @@ def verifier_for(
     )
     reference = refer(model, tokenizer, adapter.probes)
     return Verifier(reference, adapter.output, adapter_sha256=adapter.sha256, say=say)
+
+
+def refuse_foreign(adapter: Adapter, config: ExportConfig) -> None:
+    """See that the adapter belongs to its base model, without reading weights of that.
+
+    Raises:
+        ExportError: If it does not, or changes nothing.
+    """
+    from backprop.engine.streamed import Merger
+
+    Merger(Path(adapter.base), adapter.folder, trust_remote_code=config.trust_remote_code)
 
 
 def room_for(folder: Path) -> Placement:

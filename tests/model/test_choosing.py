@@ -2,26 +2,30 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from conftest import UNEVEN, Run, went_on
+from conftest import UNEVEN, Run, chat, went_on
 
-from backprop import events
+from backprop import Trainer, events
 from backprop.config import TrainConfig
 from backprop.core import duration
+from backprop.core.choice import Choice
 from backprop.core.data.render import Example
+from backprop.core.memory import ModelShape
 from backprop.core.passes import Passes
 from backprop.core.phases import Footprint, Phases
-from backprop.core.plan import Choice, Plan
-from backprop.edges import tried
+from backprop.core.plan import Plan, memory_of
+from backprop.edges import cards, tried
 from backprop.engine import choosing, footprint, objectives, ranks
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.layers import layers_of
+from backprop.errors import TrainingError
 from backprop.verbs import repeat
+from backprop.verbs import train as train_verb
 
 WAYS = (Passes(4, 0), Passes(2, 0), Passes(1, 2))
 EXPECTED = Phases(load=50, step=400, evaluation=170, save=120, moments=20)
@@ -201,6 +205,34 @@ def test_a_run_goes_on_with_what_was_chosen(
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_run_that_goes_on_says_of_what_it_began_with_that_it_did(
+    train: Callable[..., Run], quick: Callable[[Passes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan said that an option had set the method, and how a step would go through, which was not how it went."""
+    quick(WAYS[2])
+    options = {**OPTIONS, "overwrite": False, "resume": "auto", "save_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_verb, "measures", lambda *_: (_ for _ in ()).throw(TrainingError("stopped at the end")))
+        begun = train(UNEVEN, **options)
+        again = train(UNEVEN, **options, recompute=1)
+    assert begun.failed.message == again.failed.message == "stopped at the end"
+    before, after = (run.all(events.PlanMade)[0] for run in (begun, again))
+    assert before.reasons["method"] == "the exact one that trains least"
+    assert before.choices["micro_batch"] == 8
+    as_begun = {name for name, reason in after.reasons.items() if reason == "as this run began"}
+    assert as_begun == {"method", "optimizer", "engine"}
+    saved = "as in this run's last checkpoint"
+    assert (after.choices["micro_batch"], after.reasons["micro_batch"]) == (1, saved)
+    assert after.reasons["recompute"] == "set by `--recompute`, of 2 layers", "by this command"
+    seen = used(monkeypatch)
+    last = train(UNEVEN, **options)
+    assert not seen, "every step is done already"
+    (plan,) = last.all(events.PlanMade)
+    assert (plan.choices["recompute"], plan.reasons["recompute"]) == (2, saved)
+    assert (plan.choices["offload"], plan.reasons["offload"]) == (False, saved)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_that_is_done_again_takes_what_was_chosen(
     train: Callable[..., Run], quick: Callable[[Passes], None]
 ) -> None:
@@ -208,6 +240,11 @@ def test_a_run_that_is_done_again_takes_what_was_chosen(
     run = train(UNEVEN, **OPTIONS)
     again = repeat.settings_of(TrainConfig(from_run=run.folder, output=run.folder.parent / "again"))
     assert again.micro_batch == 2
+    said: list[Any] = []
+    Trainer(say=said.append, output=run.folder.parent / "again").train(from_run=run.folder)
+    (plan,) = [event for event in said if isinstance(event, events.PlanMade)]
+    assert plan.reasons["micro_batch"] == plan.reasons["steps"] == plan.reasons["method"] == f"as in `{run.folder}`"
+    assert not [reason for reason in plan.reasons.values() if reason.startswith("set by")]
 
 
 @pytest.fixture
@@ -283,3 +320,94 @@ def test_passes_after_the_first_are_tried_with_its_gradients(
     monkeypatch.setattr(ranks.Rank, "_compute", compute)
     train(UNEVEN, **OPTIONS, batch_size=4)
     assert found[: 2 * len(WAYS)] == [(4, False), (4, False), (2, False), (2, True), (1, False), (1, True)]
+
+
+SHAPE = ModelShape(hidden_size=64, intermediate_size=128, num_layers=2, max_positions=512, vocabulary=49152, tied=True)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_memory_that_is_told_is_of_the_way_that_was_chosen(
+    train: Callable[..., Run],
+    quick: Callable[[Passes], None],
+    measured: list[Footprint],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Evaluation was that of the planned way, whose passes may be many times as large."""
+    quick(WAYS[2])
+    plans: list[Plan] = []
+    real = duration.plan_and_seconds
+
+    def of_a_shape(*arguments: Any, **options: Any) -> Any:
+        plan, seconds = real(*arguments, **options)
+        plans.append(replace(plan, shape=SHAPE))
+        return plans[-1], seconds
+
+    monkeypatch.setattr(duration, "plan_and_seconds", of_a_shape)
+    measured += [Footprint(90, 900)]
+    for first in ("tried", "tried in an earlier run"):
+        found = train(UNEVEN, **OPTIONS).all(events.MemoryMended)
+        assert [one.how for one in found] == [first, "in the first step"]
+        for one in found:
+            config = TrainConfig(data=("x",), method="lora", lora_r=4, optimizer="adamw")
+            way = {"tokens": plans[-1].max_length.value, "recomputed": 2, "offloaded": False}
+            expected, planned = (
+                memory_of(config, plans[-1], **{**way, "tokens": size * way["tokens"]}) for size in (1, 8)
+            )
+            assert expected is not None
+            assert expected.evaluation < (planned.evaluation if planned else 0)
+            assert one.estimated == asdict(expected)
+            assert one.phases["evaluation"] - one.phases["save"] == expected.evaluation - expected.save
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_each_run_of_several_names_itself_with_its_memory(
+    tiny_model: Path,
+    tmp_path: Path,
+    write: Callable[..., Path],
+    quick: Callable[[Passes], None],
+    measured: list[Footprint],
+) -> None:
+    """All said that they were the first."""
+    quick(WAYS[1])
+    measured += [Footprint(90, 300)]
+    said: list[Any] = []
+    trainer = Trainer(str(tiny_model), say=said.append, output=tmp_path / "run")
+    data = [write([chat(f"{word} {n}", "It is here.") for n in range(8)], f"{word}.jsonl") for word in "ab"]
+    trainer.multi_run(data, steps=2, batch_size=8, lora_r=4, **OPTIONS)
+    told = [(event.run, event.how) for event in said if isinstance(event, events.MemoryMended)]
+    assert told == [(1, "tried"), (1, "in the first step"), (2, "tried in an earlier run"), (2, "in the first step")]
+    first, second = [event for event in said if isinstance(event, events.PlanMade)]
+    assert first.reasons["method"] == "the exact one that trains least"
+    assert second.reasons["method"] == second.reasons["optimizer"] == "as in the first run"
+
+
+def test_nothing_is_tried_on_the_small_copy_of_a_rehearsal(
+    train: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was the fastest for the copy was kept in the cache."""
+    monkeypatch.setenv("BACKPROP_LLAMA_CPP", str(tmp_path / "nowhere"))
+    tries: list[object] = []
+    real = choosing.measured_fastest
+    monkeypatch.setattr(choosing, "measured_fastest", lambda *given, **more: tries.append(1) or real(*given, **more))
+    run = train(UNEVEN, **OPTIONS, rehearse=True, dry_run=True)
+    assert "the rehearsal went through" in [proof.name for proof in run.all(events.Proved)]
+    assert tries == []
+    assert not (tmp_path / "cache" / "backprop" / "tried").exists()
+
+
+def test_a_card_that_is_too_warm_is_waited_for_before_each_try(
+    train: Callable[..., Run], quick: Callable[[Passes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(WAYS[0])
+    said: list[str] = []
+
+    def rest(save: Callable[[], object]) -> None:
+        said.append("rest")
+        save()  # there is nothing to save, which is no reason to fail
+
+    real = ranks.Rank.compute
+    monkeypatch.setattr(ranks.Rank, "compute", lambda rank, share: said.append("pass") or real(rank, share))
+    monkeypatch.setattr(cards, "rest", rest)
+    train(UNEVEN, **OPTIONS)
+    tries = said[: said.index("rest", said.index("pass") + 1)], said[: 3 * len(WAYS)]
+    assert tries == (["rest", "pass", "pass"], ["rest", "pass", "pass"] * len(WAYS))

@@ -41,7 +41,7 @@ def left_behind(folder: Path) -> set[str]:
 
 # The list of options is part of the product: to change it, change docs and CHANGELOG too.
 OPTIONS = {
-    TrainConfig: "data eval_data eval_fraction column loss_on max_length allow_truncation packing model trust_remote_code steps epochs batch_size micro_batch recompute compile engine fp8_backward "
+    TrainConfig: "data eval_data eval_fraction column loss_on max_length allow_truncation packing model trust_remote_code steps epochs batch_size micro_batch recompute offload compile engine fp8_backward "
     "learning_rate scheduler warmup objective beta weight_decay optimizer eval_steps early_stopping on_divergence seed deterministic method lora_r lora_alpha rslora pissa lora_plus lora_dropout target_modules output "
     "overwrite dry_run rehearse resume save_steps keep_checkpoints max_minutes gpu_max_temp price_per_hour power_note skip_proofs from_run gate gate_data offline report_to",
     MultiRunConfig: "runs samples merge_mode init replay schedule general_eval max_forgetting",
@@ -129,6 +129,7 @@ def test_a_slip_of_the_keyboard_is_still_answered_with_the_nearest_option(capsys
         (["train", "--data", "x", "--eval-fraction", "1.5"], "`--eval-fraction` must be"),
         (["train", "--data", "x", "--method", "magic"], "magic"),
         (["train", "--data", "x", "--steps", "1", "--epochs", "1"], "both `--steps` and `--epochs`"),
+        (["train", "--data", "x", "--offload", "--recompute", "0"], "`--offload` is for layers that are recomputed"),
         (["export", "no-such-run"], "holds no adapter"),
         (["export", "x" * 300], "holds no adapter"),
         (["export", ".", "--quantization", "q99"], "q99"),

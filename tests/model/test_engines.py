@@ -6,19 +6,22 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from conftest import ROOT, UNEVEN, Done, chat
 
 from backprop.config import TrainConfig
+from backprop.core.choice import Choice
 from backprop.core.data.render import Example
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape
-from backprop.core.plan import Choice, DataShape, Plan, make_plan
+from backprop.core.plan import DataShape, Plan, make_plan
 from backprop.engine import race
 from backprop.events import Event, Phase
 from backprop.verbs.repeat import settings_of
@@ -231,7 +234,7 @@ def test_a_run_that_goes_on_keeps_its_engine(start: Start, tmp_path: Path) -> No
     assert again.returncode == 0, again.stderr
     assert told(again, "resumed")
     assert not phases(again, "trying the engine")
-    assert engine_in(tmp_path / "run")["value"] == "unsloth"
+    assert engine_in(tmp_path / "run") == {"value": "unsloth", "reason": "as this run began"}
     (tmp_path / "run").rename(tmp_path / "killed")
     done_again = settings_of(TrainConfig(from_run=tmp_path / "killed", output=tmp_path / "again"))
     assert done_again.engine == "unsloth"
@@ -257,6 +260,8 @@ def test_a_run_goes_on_with_torch_where_the_engine_that_was_chosen_is_not_there_
     assert told(again, "resumed")
     warned = "\n".join(event["message"] for event in told(again, "warning"))
     assert "goes on with the engine torch, and had unsloth before" in warned
+    told_so = {"value": "torch", "reason": "the run began with unsloth, which is not here"}
+    assert engine_in(tmp_path / "run") == told_so
 
 
 def test_what_cannot_be_loaded_any_more_goes_on_as_its_hint_says(start: Start, tmp_path: Path) -> None:
@@ -285,6 +290,44 @@ def test_a_run_that_is_stopped_while_engines_are_tried_leaves_none_of_them(
     assert done.returncode == 0, done.stderr
 
 
+ON_A_CARD = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import nvml_double
+from backprop.edges import cards
+card = nvml_double.Card(sensor=lambda: nvml_double.Now(core=int(Path({file!r}).read_text())))
+sys.modules["pynvml"] = nvml_double.Nvml([card])
+look_after, cards.EVERY_S = cards.look_after, 0.02
+cards.look_after = lambda _: look_after([card.gpu])
+from backprop.engine import racer
+racer.main()
+"""
+
+
+def test_a_card_that_is_too_warm_is_waited_for_while_engines_are_tried(start: Start, tmp_path: Path) -> None:
+    temperature, racer = tmp_path / "temperature", tmp_path / "racer.py"
+    temperature.write_text("91")
+    racer.write_text(ON_A_CARD.format(tests=str(ROOT / "tests"), file=str(temperature)))
+    run = start("--gpu-max-temp", "80", racer=racer)
+    assert run.stdout
+    said: list[dict[str, Any]] = []
+    too_long = threading.Timer(120, run.kill)
+    too_long.start()
+    for line in run.stdout:
+        said.append(json.loads(line))
+        if said[-1]["event"] == "paused":
+            temperature.write_text("60")
+    too_long.cancel()
+    assert run.wait(timeout=60) == 0
+    names = [event.get("name", event["event"]) for event in said]
+    paused = names.index("paused")
+    assert "91 °C" in said[paused]["reason"]
+    assert names[paused + 1].startswith("torch: going on after")
+    assert names[paused + 2].startswith("torch: trying 2 at once"), "it waited before the first"
+    assert engine_in(tmp_path / "run")["reason"].startswith("the faster here")
+
+
 TWO_CORES = Hardware(gpus=(), driver="", num_cpus=2, memory_bytes=2**34, platform="Linux x86_64")
 SHAPE = ModelShape(hidden_size=64, intermediate_size=128, num_layers=2, max_positions=512, vocabulary=49152)
 EXAMPLES = [Example((1,) * length, (True,) * length) for length in (3, 9, 5, 7)]
@@ -301,11 +344,12 @@ def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     plan = make_plan(config, TWO_CORES, SHAPE, data, model=Choice("m", ""), max_length=Choice(9, ""))
     plan = replace(plan, try_engines=True)
 
-    def tried(**answers: Any) -> tuple[Plan, list[Event]]:
+    def tried(options: Mapping[str, Any] = MappingProxyType({}), **answers: Any) -> tuple[Plan, list[Event]]:
         monkeypatch.setenv("ANSWERS", json.dumps(answers))
         said: list[Event] = []
-        known = race.with_known(config, plan)
-        return (race.with_faster("m", config, plan, EXAMPLES, say=said.append) if known is plan else known), said
+        own = replace(config, **options)
+        known = race.with_known(own, plan)
+        return (race.with_faster("m", own, plan, EXAMPLES, say=said.append) if known is plan else known), said
 
     return tried
 
@@ -349,6 +393,15 @@ def test_the_faster_engine_that_passes_the_checks_is_taken(
     if not failed:
         assert again.engine.value == engine
         assert "fell over" not in again.engine.reason
+
+
+def test_what_was_found_is_not_known_to_a_run_whose_passes_are_given(
+    tried: Callable[..., tuple[Plan, list[Event]]],
+) -> None:
+    tried(unsloth=FAST)
+    for options in ({"offload": False}, {"recompute": 2}, {"micro_batch": 1}):
+        assert tried(options, torch=FAST)[0].engine.value == "torch"
+    assert tried(torch=FAST)[0].engine.value == "unsloth"
 
 
 def test_one_that_hangs_leaves_torch(

@@ -340,6 +340,35 @@ def test_a_run_that_fails_changes_nothing_and_is_told(
 
 
 @pytest.mark.slow
+def test_a_run_that_began_from_nothing_is_not_merged_with_one_that_stands_before_it_now(
+    runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A first run that failed and was done again put itself before runs that knew nothing of it: unrelated factors."""
+    from backprop.verbs import multi_run as verb
+
+    real = verb.train_one
+
+    def failing(config: Any, prepared: Any, **options: Any) -> Any:
+        if options["run"] == 1:
+            raise TrainingError("the loss is not finite", hint="eat more fruit")
+        return real(config, prepared, **options)
+
+    def killed(fold: Any) -> Any:
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "train_one", failing)
+        patch.setattr(verb._Fold, "result", killed)
+        with pytest.raises(SystemExit):
+            runs("a", "b", "c")
+    (tmp_path / "run" / "runs" / "001" / "metrics.json").unlink()
+    told = runs("a", "b", "c")
+    assert told.error is not None
+    assert told.error.code == 2
+    assert "this run began from another adapter than the last merged run" in told.error.message
+
+
+@pytest.mark.slow
 def test_no_run_that_finishes_is_an_error_and_the_same_command_tries_again(
     runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:

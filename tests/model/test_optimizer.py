@@ -18,10 +18,12 @@ from conftest import ROOT, UNEVEN, Run
 from safetensors.torch import save_file
 
 from backprop.config import TrainConfig
+from backprop.core.choice import Choice
+from backprop.core.fitting import least_bytes
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.memory import ModelShape
 from backprop.core.passes import CUDA_BYTES, SHARE_FOR_STEP
-from backprop.core.plan import Choice, Plan, least_bytes
+from backprop.core.plan import Plan
 from backprop.edges.checkpoints import Checkpoint
 from backprop.engine import four_bit
 from backprop.engine.snapshot import FORMAT, OPTIMIZER, decided, moments_of, refuse_other, restore_optimizer
@@ -105,11 +107,16 @@ def test_moments_of_8_bits_teach_the_same_take_less_and_go_on_bit_for_bit(
     adapters = [(tmp_path / name / "lora" / "adapter_model.safetensors").read_bytes() for name in ("eight", "again")]
     assert adapters[0] == adapters[1]
     assert "optimizer: adamw-8bit before, adamw now" in refused["failed"]
+    states = [load_file(tmp_path / name / "checkpoints/step-000009" / OPTIMIZER) for name in ("eight", "exact")]
+    # What words begin with, which `full` trains too, keeps 32 bits.
+    words = [{name: one for name, one in state.items() if one.numel() == 49152 * 64} for state in states]
+    assert [len(one) for one in words] == ([2, 2] if options.get("method") == "full" else [0, 0])
+    assert {one.dtype for state in words for one in state.values()} <= {torch.float32}
     sizes = [
-        sum(one.nbytes for one in load_file(tmp_path / name / "checkpoints/step-000009" / OPTIMIZER).values())
-        for name in ("eight", "exact")
+        sum(one.nbytes for name, one in state.items() if name not in known)
+        for state, known in zip(states, words, strict=True)
     ]
-    assert sizes[0] < 0.4 * sizes[1]  # of a tiny adapter, beside its smallest matrices
+    assert sizes[0] < 0.4 * sizes[1]  # of what is tiny, beside its smallest matrices
 
 
 class Kept:
@@ -175,11 +182,14 @@ def test_a_run_that_goes_on_keeps_the_optimizer_that_was_chosen_when_it_began(tm
     )
     asked = TrainConfig(data=("x",), output=tmp_path)
     session = Session(asked, "train", {}, lambda event: None)
-    assert session.as_begun(asked).optimizer is None
-    session.goes_on = True
-    begun = session.as_begun(asked)
-    assert (begun.method, begun.optimizer) == ("full", "adamw-8bit")
-    assert session.as_begun(replace(asked, optimizer="adamw")).optimizer == "adamw"
+    assert session.as_begun(asked) == (asked, {})
+    session.goes_on = session.has_begun = True
+    config, begun = session.as_begun(asked)
+    assert (config.method, config.optimizer) == ("full", "adamw-8bit")
+    assert begun == {name: Choice(getattr(config, name), "as this run began") for name in ("method", "optimizer")}
+    config, begun = session.as_begun(replace(asked, optimizer="adamw"))
+    assert config.optimizer == "adamw"
+    assert "optimizer" not in begun, "it is set in this command"
 
 
 @pytest.mark.parametrize("asked", [None, "adamw"])
@@ -191,7 +201,23 @@ def test_a_run_of_before_there_were_two_goes_on_with_moments_of_32_bits(tmp_path
     (tmp_path / "run.json").write_text(json.dumps({"identity": identity, "config": {"method": "lora"}}))
     with running(config, command="train", fingerprint="of the data", say=lambda event: None) as session:
         assert session.goes_on
-        assert session.as_begun(config).optimizer == "adamw"
+        assert session.as_begun(config)[0].optimizer == "adamw"
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["finished", "another"])
+def test_a_run_that_is_begun_anew_from_a_checkpoint_elsewhere_has_nothing_of_the_one_that_it_overwrites(
+    tmp_path: Path, same: bool
+) -> None:
+    """It silently had the method, optimizer and engine that were chosen for the old one."""
+    config = TrainConfig(data=("x",), output=tmp_path, overwrite=True, resume=str(tmp_path / "elsewhere"))
+    chosen = {"method": "qlora", "optimizer": "adamw-8bit"}
+    with running(config, command="train", fingerprint="of the data", say=lambda event: None) as session:
+        identity = {**session._manifest["identity"], "data_sha256": "of the data" if same else "of others"}
+    manifest = {"identity": identity, "config": chosen, "plan": {"engine": {"value": "unsloth"}}, "status": "finished"}
+    (tmp_path / "run.json").write_text(json.dumps(manifest))
+    with running(config, command="train", fingerprint="of the data", say=lambda event: None) as session:
+        assert session.as_begun(config) == (config, {})
+        assert session.goes_on, "it was rehearsed where its checkpoint is from"
 
 
 def test_a_model_that_fits_with_moments_of_8_bits_alone_is_told_to_fit() -> None:

@@ -315,6 +315,48 @@ def test_layers_that_are_recomputed_from_a_stop_on_are_so_after_the_next(
     assert set(seen) == {2}
 
 
+def test_a_run_that_goes_on_keeps_where_the_inputs_of_layers_wait_unless_it_is_told_otherwise(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; a CPU leaves them where they are."""
+    from backprop.engine.ranks import Ranks
+
+    monkeypatch.setattr("backprop.core.plan.refuse_without_gpu", lambda *_: None)
+    seen: list[tuple[int, bool]] = []
+    real = Ranks.recompute
+
+    def noted(ranks: Any, *how: Any) -> bool:
+        seen.append(how)
+        return real(ranks, *how)
+
+    monkeypatch.setattr(Ranks, "recompute", noted)
+    kept = "as in this run's last checkpoint"
+    for options, expected, reason in (
+        ({"offload": True, "recompute": 1}, (1, True), "set by `--offload`"),
+        ({}, (1, True), kept),
+        ({"offload": False}, (1, False), "set by `--no-offload`"),
+        ({}, (1, False), kept),
+        ({"offload": True, "recompute": 2}, (2, True), "set by `--offload`"),
+    ):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, "the third step")
+            (plan,) = train(**{**OPTIONS, "steps": 40, "save_steps": 1}, **options).all(events.PlanMade)
+        assert seen == [expected]
+        assert (plan.choices["recompute"], plan.choices["offload"]) == expected
+        assert plan.reasons["offload"] == reason
+
+
+@pytest.mark.parametrize("command", ["train", "multi-run"])
+def test_main_memory_as_a_place_to_wait_is_refused_without_a_gpu(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, command: str
+) -> None:
+    done = backprop(command, "--data", write(UNEVEN), "--model", tiny_model, "--offload", cwd=tmp_path)
+    assert done.returncode == 5
+    assert done.stderr.endswith("error: `--offload` needs an NVIDIA GPU, and none was found\n\nhint: leave it out\n")
+    assert not (tmp_path / "output").exists()
+
+
 @pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_full_memory_is_one_event_and_changes_no_loss(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, packing: bool
@@ -349,10 +391,10 @@ def test_a_full_memory_recomputes_then_shrinks_then_offloads_and_then_gives_up(m
     monkeypatch.setattr(trainer, "layers_of", lambda layers: layers)
 
     def ways(
-        size: PassSize, recompute: int, offload: bool, model: Sequence[None] = (None,) * 4
+        size: PassSize, recompute: int, offload: bool, model: Sequence[None] = (None,) * 4, *, may: bool = True
     ) -> list[tuple[int, int, bool]]:
         steps: Any = trainer.StepPasses.__new__(trainer.StepPasses)
-        steps.size, steps._longest, steps._planned = size, 10, (recompute, offload)
+        steps.size, steps._longest, steps._planned, steps._may_offload = size, 10, (recompute, offload), may
         calls: list[tuple[int, bool]] = []
         ranks = cast(Any, SimpleNamespace(recompute=lambda *given: not calls.append((*given, False)[:2])))
         found: list[tuple[int, int, bool]] = []
@@ -365,6 +407,8 @@ def test_a_full_memory_recomputes_then_shrinks_then_offloads_and_then_gives_up(m
     assert ways(padded, 1, False) == [(4, 4, False), (2, 4, False), (1, 4, False), (1, 4, True)]
     assert ways(padded, 4, False) == [(2, 4, False), (1, 4, False), (1, 4, True)]
     assert ways(padded, 4, True) == [(2, 4, True), (1, 4, True)]
+    assert ways(padded, 1, True) == [(4, 4, True), (2, 4, True), (1, 4, True)], "what was asked for stays"
+    assert ways(padded, 1, False, may=False) == [(4, 4, False), (2, 4, False), (1, 4, False)]
     packed = PassSize(examples=1, tokens=10, packing=True, recomputed=2)
     assert ways(packed, 0, False) == [(1, 4, False), (1, 4, True)]
     assert ways(packed, 0, False, ()) == [], "no layer can be told apart"
@@ -403,6 +447,8 @@ def test_a_memory_too_small_for_one_example_is_exit_5(
 ) -> None:
     import torch
 
+    from backprop.engine import trainer
+
     def no_card(model: Any, one: Any) -> Any:
         raise torch.OutOfMemoryError
 
@@ -410,7 +456,14 @@ def test_a_memory_too_small_for_one_example_is_exit_5(
     failed = train(**OPTIONS).failed
     assert failed.code == 5
     assert "too small for one example" in failed.message
-    assert "--max-length" in failed.hint
+    assert failed.hint.startswith("add a `--max-length`")
+    may: list[bool] = []
+    real = trainer.StepPasses.offload
+    noted = lambda steps, *given: may.append(steps._may_offload) or real(steps, *given)  # noqa: E731
+    monkeypatch.setattr(trainer.StepPasses, "offload", noted)
+    for offload, hint in ((None, "add a `--max"), (False, "leave out `--no-offload`, or add a `--max-length`")):
+        assert train(**OPTIONS, offload=offload).failed.hint.startswith(hint)
+    assert may == [True, False]
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from conftest import backprop, chat, trained_run
 from backprop.core.fidelity import likeness
 from backprop.edges import device, llama_cpp
 from backprop.engine import merge, reference, streamed
+from backprop.verbs import gguf
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -89,11 +91,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def merge_there(folder: Path, options: str) -> None:
+def merge_there(folder: Path, merger: streamed.Merger) -> None:
     """Put merged weights in the place of the link to the base model's."""
     from safetensors.torch import load_file, save_file
 
-    merger = streamed.read_options(Path(options))
     weights = load_file(folder / "model.safetensors")
     merged = {name: merger.merge(name, one) if merger.changes(name) else one for name, one in weights.items()}
     (folder / "model.safetensors").unlink()
@@ -155,14 +156,21 @@ FAULTS_OF_PIECES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None]) -> None:
-    converting = llama_cpp.converting
+    """Let the converter read a folder whose weights are merged already, and a fault in it."""
+    write_options, write_card = streamed.write_options, gguf.write_card
+    mergers: list[streamed.Merger] = []
 
-    def faulty(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Any:
-        merge_there(folder, through[2])
+    def merged_already(path: Path, base: Path, adapter: Path, **told: Any) -> None:
+        mergers.append(streamed.Merger(base, adapter, rounding=told["rounding"]))
+        write_options(path, base, None, **told)
+
+    def faulty(adapter: Any, folder: Path, *, name: str) -> None:
+        write_card(adapter, folder, name=name)
+        merge_there(folder, mergers[0])
         fault(folder)
-        return converting(folder, gguf, kind=kind)
 
-    monkeypatch.setattr(llama_cpp, "converting", faulty)
+    monkeypatch.setattr(streamed, "write_options", merged_already)
+    monkeypatch.setattr(gguf, "write_card", faulty)
 
 
 def proofs_of(folder: Path, kind: str = "f16") -> dict[str, bool]:
@@ -204,18 +212,16 @@ def test_a_file_that_is_another_tokenizer_is_rejected(
 def test_an_adapter_that_is_not_in_it_or_twice_is_found(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, proof: str
 ) -> None:
-    converting = llama_cpp.converting
+    write_options = streamed.write_options
     twice = tmp_path / "twice"
     shutil.copytree(run / "lora", twice)
     edited("adapter_config.json", lambda config: config.update(lora_alpha=2 * config["lora_alpha"]))(twice)
 
-    def faulty(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Any:
-        options = json.loads(Path(through[2]).read_text())
-        assert options["adapter"] == str(run / "lora")
-        Path(through[2]).write_text(json.dumps({**options, "adapter": str(twice)}))
-        return converting(folder, gguf, kind=kind, through=through if times else ())
+    def faulty(path: Path, base: Path, adapter: Path, **told: Any) -> None:
+        assert adapter == run / "lora"
+        write_options(path, base, twice if times else None, **told)
 
-    monkeypatch.setattr(llama_cpp, "converting", faulty)
+    monkeypatch.setattr(streamed, "write_options", faulty)
     done = backprop("export", run, "-q", "f16", "--output", tmp_path / "out", cwd=tmp_path)
     refused(done, tmp_path / "out", proof)
 
@@ -223,15 +229,22 @@ def test_an_adapter_that_is_not_in_it_or_twice_is_found(
 def test_a_quantization_that_is_another_model_is_rejected_and_the_good_file_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize = llama_cpp.quantize
+    converting = llama_cpp.converting
 
-    def faulty(source: Path, target: Path, *, quantization: str) -> None:
-        quantize(source, target, quantization=quantization)
-        content = bytearray(target.read_bytes())
-        content[-300_000:] = bytes(300_000)  # the last tensors, as a disk may lose them
-        target.write_bytes(content)
+    @contextmanager
+    def faulty(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Generator[Callable[[], None]]:
+        with converting(folder, gguf, kind=kind, through=through) as finish:
 
-    monkeypatch.setattr(llama_cpp, "quantize", faulty)
+            def finish_badly() -> None:
+                finish()
+                made = gguf.with_name("q6_k.gguf")
+                made.write_bytes(
+                    made.read_bytes()[:-300_000] + bytes(300_000)
+                )  # the last tensors, as a disk may lose them
+
+            yield finish_badly
+
+    monkeypatch.setattr(llama_cpp, "converting", faulty)
     done = backprop("export", run, "-q", "f16", "-q", "q6_k", "--output", tmp_path, cwd=tmp_path)
     assert done.returncode == 7, done.stderr
     assert "not proved: the q6_k file" in done.stderr

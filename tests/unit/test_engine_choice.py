@@ -1,6 +1,7 @@
 """Which engine a run has, decided from facts alone."""
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,19 @@ def test_else_it_is_torch_with_the_reason(options: dict[str, Any], reason: str) 
     assert not plan.try_engines
     assert plan.engine.value == "torch"
     assert plan.engine.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("steps", [100, LONG])
+def test_where_nothing_fits_it_is_not_time_that_decides(steps: int) -> None:
+    """The reason was that so many minutes are not worth trying unsloth."""
+    small = replace(CARD, memory_bytes=2 * GIB, memory_free_bytes=2 * GIB)
+    plan = planned(hardware=replace(ONE, gpus=(small,)), steps=steps)
+    assert not plan.try_engines
+    assert plan.engine.value == "torch"
+    assert re.fullmatch(
+        r"\d\.\d GiB are estimated at least, and there is room for 1\.5: nothing to try unsloth with",
+        plan.engine.reason,
+    )
 
 
 def test_what_is_asked_for_is_taken_and_compiles_no_layer_of_ours() -> None:

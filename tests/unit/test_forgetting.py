@@ -207,3 +207,4 @@ def test_the_report_shows_the_matrix_with_names_escaped() -> None:
     for figure in ("0.111", "-0.125", "2.500", "1.500"):
         assert f">{figure}</td>" in text
     assert text.count("<polyline") == 2
+    assert "table.heat th + th { text-align: right;" in text, "a heading stands over its figures"

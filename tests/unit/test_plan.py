@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 
 from backprop.config import Objective, TrainConfig
+from backprop.core.choice import Choice
+from backprop.core.fitting import choose_method, least_bytes
 from backprop.core.hardware import Gpu, Hardware
 from backprop.core.passes import even, room_of
 from backprop.core.plan import (
-    Choice,
     DataShape,
     ModelShape,
     Plan,
     choose_max_length,
-    choose_method,
     choose_model,
     disk_bytes,
-    least_bytes,
     make_plan,
     spill_bytes,
+    taken_over,
 )
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import GIB, PRESETS
@@ -132,6 +132,24 @@ def test_weights_of_4_bits_without_a_gpu_are_refused_before_any_work() -> None:
     with pytest.raises(HardwareError, match="needs an NVIDIA GPU"):
         plan(TrainConfig(data=("x",), method="qlora"))
     assert plan(TrainConfig(data=("x",), method="qlora"), hardware=machine(8)).device.value == "cuda"
+
+
+def test_main_memory_as_a_place_to_wait_needs_a_gpu_and_layers_that_are_recomputed() -> None:
+    with pytest.raises(HardwareError, match="`--offload` needs an NVIDIA GPU, and none was found") as raised:
+        plan(TrainConfig(data=("x",), offload=True))
+    assert raised.value.hint == "leave it out"
+    with pytest.raises(UsageError, match="`--offload` is for layers that are recomputed") as refused:
+        TrainConfig(data=("x",), offload=True, recompute=0)
+    assert refused.value.hint == "leave out `--recompute 0`"
+    assert plan(TrainConfig(data=("x",), offload=False)).offload == Choice(False, "set by `--no-offload`")
+    assert not TrainConfig(data=("x",), offload=False, recompute=0).offload
+
+
+def test_choices_that_this_command_does_not_make_say_where_they_are_from() -> None:
+    asked = TrainConfig(data=("x",), micro_batch=2)
+    config = replace(asked, method="qlora", steps=3, engine="unsloth", seed=1)
+    found = taken_over(asked, config, "from there")
+    assert found == {name: Choice(getattr(config, name), "from there") for name in ("method", "steps", "engine")}
 
 
 def test_the_disk_holds_an_adapter_of_twice_the_rank_for_pissa() -> None:
