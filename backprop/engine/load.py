@@ -245,6 +245,10 @@ def load_model(path: str, config: TrainConfig, plan: Plan) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
     model = add_adapter(base, config, plan)
+    if config.method == "qlora":
+        from backprop.engine import nf4
+
+        nf4.unpack_within_compiled_code(model)
     if plan.fp8_backward.value:
         from backprop.engine import fp8
 

@@ -218,3 +218,21 @@ def test_a_copied_adapter_whose_card_tells_of_4_bits_is_merged_into_the_original
         warned = [one["message"] for one in told(done) if one["event"] == "warning"]
         assert len(warned) == warnings
         assert all("in a run that is not known, and is merged into the 16-bit original" in one for one in warned)
+
+
+UNPACK = """
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from backprop.engine.nf4 import unpack
+torch.manual_seed(0)
+for shape in ((64, 64), (96, 128), (512, 256), (3, 64 * 300)):
+    for dtype in (torch.float32, torch.bfloat16):
+        packed, state = quantize_4bit(torch.randn(shape, dtype=dtype), quant_type="nf4", compress_statistics=True)
+        assert torch.equal(unpack(state, packed), dequantize_4bit(packed, state)), shape
+"""
+
+
+@needs_bitsandbytes
+def test_weights_of_4_bits_are_made_into_16_bit_for_bit_as_bitsandbytes_does(tmp_path: Path) -> None:
+    done = with_bitsandbytes(UNPACK, cwd=tmp_path)
+    assert done.code == 0, done.stderr
