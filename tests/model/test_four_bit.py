@@ -235,4 +235,4 @@ for shape in ((64, 64), (96, 128), (512, 256), (3, 64 * 300)):
 @needs_bitsandbytes
 def test_weights_of_4_bits_are_made_into_16_bit_for_bit_as_bitsandbytes_does(tmp_path: Path) -> None:
     done = with_bitsandbytes(UNPACK, cwd=tmp_path)
-    assert done.code == 0, done.stderr
+    assert done.returncode == 0, done.stderr
