@@ -36,6 +36,8 @@ Init = Literal["function-preserving", "literal"]
 
 # A choice of this project, without evidence for or against: half old, half new, however many runs there were.
 EMA_WEIGHT = 0.5
+# Of the largest entry of R's diagonal: A in another basis has entries at most so many times as large, which float32 bears.
+LEAST_SHARE = 1e-3
 PAPERS_EXPONENT = 0.5
 EXPONENTS = (0.0, 0.25, PAPERS_EXPONENT, 0.75, 1.0)
 """What "auto" chooses from: from the last run alone to the mean of all."""
@@ -128,7 +130,7 @@ def carried(merged: State, fine_tuned: State, *, init: Init) -> dict[str, torch.
     """Give the merged adapter in the basis that the run after ``fine_tuned`` has: the same weight change, B A.
 
     With A^T = Q R of the fine-tuned A, the start of the next run is (R^-T A, B R^T); so is this of the merged. A merged A
-    that is the fine-tuned one becomes Q^T, however singular R is.
+    that is the fine-tuned one becomes Q^T, however singular R is; beside another, such an R is made invertible.
 
     Args:
         init: "literal" changes nothing: there, B is taken for what it is whatever A stands beside it.
@@ -139,8 +141,10 @@ def carried(merged: State, fine_tuned: State, *, init: Init) -> dict[str, torch.
     for a_key, b_key in _pairs(fine_tuned):
         q, upper = _signed_qr(fine_tuned[a_key])
         a, b = merged[a_key].detach(), merged[b_key].detach()
-        moved_a = q if a.equal(fine_tuned[a_key]) else upper.T.pinverse() @ a.double()
-        moved |= {a_key: moved_a.to(a.dtype).contiguous(), b_key: (b.double() @ upper.T).to(b.dtype)}
+        same = a.equal(fine_tuned[a_key])
+        turn = upper if same else _invertible(upper)
+        moved_a = q if same else turn.T.pinverse() @ a.double()
+        moved |= {a_key: moved_a.to(a.dtype).contiguous(), b_key: (b.double() @ turn.T).to(b.dtype)}
     return moved
 
 
@@ -283,6 +287,14 @@ def _signed_qr(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # QR is unique only up to the sign of each column; sign(0) must not erase one.
     sign = torch.where(upper.diagonal() < 0, -1.0, 1.0)
     return (q * sign).T, upper * sign[:, None]
+
+
+def _invertible(upper: torch.Tensor) -> torch.Tensor:
+    """Give R itself, unless its diagonal has next to nothing somewhere, which is raised there to `LEAST_SHARE`."""
+    diagonal = upper.diagonal()
+    # Any invertible matrix keeps B A; one that is nearly R keeps what is averaged nearly in one basis.
+    least = LEAST_SHARE * diagonal.max() if diagonal.any() else 1.0
+    return upper + (diagonal.clamp(min=least) - diagonal).diag()
 
 
 def _weights(mode: MergeMode, num_merges: int, exponent: float) -> tuple[float, float]:

@@ -150,7 +150,7 @@ def test_a_run_that_waits_for_its_card_is_stopped_at_once(
 ) -> None:
     (tmp_path / "temperature").write_text("60")
     options = ["train", "--data", write(UNEVEN), "--model", tiny_model, "--steps", "100000", "--lora-r", "4", "--json"]
-    options += ["--skip-proofs", "--no-rehearse", *(["--max-minutes", "0.3"] if how == "minutes" else [])]
+    options += ["--skip-proofs", "--no-rehearse", *(["--max-minutes", "0.6"] if how == "minutes" else [])]
     process = subprocess.Popen(
         [sys.executable, "-c", ON_A_CARD.format(tests=str(ROOT / "tests")), *map(str, options)],
         cwd=tmp_path,

@@ -26,7 +26,8 @@ ROWS = [chat(f"What is {n}?", "It is here.") for n in range(12)]
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tiny_model, tmp_path_factory.mktemp("trained"), ROWS, steps=100)
+    # At twice this rate it may end on an edge, from which rounding to 16 bits moves an answer: KL 1e-2, not 1e-5.
+    return trained_run(tiny_model, tmp_path_factory.mktemp("trained"), ROWS, steps=100, learning_rate=5e-3)
 
 
 @pytest.mark.slow

@@ -412,10 +412,17 @@ def test_merged_b_is_the_weighted_mean_of_the_runs_in_the_last_basis(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(seed=seeds)
+@given(seed=seeds, collapsed=st.sampled_from([None, 0.0, 1e-7, 1e-3, 1.0]))
 @few
-def test_what_is_carried_over_is_the_same_adapter(dtype: torch.dtype, mode: MergeMode, seed: int) -> None:  # [3] [7]
-    state = run(adapter(seed, dtype=dtype), [seed + 1, seed + 2], mode=mode, init="function-preserving")[-1]
+def test_what_is_carried_over_is_the_same_adapter(  # [3] [4] [7]
+    dtype: torch.dtype, mode: MergeMode, seed: int, collapsed: float | None
+) -> None:
+    """Where a run left an A that was nearly singular, "average" and "stack" lost some or nearly all of the merge."""
+    first = run(adapter(seed, dtype=dtype), [seed + 1], mode=mode, init="function-preserving")[-1]
+    trained = train(next_start(first.fine_tuned, init="function-preserving"), seed + 2)
+    if collapsed is not None:
+        trained[A][1] = 2 * trained[A][0] + collapsed * trained[A][1]
+    state = step(first, trained, mode=mode, init="function-preserving")
     moved = carried(state.merged, state.fine_tuned, init="function-preserving")
     size = max(float(moved[A].abs().max()) * float(moved[B].abs().max()), float(delta(state.merged).abs().max()))
     assert_close(delta(moved), delta(state.merged), atol=3 * ROUNDING[dtype] * size)
