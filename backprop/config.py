@@ -153,7 +153,9 @@ class TrainConfig:
     """The same bits each time on a GPU too; slower."""
 
     method: Annotated[Method | None, Parameter(group=LORA)] = None
-    """`qlora` holds the base in 4 bits; `dora` also trains magnitudes; `full` trains every weight. Default: `lora`, or `qlora` where only that fits."""
+    """`qlora`: base in 4 bits; `dora`: magnitudes too; `full`: every weight. Default: `lora`, or `qlora` where only that fits."""
+    dequantize: Annotated[bool | None, Parameter(group=LORA)] = None
+    """Its 4 bits held as 16. Default: if that costs nothing."""
     lora_r: Annotated[int, Bounds(least=1, most=1024), Parameter(group=LORA)] = 16
     """Rank."""
     lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
@@ -219,6 +221,8 @@ class TrainConfig:
             raise UsageError(
                 "`--fp8-backward` is for plain `--method lora` and `--objective sft`", hint="leave out one of them"
             )
+        if self.dequantize and self.method not in (None, "qlora"):
+            raise UsageError("`--dequantize` is for `--method qlora`", hint="leave out one of them")
         if self.engine == "unsloth" and (beyond := beyond_unsloth(self)):
             raise UsageError(f"`--engine unsloth` does not do `{beyond}`", hint="leave out one of them")
         if self.offload and self.recompute == 0:
@@ -241,6 +245,7 @@ def beyond_unsloth(config: TrainConfig) -> str:
         "--deterministic": config.deterministic,
         "--fp8-backward": config.fp8_backward,
         "--pissa": config.pissa,
+        "--dequantize": bool(config.dequantize),
         "--lora-dropout": config.lora_dropout > 0,
         "--trust-remote-code": config.trust_remote_code,
     }

@@ -121,6 +121,31 @@ def choose_optimizer(
     return Choice("adamw-8bit", f"with moments of 32 bits, {told}")
 
 
+def choose_dequantize(
+    config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
+) -> Choice[bool]:
+    """Make 16 bits of 4 once, and not in each product, where that leaves passes as large and recomputes no more."""
+    if config.method != "qlora":
+        return Choice(False, "no weights are in 4 bits")
+    if config.dequantize is not None:
+        return Choice(config.dequantize, f"set by `--{'' if config.dequantize else 'no-'}dequantize`")
+    if not hardware.gpus or config.engine == "unsloth":
+        return Choice(False, "unsloth makes 16 bits of 4 itself")
+    room, best = passes.room_of(hardware.gpus[0]), list[Passes]()
+    for whole in (False, True):
+        own = replace(config, dequantize=whole)
+        need = _needs(own, batch, length, shape, hardware, compiled=compiled)
+        ways = passes.fastest_first(own, need, batch, length, shape, hardware.gpus[0])
+        best += [one for one in ways if need[one] <= room][:1]
+    if len(best) < 2:
+        return Choice(False, "the GPU's memory is too small for 16")
+    packed, whole = best
+    costs_nothing = whole.examples >= packed.examples and whole.recomputed <= packed.recomputed
+    if costs_nothing and whole.offloaded <= packed.offloaded:
+        return Choice(True, "rounded to 4 and held in 16: there is room for that, and each product is faster")
+    return Choice(False, "held in 16, they would take the room of passes")
+
+
 def choose_passes(
     config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
 ) -> tuple[Choice[int], Choice[int], Choice[bool], tuple[Passes, ...]]:

@@ -124,12 +124,17 @@ class Held:
     """Of the same, once more in 16 bits where it is in float32, for the length of a pass."""
 
 
+def in_4_bits(config: TrainConfig) -> bool:
+    """Say whether the base's weights are held in 4 bits throughout a run."""
+    return config.method == "qlora" and not config.dequantize
+
+
 def held_memory(config: TrainConfig, shape: ModelShape, *, dtype: str = "bfloat16") -> Held:
     """Estimate what the weights take."""
     width = BF16 if dtype == "bfloat16" else FLOAT32
     blocks, words = block_weights(shape), word_weights(shape)
-    base = int(blocks * (NF4 if config.method == "qlora" else width)) + words * width
-    base += shape.num_layers * 7 * ROUNDING_4_BIT if config.method == "qlora" else 0
+    base = int(blocks * (NF4 if in_4_bits(config) else width)) + words * width
+    base += shape.num_layers * 7 * ROUNDING_4_BIT if in_4_bits(config) else 0
     # Feed-forward weights once more in 8 bits.
     base += shape.num_layers * 3 * shape.hidden_size * shape.intermediate_size if config.fp8_backward else 0
     trained = trained_weights(config, shape)
@@ -195,7 +200,7 @@ def step_memory(
     if config.fp8_backward and not compiled:
         # A gradient's absolute values, and itself in float32 twice.
         way_back += tokens * shape.intermediate_size * (BF16 + 2 * FLOAT32)
-    if config.method == "qlora":
+    if in_4_bits(config):
         way_back += shape.hidden_size * shape.intermediate_size * width
     if config.method == "dora":
         way_back = dora_memory(shape, tokens=tokens)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from backprop.config import TrainConfig
 from backprop.core.hardware import Gpu
-from backprop.core.memory import FLOAT32, ModelShape, block_weights
+from backprop.core.memory import FLOAT32, ModelShape, block_weights, in_4_bits
 from backprop.core.phases import phases_of
 from backprop.presets import GIB
 
@@ -111,7 +111,7 @@ def fastest_first(
 ) -> Sequence[Passes]:
     """Order the ways that may fit by how long a token is estimated to take."""
     room = room_to_try(gpu)
-    seconds = START_SECONDS_4_BIT if config.method == "qlora" else START_SECONDS
+    seconds = START_SECONDS_4_BIT if in_4_bits(config) else START_SECONDS
     start = seconds * RATE_PER_GIB * gpu.memory_bytes / GIB * shape.num_layers / (4 * block_weights(shape))
     return sorted(
         (one for one, size in need.items() if size <= room),

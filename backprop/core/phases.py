@@ -10,6 +10,7 @@ from backprop.core.memory import (
     ModelShape,
     dora_memory,
     held_memory,
+    in_4_bits,
     loss_memory,
     step_memory,
     word_weights,
@@ -92,7 +93,7 @@ def _load_memory(config: TrainConfig, shape: ModelShape, *, dtype: str) -> int:
             copied = 2 * held.base + words * (FLOAT32 + width * shape.tied)
             return max(held.base + held.trained, copied)
         case "qlora":
-            # One weight at a time comes in 16 bits; then the adapter.
+            # One weight at a time comes in 16 bits, or goes back to them; then the adapter.
             return held.base + max(largest * width, held.trained)
         case "dora":
             # The norm of each weight is taken with its adapter's product in it.
@@ -106,7 +107,7 @@ def _forward_memory(config: TrainConfig, shape: ModelShape, *, tokens: int, dtyp
     width = BF16 if dtype == "bfloat16" else FLOAT32
     # Of its feed-forward part, and of what goes through it.
     layer = tokens * width * (4 * shape.intermediate_size + 4 * shape.hidden_size)
-    layer += shape.hidden_size * shape.intermediate_size * width if config.method == "qlora" else 0
+    layer += shape.hidden_size * shape.intermediate_size * width if in_4_bits(config) else 0
     if config.method == "dora":
         layer = dora_memory(shape, tokens=tokens) + 2 * tokens * width * shape.intermediate_size
     return max(layer, loss_memory(config, shape, tokens=tokens, width=width, gradient=False))

@@ -7,7 +7,14 @@ from typing import Any
 
 from backprop.config import Optimizer, TrainConfig
 from backprop.core.choice import Choice
-from backprop.core.fitting import STAY, choose_dtype, choose_optimizer, choose_passes, refuse_without_gpu
+from backprop.core.fitting import (
+    STAY,
+    choose_dequantize,
+    choose_dtype,
+    choose_optimizer,
+    choose_passes,
+    refuse_without_gpu,
+)
 from backprop.core.hardware import Hardware
 from backprop.core.memory import FLOAT32, ModelShape, moments_bytes, trained_weights
 from backprop.core.passes import Passes, sides_of
@@ -45,6 +52,8 @@ class Plan:
     eval_steps: Choice[int]
     learning_rate: Choice[float]
     optimizer: Choice[Optimizer] = Choice("adamw", "moments in 32 bits")
+    dequantize: Choice[bool] = Choice(False, "no weights are in 4 bits")
+    """Whether weights that were rounded to 4 bits are held in 16."""
     lora_alpha: Choice[float]
     recompute: Choice[int]
     """Layers whose activations are computed again on the way back."""
@@ -178,6 +187,8 @@ def make_plan(
     as_compiled = compiled is not None and compiled.value
     optimizer = choose_optimizer(config, *given, compiled=as_compiled, eight_bit=eight_bit)
     config = replace(config, optimizer=optimizer.value)
+    dequantize = choose_dequantize(config, *given, compiled=as_compiled)
+    config = replace(config, dequantize=dequantize.value)
     micro, recompute, offload, to_try = choose_passes(config, *given, compiled=as_compiled)
     steps = _choose_steps(config, data, batch.value)
     plan = Plan(
@@ -194,6 +205,7 @@ def make_plan(
         eval_steps=_choose_eval_steps(config, steps.value),
         learning_rate=_choose_rate(config, shape),
         optimizer=optimizer,
+        dequantize=dequantize,
         lora_alpha=_choose_alpha(config),
         recompute=recompute,
         offload=offload,

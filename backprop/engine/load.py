@@ -244,6 +244,10 @@ def load_model(path: str, config: TrainConfig, plan: Plan) -> Any:
             four_bit=config.method == "qlora",
             trust_remote_code=config.trust_remote_code,
         )
+    if plan.dequantize.value:
+        from backprop.engine import nf4
+
+        nf4.hold_in_16_bits(base)
     model = add_adapter(base, config, plan)
     if config.method == "qlora":
         from backprop.engine import nf4

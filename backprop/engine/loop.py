@@ -379,7 +379,7 @@ def pass_size(model: Any, config: TrainConfig, plan: Plan, prove: Prove, say: Si
         recomputed=plan.recompute.value,
         offloaded=plan.offload.value,
     )
-    if config.method == "qlora" and not config.skip_proofs:
+    if config.method == "qlora" and not plan.dequantize.value and not config.skip_proofs:
         proof = prove(lambda: proofs.prove_quantized_layer(model))
         if not proof.ok:
             raise TrainingError(

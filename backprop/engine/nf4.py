@@ -7,6 +7,7 @@ way back. Torch and bitsandbytes are imported at the top since these are classes
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
 from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportMissingImports]
 from torch.utils.checkpoint import checkpoint
 
@@ -34,13 +35,26 @@ def unpack(state: Any, packed: torch.Tensor) -> torch.Tensor:
 
 
 class _FourBit(Mixin):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():
-            return super().forward(x)
+            return super().forward(input)
         weight: Any = self.weight
         # Marked as what is made again on the way back: else each weight would be kept in 16 bits.
         made: Any = checkpoint(unpack, weight.quant_state, weight.data, use_reentrant=False)
-        return torch.nn.functional.linear(x.to(made.dtype), made, self.bias).to(x.dtype)
+        return torch.nn.functional.linear(input.to(made.dtype), made, self.bias).to(input.dtype)
+
+
+def hold_in_16_bits(model: Any) -> None:
+    """Let the 4-bit layers of ``model`` be plain ones of the same weights, one after the other, so that both are held of one alone."""
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is Linear4bit:
+                whole = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+                held: Any = layer.weight
+                made: Any = dequantize_4bit(held.data, held.quant_state)
+                whole.weight = torch.nn.Parameter(made, requires_grad=False)
+                whole.bias = layer.bias
+                setattr(module, name, whole.train(layer.training))
 
 
 def unpack_within_compiled_code(model: Any) -> None:

@@ -159,7 +159,7 @@ def prepare(
     gate_examples = _old_tasks(config, gate_rows, tokenizer, longest, say)
     sizes = DataShape(num_examples=len(train.examples), num_tokens=train.tokens)
     plan, seconds = _planned(config, hardware, shape, sizes, chosen, max_length, known)
-    config = replace(config, method=plan.method.value, optimizer=plan.optimizer.value)
+    config = _as_planned(replace(config, method=plan.method.value), plan)
     plan = race.with_known(config, _slowed(plan, rate_share))
     say(_data_read(judged, held_out, train, ledger))
     say(_plan_made(plan))
@@ -198,8 +198,11 @@ def _planned(
         eight_bit=in_bits,
         unsloth=find_spec("unsloth") is not None,
     )
-    config = replace(config, optimizer=plan.optimizer.value)
-    return with_known(config, replace(plan, method=method), known), seconds
+    return with_known(_as_planned(config, plan), replace(plan, method=method), known), seconds
+
+
+def _as_planned(config: TrainConfig, plan: Plan) -> TrainConfig:
+    return replace(config, optimizer=plan.optimizer.value, dequantize=plan.dequantize.value)
 
 
 def _slowed(plan: Plan, share: float) -> Plan:

@@ -59,9 +59,9 @@ ENVIRONMENT = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
 )
 # Options that the plan chooses where they are not given, once for a run however often it goes on.
-CHOSEN = ("method", "optimizer")
+CHOSEN = ("method", "optimizer", "dequantize")
 # What versions did that had no such option.
-ONCE = {"optimizer": "adamw"}
+ONCE = {"optimizer": "adamw", "dequantize": False}
 BEGUN, SAVED = "as this run began", "as in this run's last checkpoint"
 GATES = ("gate", "gate_data")
 # Marks the note on an exception whose traceback is in a file already.

@@ -236,3 +236,26 @@ for shape in ((64, 64), (96, 128), (512, 256), (3, 64 * 300)):
 def test_weights_of_4_bits_are_made_into_16_bit_for_bit_as_bitsandbytes_does(tmp_path: Path) -> None:
     done = with_bitsandbytes(UNPACK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+HELD = """
+import torch
+from bitsandbytes.nn import Linear4bit
+from backprop.engine.nf4 import hold_in_16_bits
+torch.manual_seed(0)
+layer = Linear4bit(128, 96, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+model = torch.nn.Sequential(torch.nn.Sequential(layer, torch.nn.ReLU()), torch.nn.Linear(96, 4)).eval()
+rows = torch.randn(5, 128)
+expected = model(rows)
+hold_in_16_bits(model)
+held, plain = model[0][0], model[1]
+assert type(held) is type(plain) is torch.nn.Linear and not held.weight.requires_grad and not held.training
+assert held.weight.shape == (96, 128) and held.bias is not None
+torch.testing.assert_close(model(rows), expected, rtol=1e-4, atol=1e-5)
+"""
+
+
+@needs_bitsandbytes
+def test_what_was_rounded_to_4_bits_is_held_in_16_and_computes_the_same(tmp_path: Path) -> None:
+    done = with_bitsandbytes(HELD, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -266,6 +266,21 @@ def test_a_main_memory_that_is_too_small_to_wait_in_is_told_with_both_numbers(
     assert hint in (raised.value.hint or "")
 
 
+@pytest.mark.parametrize(("gib", "whole"), [(16, False), (24, False), (80, False), (141, True)])
+def test_weights_of_4_bits_are_held_in_16_where_that_costs_nothing(gib: int, whole: bool) -> None:
+    plan, _ = planned(gib, method="qlora")
+    packed, _ = planned(gib, method="qlora", dequantize=False)
+    assert plan.dequantize.value is whole
+    assert (plan.micro_batch.value, plan.recompute.value) == (packed.micro_batch.value, packed.recompute.value)
+    assert packed.dequantize == Choice(False, "set by `--no-dequantize`")
+    assert plan.memory
+    assert packed.memory
+    more = plan.memory.save - packed.memory.save
+    assert more == (0 if not whole else pytest.approx(block_weights(QWEN25_7B) * (2 - 0.5159), rel=0.01))
+    assert not planned(gib, method="lora")[0].dequantize.value
+    assert planned(gib, method="qlora", dequantize=True)[0].dequantize == Choice(True, "set by `--dequantize`")
+
+
 QWEN3_06B = ModelShape(
     hidden_size=1024,
     intermediate_size=3072,
