@@ -243,15 +243,16 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from backprop.engine.nf4 import hold_in_16_bits
 torch.manual_seed(0)
-layer = Linear4bit(128, 96, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
-model = torch.nn.Sequential(torch.nn.Sequential(layer, torch.nn.ReLU()), torch.nn.Linear(96, 4)).eval()
-rows = torch.randn(5, 128)
+layer = Linear4bit(128, 96, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+layer.bias.data = layer.bias.data.bfloat16()
+model = torch.nn.Sequential(torch.nn.Sequential(layer, torch.nn.ReLU()), torch.nn.Linear(96, 4).bfloat16()).eval()
+rows = torch.randn(5, 128, dtype=torch.bfloat16)
 expected = model(rows)
 hold_in_16_bits(model)
 held, plain = model[0][0], model[1]
 assert type(held) is type(plain) is torch.nn.Linear and not held.weight.requires_grad and not held.training
 assert held.weight.shape == (96, 128) and held.bias is not None
-torch.testing.assert_close(model(rows), expected, rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(model(rows), expected, rtol=0.02, atol=0.01)
 """
 
 
