@@ -247,7 +247,9 @@ layer = Linear4bit(128, 96, compute_dtype=torch.bfloat16, quant_type="nf4").to("
 layer.bias.data = layer.bias.data.bfloat16()
 model = torch.nn.Sequential(torch.nn.Sequential(layer, torch.nn.ReLU()), torch.nn.Linear(96, 4).bfloat16()).eval()
 rows = torch.randn(5, 128, dtype=torch.bfloat16)
-expected = model(rows)
+model.train()  # else it packs weights for this CPU as it computes
+expected = model(rows.requires_grad_())
+model.eval()
 hold_in_16_bits(model)
 held, plain = model[0][0], model[1]
 assert type(held) is type(plain) is torch.nn.Linear and not held.weight.requires_grad and not held.training
