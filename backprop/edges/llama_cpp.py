@@ -7,6 +7,7 @@ of the same version, unpacked beside them by `python -m backprop.edges.llama_cpp
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import shutil
 import sys
@@ -86,7 +87,8 @@ def converting(folder: Path, gguf: Path, *, kind: str, through: Sequence[str] = 
     """
     script = converter()
     argv = [sys.executable, *through, str(script), str(folder), "--outfile", str(gguf), "--outtype", kind]
-    with process.running(argv, env=_environment(script)) as finish:
+    # Large models take hours where all is quantized on the way: 4 million weights a second on a core to iq3_s.
+    with process.running(argv, env=_environment(script), timeout_s=math.inf) as finish:
 
         def wait() -> None:
             try:
