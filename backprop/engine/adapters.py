@@ -100,12 +100,11 @@ def _reading_the_same(model: Any) -> Iterator[list[Any]]:
     """Give the narrow layers whose products can be one, those that drop inputs apart: each drops its own."""
     for module in model.modules():
         for names in BESIDE:
-            found = [getattr(module, name, None) for name in names]
-            if (
-                all(
-                    isinstance(one, _Narrow) and isinstance(one.lora_dropout["default"], torch.nn.Identity)
-                    for one in found
-                )
-                and len({one.in_features for one in found}) == 1
+            found: list[Any] = [getattr(module, name, None) for name in names]
+            if all(
+                isinstance(one, _Narrow)
+                and isinstance(one.lora_dropout["default"], torch.nn.Identity)
+                and one.in_features == found[0].in_features
+                for one in found
             ):
                 yield found

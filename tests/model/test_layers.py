@@ -460,6 +460,21 @@ def test_layers_that_read_the_same_may_be_asked_in_any_order() -> None:
     assert (plain.gate_proj.together._of, plain.gate_proj.together._found) == (None, {})
 
 
+def test_layers_of_several_widths_read_something_else_each() -> None:
+    """As where keys and values are of another model's states: their matrices cannot stand one above the other."""
+    from backprop.engine.adapters import narrow
+
+    base = llama()
+    attention = base.model.layers[0].self_attn
+    attention.k_proj, attention.v_proj = torch.nn.Linear(48, 16), torch.nn.Linear(48, 16)
+    model: Any = with_adapter(base)
+    seen = torch.randn(1, 4, 48)
+    expected = attention.k_proj(seen)
+    narrow(model)
+    attention.q_proj(torch.randn(1, 4, 32))
+    torch.testing.assert_close(attention.k_proj(seen), expected)
+
+
 def test_adapters_drop_what_pefts_drop() -> None:
     from backprop.engine.adapters import narrow
 
