@@ -147,7 +147,7 @@ class Session:
         kept = {"micro_batch": size.get("examples")} if asked.micro_batch is None else {}
         if asked.recompute is None and size.get("recomputed") is not None:  # else it is of before this was written down
             kept |= {} if asked.offload else {"recompute": size["recomputed"]}
-            kept |= {"offload": size["offloaded"]} if asked.offload is None else {}
+            kept |= {"offload": size.get("offloaded", False)} if asked.offload is None else {}
         return {name: Choice(value, SAVED) for name, value in kept.items() if value is not None}
 
     def claim(self, prepared: Prepared, *, question: str, probes: Sequence[Sequence[Message]]) -> None:
