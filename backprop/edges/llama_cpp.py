@@ -7,7 +7,6 @@ of the same version, unpacked beside them by `python -m backprop.edges.llama_cpp
 import contextlib
 import ctypes
 import logging
-import math
 import os
 import shutil
 import sys
@@ -24,6 +23,9 @@ from backprop.errors import DiskError, ExportError, ToolError
 BUILD_HINT = "python -m backprop.edges.llama_cpp_build"
 CONVERTED = ("f32", "f16", "bf16")
 """Types that the converter writes; all others are quantized from f16."""
+# Large models take hours where all is quantized on the way: 4 million weights a second on a core to iq3_s. Windows waits no
+# longer than 49 days.
+CONVERTING_MOST_S = 7 * 24 * 3600
 
 
 def bindings() -> Any:
@@ -87,8 +89,7 @@ def converting(folder: Path, gguf: Path, *, kind: str, through: Sequence[str] = 
     """
     script = converter()
     argv = [sys.executable, *through, str(script), str(folder), "--outfile", str(gguf), "--outtype", kind]
-    # Large models take hours where all is quantized on the way: 4 million weights a second on a core to iq3_s.
-    with process.running(argv, env=_environment(script), timeout_s=math.inf) as finish:
+    with process.running(argv, env=_environment(script), timeout_s=CONVERTING_MOST_S) as finish:
 
         def wait() -> None:
             try:
