@@ -164,8 +164,7 @@ class Rank:
 
     def forget(self) -> None:
         """Drop the gradients of a step that is done again in another way, and the memory that it left."""
-        self._model.zero_grad(set_to_none=True)
-        layers.give_back_memory()
+        layers.forget_step(self._model)
 
     def _broadcast(self, tensors: Sequence[Any]) -> None:
         for flat, parts in _in_buckets([tensor.data for tensor in tensors]):
