@@ -26,7 +26,7 @@ PLAIN = [kind for kind in TYPES if kind not in NEEDS_IMATRIX]
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tiny_model, tmp_path_factory.mktemp("trained"), ROWS, steps=100)
+    return trained_run(tiny_model, tmp_path_factory.mktemp("trained"), ROWS, steps=100, learning_rate=5e-3)
 
 
 def exported(run: Path, output: Path, *options: str | Path) -> list[dict[str, Any]]:
