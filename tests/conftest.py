@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hypothesis import settings
 from backprop import BackpropError, Trainer, events
 from backprop.core.data.formats import Message
 from backprop.core.data.render import Token
-from backprop.edges import process
+from backprop.edges import llama_cpp, process
 from backprop.schema import schema as event_schema
 
 ROOT = Path(__file__).parent.parent
@@ -218,6 +218,24 @@ def trained_run(model: Path, folder: Path, rows: Sequence[Any], *, steps: int, l
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trainer = Trainer(str(model), say=lambda event: None, output=folder / "run")
     return trainer.train(folder / "data.jsonl", steps=steps, batch_size=4, lora_r=16, learning_rate=learning_rate)
+
+
+def lose_last_tensors(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the last tensors of a file that is quantized on the way be lost, as a disk may lose them."""
+    converting = llama_cpp.converting
+
+    @contextmanager
+    def faulty(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Iterator[Callable[[], None]]:
+        with converting(folder, gguf, kind=kind, through=through) as finish:
+
+            def finish_badly() -> None:
+                finish()
+                made = gguf.with_name(name)
+                made.write_bytes(made.read_bytes()[:-300_000] + bytes(300_000))
+
+            yield finish_badly
+
+    monkeypatch.setattr(llama_cpp, "converting", faulty)
 
 
 # One answer to everything, for 16 steps: what a random model of any architecture learns to the end, and then stops.

@@ -17,7 +17,7 @@ from backprop.core.fitting import (
 )
 from backprop.core.hardware import Hardware
 from backprop.core.memory import FLOAT32, ModelShape, moments_bytes, trained_weights
-from backprop.core.passes import Passes, sides_of
+from backprop.core.passes import SHARE_OFFLOADED, Passes, sides_of
 from backprop.core.phases import Phases, phases_of
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import DEFAULTS, DEMO, GIB, PRESETS, Preset
@@ -68,6 +68,8 @@ class Plan:
     """What each phase is estimated to need of a GPU; None without one."""
     shape: ModelShape | None = None
     """Of the model, to estimate the same of other ways; None without a GPU."""
+    may_wait_bytes: int = 0
+    """What the inputs of layers may take of main memory."""
     try_engines: bool = False
     """Whether the other engine is to be tried beside this one before the model is loaded."""
 
@@ -213,7 +215,10 @@ def make_plan(
         fp8_backward=fp8_backward,
         to_try=to_try,
     )
-    return with_memory(config, replace(plan, shape=shape)) if on_gpu else plan
+    if not on_gpu:
+        return plan
+    may_wait = int(SHARE_OFFLOADED * hardware.memory_for_each_gpu)
+    return with_memory(config, replace(plan, shape=shape, may_wait_bytes=may_wait))
 
 
 def with_memory(config: TrainConfig, plan: Plan) -> Plan:

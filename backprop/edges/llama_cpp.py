@@ -23,6 +23,9 @@ from backprop.errors import DiskError, ExportError, ToolError
 BUILD_HINT = "python -m backprop.edges.llama_cpp_build"
 CONVERTED = ("f32", "f16", "bf16")
 """Types that the converter writes; all others are quantized from f16."""
+# Large models take hours where all is quantized on the way: 4 million weights a second on a core to iq3_s. Windows waits no
+# longer than 49 days.
+CONVERTING_MOST_S = 7 * 24 * 3600
 
 
 def bindings() -> Any:
@@ -86,7 +89,7 @@ def converting(folder: Path, gguf: Path, *, kind: str, through: Sequence[str] = 
     """
     script = converter()
     argv = [sys.executable, *through, str(script), str(folder), "--outfile", str(gguf), "--outtype", kind]
-    with process.running(argv, env=_environment(script)) as finish:
+    with process.running(argv, env=_environment(script), timeout_s=CONVERTING_MOST_S) as finish:
 
         def wait() -> None:
             try:

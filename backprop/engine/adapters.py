@@ -21,26 +21,29 @@ BESIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class _Together:
     """The products with A of layers that read the same, as one: seven of a Llama's layer become four.
 
-    The first of them computes those of all, and each takes its own, the last of which clears the place.
+    The first of them that comes computes those of all, and each takes its own, the last of which clears the place.
     """
 
     def __init__(self, members: list[Any]) -> None:
         self._members = members
         self._of: torch.Tensor | None = None
-        self._found: tuple[torch.Tensor, ...] = ()
+        self._found: dict[int, torch.Tensor] = {}
 
     def product(self, x: torch.Tensor, place: int) -> torch.Tensor:
         """Give the product of ``x`` with the A of the layer at ``place``."""
-        if place == 0:
+        if self._of is not x or place not in self._found:
             weights = [member.lora_A["default"].weight for member in self._members]
             product = torch.nn.functional.linear(x, torch.cat(weights))
-            self._of, self._found = x, product.split([len(weight) for weight in weights], dim=-1)
-        elif self._of is not x:
-            return self._members[place].lora_A["default"](x)
-        mine = self._found[place]
-        if place == len(self._members) - 1:
-            self._of, self._found = None, ()
+            self._of = x
+            self._found = dict(enumerate(product.split([len(weight) for weight in weights], dim=-1)))
+        mine = self._found.pop(place)
+        if not self._found:
+            self._of = None
         return mine
+
+    def forget(self) -> None:
+        """Drop what nobody has taken, which holds all that the layers before have kept for the way back."""
+        self._of, self._found = None, {}
 
 
 class _Narrow(Mixin):
@@ -86,12 +89,22 @@ def narrow(model: Any) -> None:
             member.together, member.place = together, place
 
 
+def forget(model: Any) -> None:
+    """Drop what layers computed for others that never came, as where the memory was full in between."""
+    for module in model.modules():
+        if isinstance(module, _Narrow) and module.together is not None:
+            module.together.forget()
+
+
 def _reading_the_same(model: Any) -> Iterator[list[Any]]:
     """Give the narrow layers whose products can be one, those that drop inputs apart: each drops its own."""
     for module in model.modules():
         for names in BESIDE:
-            found = [getattr(module, name, None) for name in names]
+            found: list[Any] = [getattr(module, name, None) for name in names]
             if all(
-                isinstance(one, _Narrow) and isinstance(one.lora_dropout["default"], torch.nn.Identity) for one in found
+                isinstance(one, _Narrow)
+                and isinstance(one.lora_dropout["default"], torch.nn.Identity)
+                and one.in_features == found[0].in_features
+                for one in found
             ):
                 yield found

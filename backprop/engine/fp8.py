@@ -13,8 +13,8 @@ import torch
 from backprop.core.data.render import Example
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize, computing
+from backprop.engine.layers import forget_step, why_not_compiled
 from backprop.engine.layers import layers_of as decoder_layers
-from backprop.engine.layers import why_not_compiled
 from backprop.engine.objectives import Objective
 from backprop.engine.ranks import Ranks
 from backprop.events import Proved
@@ -143,6 +143,7 @@ def prove(model: Any, objective: Objective, examples: Iterable[Example], size: P
         finally:
             rounded = _take_gradients(model)
     if full:
+        forget_step(model)
         return Proved(name=name, ok=False, found="the GPU's memory was too small for the proof")
     off = {
         name: float((rounded[name] - exact[name]).norm() / exact[name].norm()) for name in exact if exact[name].any()

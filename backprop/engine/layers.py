@@ -107,6 +107,15 @@ def _to_gpu(saved: tuple[Any, Any, Any]) -> Any:
     return waiting.to(device, non_blocking=True)
 
 
+def forget_step(model: Any) -> None:
+    """Drop what a step that is done again in another way has left: gradients, and memory that is kept for others."""
+    from backprop.engine import adapters
+
+    model.zero_grad(set_to_none=True)
+    adapters.forget(model)
+    give_back_memory()
+
+
 def give_back_memory(*, main: bool = False) -> None:
     """Let others have what torch keeps of a GPU for later; and of main memory, if that is not wanted soon."""
     import torch

@@ -127,7 +127,7 @@ class Rank:
                 if not self._compiled.recompute_around():
                     self._compiled, self._not_compiled = None, layers.why_not_compiled(error)
             layers.recompute(self._model, *self._recomputed, compiled=self._compiled)
-            self._model.zero_grad(set_to_none=True)
+            layers.forget_step(self._model)
         return self._compute(share)
 
     def _compute(self, share: Share) -> Found | None:
@@ -164,8 +164,7 @@ class Rank:
 
     def forget(self) -> None:
         """Drop the gradients of a step that is done again in another way, and the memory that it left."""
-        self._model.zero_grad(set_to_none=True)
-        layers.give_back_memory()
+        layers.forget_step(self._model)
 
     def _broadcast(self, tensors: Sequence[Any]) -> None:
         for flat, parts in _in_buckets([tensor.data for tensor in tensors]):

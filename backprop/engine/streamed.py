@@ -315,7 +315,10 @@ def main() -> None:
     if merger is not None:
         _merge_as_read(ModelBase, merger, to_f16=to_f16)
     _wait_for(Path(sys.argv[1]))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except ExportError as error:
+        sys.exit(error.message)  # whoever waits for this quotes its last words
 
 
 def _wait_for(folder: Path) -> None:

@@ -20,7 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.passes import sides_of
+from backprop.core.passes import sides_of, waiting_bytes
 from backprop.core.plan import Plan
 from backprop.core.schedule import schedule_of
 from backprop.edges import cards, stopping
@@ -61,6 +61,7 @@ class StepPasses(torch.utils.data.Dataset[Any]):
         self._longest = plan.max_length.value * sides_of(config)
         self._num_ranks, self._planned = plan.gpus.value, (plan.recompute.value, plan.offload.value)
         self._may_offload = config.offload is not False
+        self._plan = plan
 
     def __len__(self) -> int:
         return self.schedule.num_steps - self.first
@@ -83,7 +84,7 @@ class StepPasses(torch.utils.data.Dataset[Any]):
     def recompute_all(self, ranks: Ranks, model: Any) -> bool:
         """Let every layer compute its activations again on the way back; false if all do already."""
         layers, (again, offloaded) = len(layers_of(model)), self.recomputed
-        if again >= layers:
+        if again >= layers or (offloaded and not self._may_wait(layers)):
             return False
         self.size = replace(self.size, recomputed=layers, offloaded=offloaded)
         return ranks.recompute(layers, offloaded)
@@ -91,10 +92,15 @@ class StepPasses(torch.utils.data.Dataset[Any]):
     def offload(self, ranks: Ranks, model: Any) -> bool:
         """Let the inputs of all layers wait in main memory; false if they do, cannot or may not."""
         layers = len(layers_of(model))
-        if not layers or self.recomputed[1] or not self._may_offload:
+        if not layers or self.recomputed[1] or not self._may_offload or not self._may_wait(layers):
             return False
         self.size = replace(self.size, recomputed=layers, offloaded=True)
         return ranks.recompute(layers, True)
+
+    def _may_wait(self, layers: int) -> bool:
+        """Say whether main memory may hold what so many layers begin with; a plan without a model's shape is of no GPU."""
+        shape = self._plan.shape
+        return shape is None or waiting_bytes(shape, self.size.tokens, layers) <= self._plan.may_wait_bytes
 
     def shrink(self) -> bool:
         """Halve what goes through the model at once; false if it is one example already."""

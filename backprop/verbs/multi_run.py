@@ -111,7 +111,7 @@ def _prepared(
             part.held_out,
             gate_rows=() if number else lasting.conversations,
             rate_share=rate_share(options.schedule, number, len(parts)),
-            known=known,
+            known={**known, **session.ways_begun(asked, run_folder(session.directory, number + 1))},
             say=session.say,
         )
         if not number:
@@ -186,6 +186,11 @@ def rate_share(schedule: RunSchedule, number: int, num_runs: int) -> float:
     return {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}[schedule]
 
 
+def run_folder(directory: Path, number: int) -> Path:
+    """Give where the run of this number has its own files; the first is 1."""
+    return directory / "runs" / f"{number:03d}"
+
+
 @dataclass
 class _Fold:
     """The runs so far, and what they became."""
@@ -233,7 +238,7 @@ class _Fold:
         loop.release()
 
     def _folder(self, number: int) -> Path:
-        return self.config.output / "runs" / f"{number:03d}"
+        return run_folder(self.config.output, number)
 
     def _take_up(self, number: int, folder: Path, figures: Mapping[str, Any]) -> None:
         from backprop.engine import load

@@ -133,15 +133,21 @@ class Session:
             there = can_be(had)
             config = replace(config, engine=had if there else "torch")
             begun["engine"] = Choice(config.engine, BEGUN if there else f"the run began with {had}, which is not here")
-        return config, {**begun, **self._ways_begun(asked)}
+        return config, {**begun, **self.ways_begun(asked, self.directory)}
 
-    def _ways_begun(self, asked: TrainConfig) -> dict[str, Choice[Any]]:
-        """Give what the next step takes over from the newest checkpoint, and no option decides."""
-        size = checkpoints.newest_state(self.directory / "checkpoints").get("size") or {}
+    def ways_begun(self, asked: TrainConfig, folder: Path) -> dict[str, Choice[Any]]:
+        """Give what the next step of a run that goes on takes over from its newest checkpoint, and no option decides.
+
+        Args:
+            folder: Of this run, or of one of several.
+        """
+        if not self.has_begun:
+            return {}
+        size = checkpoints.newest_state(folder / "checkpoints").get("size") or {}
         kept = {"micro_batch": size.get("examples")} if asked.micro_batch is None else {}
         if asked.recompute is None and size.get("recomputed") is not None:  # else it is of before this was written down
             kept |= {} if asked.offload else {"recompute": size["recomputed"]}
-            kept |= {"offload": size["offloaded"]} if asked.offload is None else {}
+            kept |= {"offload": size.get("offloaded", False)} if asked.offload is None else {}
         return {name: Choice(value, SAVED) for name, value in kept.items() if value is not None}
 
     def claim(self, prepared: Prepared, *, question: str, probes: Sequence[Sequence[Message]]) -> None:

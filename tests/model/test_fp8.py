@@ -112,6 +112,34 @@ def test_what_cannot_be_computed_is_not_used_and_what_broke_the_gpu_is_told(
     assert len(run.losses) == 1
 
 
+@pytest.mark.usefixtures("one_thread", "asked")
+def test_a_memory_that_is_full_in_the_proof_leaves_nothing_behind(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backprop.engine import adapters, fp8
+
+    left: list[bool] = []
+    real = fp8.prove
+
+    def full(model: Any, *given: Any) -> events.Proved:
+        layer = fp8.decoder_layers(model)[1].mlp.gate_proj
+
+        def fails(_: Any) -> Any:
+            raise torch.OutOfMemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(layer.base_layer, "forward", fails)
+            proof = real(model, *given)
+        left.append(layer.together._of is not None or any(one.grad is not None for one in model.parameters()))
+        assert isinstance(layer.together, adapters._Together)
+        return proof
+
+    monkeypatch.setattr(fp8, "prove", full)
+    run = train(UNEVEN, steps=1)
+    assert any("too small for the proof" in proof.found for proof in run.all(events.Proved))
+    assert left == [False]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "asked")
 def test_a_run_goes_on_as_was_decided_when_it_began(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

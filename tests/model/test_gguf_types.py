@@ -3,13 +3,12 @@
 import json
 import shutil
 import struct
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from conftest import backprop, chat, trained_run
+from conftest import backprop, chat, lose_last_tensors, trained_run
 
 from backprop.config import NEEDS_IMATRIX, ExportConfig, Quantization
 from backprop.core.fidelity import MOST_KL
@@ -26,7 +25,7 @@ PLAIN = [kind for kind in TYPES if kind not in NEEDS_IMATRIX]
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tiny_model, tmp_path_factory.mktemp("trained"), ROWS, steps=100)
+    return trained_run(tiny_model, tmp_path_factory.mktemp("trained"), ROWS, steps=100, learning_rate=5e-3)
 
 
 def exported(run: Path, output: Path, *options: str | Path) -> list[dict[str, Any]]:
@@ -429,20 +428,7 @@ def test_no_word_of_a_file_has_fewer_bits_than_are_counted_on(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_file_that_is_rejected_is_not_split(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    converting = llama_cpp.converting
-
-    @contextmanager
-    def faulty(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Generator[Callable[[], None]]:
-        with converting(folder, gguf, kind=kind, through=through) as finish:
-
-            def finish_badly() -> None:
-                finish()
-                made = gguf.with_name("q6_k.gguf")
-                made.write_bytes(made.read_bytes()[:-300_000] + bytes(300_000))
-
-            yield finish_badly
-
-    monkeypatch.setattr(llama_cpp, "converting", faulty)
+    lose_last_tensors(monkeypatch, "q6_k.gguf")
     done = backprop("export", run, "--output", tmp_path / "out", "-q", "q6_k", "--split-size", "3M", cwd=tmp_path)
     assert done.returncode == 7, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"verification.json", "run-q6_k.gguf.rejected"}

@@ -399,6 +399,82 @@ def test_products_with_a_of_layers_that_read_the_same_are_one_and_others_are_the
     torch.testing.assert_close(attention.v_proj(one), attention.v_proj(one.clone()))
 
 
+@pytest.mark.parametrize("where", ["gate_proj", "q_proj"])
+def test_a_memory_that_is_full_between_layers_that_read_the_same_holds_nothing_of_the_step(where: str) -> None:
+    """What the second was to take stayed, and with it all that the layers before had kept: what was tried next had no room."""
+    import weakref
+    from types import SimpleNamespace
+
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from backprop.engine.adapters import narrow
+    from backprop.engine.ranks import Ranks
+
+    model: Any = with_adapter(llama())
+    narrow(model)
+    layer = model.base_model.model.model.layers[8]
+    full: Any = getattr(layer.mlp if where == "gate_proj" else layer.self_attn, where).base_layer
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    class Kept:
+        def __init__(self, tensor: Any) -> None:
+            self.tensor = tensor.detach()
+
+    kept: list[weakref.ref[Kept]] = []
+
+    def keep(tensor: Any) -> Kept:
+        one = Kept(tensor)
+        kept.append(weakref.ref(one))
+        return one
+
+    def part(model: Any, one: Any, *_: object) -> None:
+        with saved_tensors_hooks(keep, lambda one: one.tensor):
+            model(one["input_ids"], use_cache=False)
+
+    chosen = {name: SimpleNamespace(value=0) for name in ("recompute", "offload")}
+    plan: Any = SimpleNamespace(**chosen, dtype=SimpleNamespace(value="float32"), compiles_layers=False)
+    objective: Any = SimpleNamespace(part=part, totals=lambda *_: 1)
+    full.register_forward_pre_hook(no_room)
+    assert Ranks(plan).step(model, objective, [{"input_ids": torch.arange(9)[None]}], seed=0) is None
+    assert len(kept) > 100
+    assert not [one for one in kept if one() is not None]
+
+
+def test_layers_that_read_the_same_may_be_asked_in_any_order() -> None:
+    """Falcon H1 asks for up before gate: gate computed for up once more, and nothing took it away."""
+    from backprop.engine.adapters import narrow
+
+    model: Any = with_adapter(llama())
+    plain = model.base_model.model.model.layers[0].mlp
+    one = torch.randn(1, 4, model.config.hidden_size)
+    expected = [plain.up_proj(one), plain.gate_proj(one)]
+    narrow(model)
+    calls: list[int] = []
+    cat = torch.cat
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "cat", lambda *given: calls.append(0) or cat(*given))
+        torch.testing.assert_close([plain.up_proj(one), plain.gate_proj(one)], expected)
+    assert calls == [0]
+    assert (plain.gate_proj.together._of, plain.gate_proj.together._found) == (None, {})
+
+
+def test_layers_of_several_widths_read_something_else_each() -> None:
+    """As where keys and values are of another model's states: their matrices cannot stand one above the other."""
+    from backprop.engine.adapters import narrow
+
+    base = llama()
+    attention = base.model.layers[0].self_attn
+    attention.k_proj, attention.v_proj = torch.nn.Linear(48, 16), torch.nn.Linear(48, 16)
+    model: Any = with_adapter(base)
+    seen = torch.randn(1, 4, 48)
+    expected = attention.k_proj(seen)
+    narrow(model)
+    attention.q_proj(torch.randn(1, 4, 32))
+    torch.testing.assert_close(attention.k_proj(seen), expected)
+
+
 def test_adapters_drop_what_pefts_drop() -> None:
     from backprop.engine.adapters import narrow
 

@@ -576,6 +576,29 @@ def test_a_multi_run_that_is_killed_between_two_steps_of_its_own_ends_the_same(
     assert again.result == expected
 
 
+def test_the_plan_of_the_run_that_goes_on_has_its_passes_as_they_were_and_no_other_plan_has(
+    runs: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only `train` looked for them; each plan of a multi-run told of passes that its run did not have."""
+    options = {"steps_per_run": 2, "save_steps": 1}
+    real, calls = objectives.sum_of_losses, [0]
+
+    def killed(model: Any, one: Any) -> Any:
+        calls[0] += model.training
+        if calls[0] > 3 * 4:  # after two steps of the first run, and one of the second
+            raise SystemExit(9)
+        return real(model, one)
+
+    with monkeypatch.context() as patch:
+        plant_in_training(patch, killed)
+        with pytest.raises(SystemExit):
+            runs("a", "b", "c", micro_batch=1, packing=False, **options)
+    plans = runs("a", "b", "c", packing=False, **options).all(events.PlanMade)
+    assert [plan.choices["micro_batch"] for plan in plans] == [4, 1, 4]
+    kept = [plan.reasons["micro_batch"] == "as in this run's last checkpoint" for plan in plans]
+    assert kept == [False, True, False]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_multi_run_whose_process_is_killed_at_any_instant_ends_with_the_same_hashes(

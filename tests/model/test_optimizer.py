@@ -24,6 +24,7 @@ from backprop.core.hardware import Gpu, Hardware
 from backprop.core.memory import ModelShape
 from backprop.core.passes import CUDA_BYTES, SHARE_FOR_STEP
 from backprop.core.plan import Plan
+from backprop.edges import checkpoints
 from backprop.edges.checkpoints import Checkpoint
 from backprop.engine import four_bit
 from backprop.engine.snapshot import FORMAT, OPTIMIZER, decided, moments_of, refuse_other, restore_optimizer
@@ -190,6 +191,23 @@ def test_a_run_that_goes_on_keeps_the_optimizer_that_was_chosen_when_it_began(tm
     config, begun = session.as_begun(replace(asked, optimizer="adamw"))
     assert config.optimizer == "adamw"
     assert "optimizer" not in begun, "it is set in this command"
+
+
+def test_a_checkpoint_of_before_anything_waited_in_main_memory_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knew how many layers were recomputed, and the same command ended as a bug."""
+    asked = TrainConfig(data=("x",), output=tmp_path)
+    session = Session(asked, "train", {}, lambda event: None)
+    session.has_begun = True
+    size = {"examples": 2, "tokens": 40, "packing": True, "dtype": "bfloat16", "recomputed": 3}
+    monkeypatch.setattr(checkpoints, "newest_state", lambda _: {"size": size})
+    found = session.ways_begun(asked, tmp_path)
+    assert {name: choice.value for name, choice in found.items()} == {
+        "micro_batch": 2,
+        "recompute": 3,
+        "offload": False,
+    }
 
 
 @pytest.mark.parametrize("asked", [None, "adamw"])

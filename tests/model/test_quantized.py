@@ -10,7 +10,7 @@ from conftest import HERE, backprop, trained_run
 from tiny_models import MODELS, smollm2, tiny
 
 from backprop.config import NEEDS_IMATRIX, ExportConfig, Quantization
-from backprop.edges import device, llama_cpp, llama_quants, places
+from backprop.edges import device, llama_cpp, llama_quants, places, process
 from backprop.engine import streamed
 from backprop.errors import ExportError
 from backprop.verbs import gguf
@@ -123,8 +123,26 @@ def test_a_weight_that_is_no_number_is_refused(tiny_model: Path, tmp_path: Path)
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][100, 7] = float("nan")
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight has a weight that is no number"):
+    with pytest.raises(ExportError) as refused:
         converted(tmp_path / "model", tmp_path / "made", ["q4_k_m"], keep=False)
+    found = "blk.1.ffn_up.weight has a weight that is no number as q4_k_m"
+    assert refused.value.message.endswith(f"\n{found}")
+    assert "raise ExportError" not in refused.value.message, "it is no bug"
+
+
+def test_what_quantizes_on_the_way_may_take_more_than_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """70 billion weights to iq4_xs take two cores an hour and a half, after which all was thrown away."""
+    limits: list[float] = []
+    running = process.running
+
+    def noted(*given: Any, timeout_s: float = 3600, **named: Any) -> Any:
+        limits.append(timeout_s)
+        return running(*given, timeout_s=timeout_s, **named)
+
+    monkeypatch.setattr(process, "running", noted)
+    with pytest.raises(ExportError, match="is not a directory"):
+        llama_cpp.convert(tmp_path / "none", tmp_path / "f16.gguf", kind="f16")
+    assert limits == [7 * 24 * 3600]
 
 
 def test_a_type_that_needs_an_importance_matrix_is_refused(tmp_path: Path) -> None:

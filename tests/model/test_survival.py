@@ -389,12 +389,20 @@ def test_a_full_memory_recomputes_then_shrinks_then_offloads_and_then_gives_up(m
     from backprop.engine.batches import PassSize
 
     monkeypatch.setattr(trainer, "layers_of", lambda layers: layers)
+    width = 8 * 4  # of a token, in float32
 
     def ways(
-        size: PassSize, recompute: int, offload: bool, model: Sequence[None] = (None,) * 4, *, may: bool = True
+        size: PassSize,
+        recompute: int,
+        offload: bool,
+        model: Sequence[None] = (None,) * 4,
+        *,
+        may: bool = True,
+        room: int = 4 * 40 * width,
     ) -> list[tuple[int, int, bool]]:
         steps: Any = trainer.StepPasses.__new__(trainer.StepPasses)
         steps.size, steps._longest, steps._planned, steps._may_offload = size, 10, (recompute, offload), may
+        steps._plan = SimpleNamespace(shape=SimpleNamespace(hidden_size=8), may_wait_bytes=room)
         calls: list[tuple[int, bool]] = []
         ranks = cast(Any, SimpleNamespace(recompute=lambda *given: not calls.append((*given, False)[:2])))
         found: list[tuple[int, int, bool]] = []
@@ -408,6 +416,12 @@ def test_a_full_memory_recomputes_then_shrinks_then_offloads_and_then_gives_up(m
     assert ways(padded, 4, False) == [(2, 4, False), (1, 4, False), (1, 4, True)]
     assert ways(padded, 4, True) == [(2, 4, True), (1, 4, True)]
     assert ways(padded, 1, True) == [(4, 4, True), (2, 4, True), (1, 4, True)], "what was asked for stays"
+    one_token_less = 4 * 10 * width - 1
+    assert ways(padded, 4, False, room=one_token_less + 1) == [(2, 4, False), (1, 4, False), (1, 4, True)]
+    assert ways(padded, 4, False, room=one_token_less) == [(2, 4, False), (1, 4, False)], "main memory is too small"
+    assert ways(padded, 1, True, room=one_token_less) == [(2, 1, True), (1, 1, True)], (
+        "no more layers than it has room for"
+    )
     assert ways(padded, 1, False, may=False) == [(4, 4, False), (2, 4, False), (1, 4, False)]
     packed = PassSize(examples=1, tokens=10, packing=True, recomputed=2)
     assert ways(packed, 0, False) == [(1, 4, False), (1, 4, True)]

@@ -2,16 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import backprop, chat, trained_run
+from conftest import backprop, chat, lose_last_tensors, trained_run
 
 from backprop.core.fidelity import likeness
-from backprop.edges import device, llama_cpp
+from backprop.edges import device
 from backprop.engine import merge, reference, streamed
 from backprop.verbs import gguf
 
@@ -229,22 +228,7 @@ def test_an_adapter_that_is_not_in_it_or_twice_is_found(
 def test_a_quantization_that_is_another_model_is_rejected_and_the_good_file_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    converting = llama_cpp.converting
-
-    @contextmanager
-    def faulty(folder: Path, gguf: Path, *, kind: str, through: Sequence[str]) -> Generator[Callable[[], None]]:
-        with converting(folder, gguf, kind=kind, through=through) as finish:
-
-            def finish_badly() -> None:
-                finish()
-                made = gguf.with_name("q6_k.gguf")
-                made.write_bytes(
-                    made.read_bytes()[:-300_000] + bytes(300_000)
-                )  # the last tensors, as a disk may lose them
-
-            yield finish_badly
-
-    monkeypatch.setattr(llama_cpp, "converting", faulty)
+    lose_last_tensors(monkeypatch, "q6_k.gguf")
     done = backprop("export", run, "-q", "f16", "-q", "q6_k", "--output", tmp_path, cwd=tmp_path)
     assert done.returncode == 7, done.stderr
     assert "not proved: the q6_k file" in done.stderr
