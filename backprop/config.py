@@ -38,13 +38,11 @@ Quantization = Literal[
     "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_s", "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs",
     "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 ]  # fmt: skip
-"""What llama.cpp's quantizer lists, without its aliases and the types for models that were trained in one or two bits
-or consist of experts."""
+"""What llama.cpp's quantizer lists, without aliases and types for experts or for models trained in one or two bits."""
 WITHOUT_IMATRIX = ("f32", "f16", "bf16", "q8_0")
 """Types that an importance matrix does not change; also those that an adapter alone can have."""
 NEEDS_IMATRIX = ("q2_k_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
-"""Types that some tensor of a file has which llama.cpp does not quantize without one (llama-quant.cpp,
-`tensor_requires_imatrix`)."""
+"""Types of some tensor that llama.cpp does not quantize without one (llama-quant.cpp, `tensor_requires_imatrix`)."""
 BUDGET = re.compile(r"[0-9]{1,6}(\.[0-9]{1,3})?[MG]i?B")
 SPLIT_SIZE = re.compile(r"[1-9][0-9]{0,5}[MG]")
 
@@ -75,9 +73,9 @@ class Bounds:
 Count = Bounds(least=1, most=10_000_000)
 Positive = Bounds(above=0)
 
-
 OUTPUT = Path("output")
 """Where a run goes if nothing else is said."""
+ONE_OF_THEM = "leave out one of them"
 
 
 @Parameter(name="*")
@@ -96,7 +94,7 @@ class TrainConfig:
     loss_on: Annotated[Literal["assistant", "all"], Parameter(group=DATA)] = "assistant"
     """Which tokens are trained on."""
     max_length: Annotated[int | None, Bounds(least=8, most=10_000_000), Parameter(group=DATA)] = None
-    """Tokens per example. Default: the longest, if the model can; what is cut is counted."""
+    """Tokens per example. Default: what the longest has."""
     allow_truncation: Annotated[bool, Parameter(group=DATA, negative="", show_default=False)] = False
     """Train even if over 5 % of the tokens are cut."""
     packing: Annotated[bool | None, Parameter(group=DATA)] = None
@@ -155,7 +153,7 @@ class TrainConfig:
     method: Annotated[Method | None, Parameter(group=LORA)] = None
     """`qlora`: base in 4 bits; `dora`: magnitudes too; `full`: every weight. Default: `lora`, or `qlora` where only that fits."""
     dequantize: Annotated[bool | None, Parameter(group=LORA)] = None
-    """Its 4 bits held as 16. Default: if that costs nothing."""
+    """4 bits held as 16. Default: if that is free."""
     lora_r: Annotated[int, Bounds(least=1, most=1024), Parameter(group=LORA)] = 16
     """Rank."""
     lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
@@ -165,11 +163,11 @@ class TrainConfig:
     pissa: Annotated[bool, Parameter(group=LORA, negative="", show_default=False)] = False
     """Start from each weight's largest singular vectors."""
     lora_plus: Annotated[float | None, Bounds(least=1, most=1000), Parameter(group=LORA)] = None
-    """LoRA+: how much faster B learns than A, e.g. 16."""
+    """LoRA+: how much faster B learns, e.g. 16."""
     lora_dropout: Annotated[float, Bounds(least=0, most=0.9), Parameter(group=LORA)] = 0.0
     """Dropout before the adapter."""
     target_modules: Annotated[tuple[str, ...], Parameter(group=LORA, negative="", show_default=False)] = ()
-    """Layers with an adapter. Default: all linear ones."""
+    """Layers adapted. Default: all linear ones."""
 
     output: Annotated[Path, Parameter(group=RUN, name=["--output", "-o"])] = OUTPUT
     """The run directory."""
@@ -211,26 +209,24 @@ class TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise UsageError("both `--steps` and `--epochs` are given", hint="give one of them")
         if self.lora_plus is not None and self.method == "dora":
-            raise UsageError("`--lora-plus` would also quicken DoRA's magnitudes", hint="leave out one of them")
+            raise UsageError("`--lora-plus` would also quicken DoRA's magnitudes", hint=ONE_OF_THEM)
         refined = (self.lora_plus, self.lora_alpha, self.lora_dropout, self.rslora, self.pissa, self.target_modules)
         if self.method == "full" and any(refined):
             raise UsageError("`--method full` has no adapter to refine", hint="leave out the options of LoRA")
         if self.pissa and self.method in ("qlora", "dora"):
-            raise UsageError(f"`--pissa` cannot begin `--method {self.method}`", hint="leave out one of them")
+            raise UsageError(f"`--pissa` cannot begin `--method {self.method}`", hint=ONE_OF_THEM)
         if self.fp8_backward and (self.method not in (None, "lora") or self.pissa or self.objective != "sft"):
-            raise UsageError(
-                "`--fp8-backward` is for plain `--method lora` and `--objective sft`", hint="leave out one of them"
-            )
+            raise UsageError("`--fp8-backward` is for plain `--method lora` and `--objective sft`", hint=ONE_OF_THEM)
         if self.dequantize and self.method not in (None, "qlora"):
-            raise UsageError("`--dequantize` is for `--method qlora`", hint="leave out one of them")
+            raise UsageError("`--dequantize` is for `--method qlora`", hint=ONE_OF_THEM)
         if self.engine == "unsloth" and (beyond := beyond_unsloth(self)):
-            raise UsageError(f"`--engine unsloth` does not do `{beyond}`", hint="leave out one of them")
+            raise UsageError(f"`--engine unsloth` does not do `{beyond}`", hint=ONE_OF_THEM)
         if self.offload and self.recompute == 0:
             raise UsageError("`--offload` is for layers that are recomputed", hint="leave out `--recompute 0`")
         if self.eval_data and self.eval_fraction is not None:
             raise UsageError("both `--eval-data` and `--eval-fraction` are given", hint="give one of them")
         if self.objective != "sft" and self.loss_on == "all":
-            raise UsageError("`--loss-on all` is for `--objective sft`", hint="leave out one of them")
+            raise UsageError("`--loss-on all` is for `--objective sft`", hint=ONE_OF_THEM)
         if self.from_run is not None and self.data:
             raise UsageError("both `--data` and `--from-run` are given", hint="give one of them")
         if not self.data and self.from_run is None:
@@ -350,7 +346,7 @@ class ExportConfig:
         only = (("--budget", self.budget), ("--imatrix", self.imatrix), ("--split-size", self.split_size))
         for flag, value in only:
             if value is not None:
-                raise UsageError(f"`{flag}` is for `--format gguf`", hint="leave out one of them")
+                raise UsageError(f"`{flag}` is for `--format gguf`", hint=ONE_OF_THEM)
         other = next((kind for kind in self.quantization if kind not in WITHOUT_IMATRIX), None)
         if other is not None:
             raise UsageError(f"an adapter alone cannot be {other}", hint=f"choose one of {', '.join(WITHOUT_IMATRIX)}")
@@ -377,7 +373,7 @@ class ExportConfig:
         if self.quantization:
             raise UsageError("`--budget` chooses the quantization itself", hint="leave out `--quantization`")
         if not self.verify:
-            raise UsageError("`--budget` measures, which `--no-verify` forbids", hint="leave out one of them")
+            raise UsageError("`--budget` measures, which `--no-verify` forbids", hint=ONE_OF_THEM)
 
     def _check_split_size(self) -> None:
         if not SPLIT_SIZE.fullmatch(self.split_size or ""):

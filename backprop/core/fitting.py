@@ -129,8 +129,10 @@ def choose_dequantize(
         return Choice(False, "no weights are in 4 bits")
     if config.dequantize is not None:
         return Choice(config.dequantize, f"set by `--{'' if config.dequantize else 'no-'}dequantize`")
-    if not hardware.gpus or config.engine == "unsloth":
+    if config.engine == "unsloth":
         return Choice(False, "unsloth makes 16 bits of 4 itself")
+    if not hardware.gpus:
+        return Choice(False, "main memory is kept small")
     room, best = passes.room_of(hardware.gpus[0]), list[Passes]()
     for whole in (False, True):
         own = replace(config, dequantize=whole)

@@ -29,7 +29,7 @@ def unpack(state: Any, packed: torch.Tensor) -> torch.Tensor:
     """
     pairs = packed.view(-1, BLOCK // 2)
     numbers = torch.stack((pairs >> 4, pairs & 15), dim=-1).flatten(1).int()
-    of_scales = state.state2.absmax[torch.arange(len(pairs), device=packed.device) // OF_SCALES]
+    of_scales = state.state2.absmax[:, None].expand(-1, OF_SCALES).flatten()[: len(pairs)]
     scales = state.state2.code[state.absmax.int()] * of_scales + state.offset
     return (state.code[numbers] * scales[:, None]).to(state.dtype).view(state.shape)
 

@@ -42,7 +42,7 @@ def left_behind(folder: Path) -> set[str]:
 # The list of options is part of the product: to change it, change docs and CHANGELOG too.
 OPTIONS = {
     TrainConfig: "data eval_data eval_fraction column loss_on max_length allow_truncation packing model trust_remote_code steps epochs batch_size micro_batch recompute offload compile engine fp8_backward "
-    "learning_rate scheduler warmup objective beta weight_decay optimizer eval_steps early_stopping on_divergence seed deterministic method lora_r lora_alpha rslora pissa lora_plus lora_dropout target_modules output "
+    "learning_rate scheduler warmup objective beta weight_decay optimizer eval_steps early_stopping on_divergence seed deterministic method dequantize lora_r lora_alpha rslora pissa lora_plus lora_dropout target_modules output "
     "overwrite dry_run rehearse resume save_steps keep_checkpoints max_minutes gpu_max_temp price_per_hour power_note skip_proofs from_run gate gate_data offline report_to",
     MultiRunConfig: "runs samples merge_mode init replay schedule general_eval max_forgetting",
     ExportConfig: "format quantization budget imatrix split_size question ollama ollama_name ollama_url system verify output overwrite max_minutes offline trust_remote_code",
