@@ -201,9 +201,7 @@ def step_memory(
         # A gradient's absolute values, and itself in float32 twice.
         way_back += tokens * shape.intermediate_size * (BF16 + 2 * FLOAT32)
     if in_4_bits(config):
-        # Compiled code that computes a layer again needs gate and up in 16 bits later on, and does not make them anew.
-        in_16 = 3 if compiled and recomputed else 1
-        way_back += in_16 * shape.hidden_size * shape.intermediate_size * width
+        way_back += shape.hidden_size * shape.intermediate_size * width
     if config.method == "dora":
         way_back = dora_memory(shape, tokens=tokens)
     loss = loss_memory(config, shape, tokens=tokens, width=width, compiled=compiled)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
 from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportMissingImports]
-from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     Mixin = torch.nn.Linear
@@ -20,18 +19,36 @@ BLOCK, OF_SCALES = 64, 256
 """Weights that share a scale, and scales that share one of their own."""
 
 
-def unpack(state: Any, packed: torch.Tensor) -> torch.Tensor:
+def unpack(state: Any, packed: torch.Tensor, *, again: bool = False) -> torch.Tensor:
     """Make the weights of nf4 with doubly quantized scales (arXiv:2305.14314, section 3), bit for bit as bitsandbytes does.
 
     Args:
         state: What bitsandbytes keeps of them.
         packed: Two to a byte, the first in its upper half; of any shape.
+        again: By other operations: a compiler that finds the same ones twice would keep what they give.
     """
     pairs = packed.view(-1, BLOCK // 2)
-    numbers = torch.stack((pairs >> 4, pairs & 15), dim=-1).flatten(1).int()
+    halves = (torch.bitwise_right_shift(pairs, 4), pairs % 16) if again else (pairs >> 4, pairs & 15)
+    numbers = torch.stack(halves, dim=-1).flatten(1).int()
     of_scales = state.state2.absmax[:, None].expand(-1, OF_SCALES).flatten()[: len(pairs)]
-    scales = state.state2.code[state.absmax.int()] * of_scales + state.offset
+    scales = state.state2.code[state.absmax.long() if again else state.absmax.int()] * of_scales + state.offset
     return (state.code[numbers] * scales[:, None]).to(state.dtype).view(state.shape)
+
+
+class _Product(torch.autograd.Function):
+    """A product with weights that are made into 16 bits for it, and anew for the way back: never held in between."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, packed: torch.Tensor, state: Any, bias: Any) -> torch.Tensor:
+        ctx.save_for_backward(packed)
+        ctx.state = state
+        return torch.nn.functional.linear(input.to(state.dtype), unpack(state, packed), bias).to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (packed,) = ctx.saved_tensors
+        back = gradient.to(ctx.state.dtype) @ unpack(ctx.state, packed, again=True)
+        return back.to(gradient.dtype), None, None, None
 
 
 class _FourBit(Mixin):
@@ -39,9 +56,7 @@ class _FourBit(Mixin):
         if not torch.compiler.is_compiling():
             return super().forward(input)
         weight: Any = self.weight
-        # Marked as what is made again on the way back: else each weight would be kept in 16 bits.
-        made: Any = checkpoint(unpack, weight.quant_state, weight.data, use_reentrant=False)
-        return torch.nn.functional.linear(input.to(made.dtype), made, self.bias).to(input.dtype)
+        return _Product.apply(input, weight.data, weight.quant_state, self.bias)  # pyright: ignore[reportReturnType]
 
 
 def hold_in_16_bits(model: Any) -> None:
