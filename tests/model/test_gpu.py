@@ -666,7 +666,9 @@ def test_auto_tries_both_engines_and_takes_the_faster_one_that_computes_the_same
     from tiny_models import tiny
 
     model = tiny_qwen2(tmp_path / "m", tiny_model) if family == "qwen2" else tiny(family, tmp_path / "m")
-    options = ["--data", write(UNSLOTH_ROWS), "--model", model, "--method", method, *SHORT, "--no-compile"]
+    # Of answers this short an end is learnt first of all.
+    rows = [chat("word " * (3 * n + 1), "It is.") for n in range(16)]
+    options = ["--data", write(rows), "--model", model, "--method", method, *SHORT, "--no-compile"]
     argv = [sys.executable, "-c", AUTO, "train", *map(str, options), "--output", str(tmp_path / "run"), "--json"]
     # What was found is this test's own, what was compiled is not.
     names = ("UNSLOTH_COMPILE_LOCATION", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
