@@ -44,7 +44,15 @@ class Documents:
 
     def to(self, device: Any) -> "Documents":
         """Give the same for a row on ``device``."""
-        return replace(self, ends=self.ends.to(device))
+        return replace(self, ends=sent(self.ends, device))
+
+
+def sent(value: Any, device: Any) -> Any:
+    """Give a tensor, or what can be moved like one, on ``device``; a GPU need not have done all that it was asked before."""
+    import torch
+
+    beside = torch.is_tensor(value) and value.device.type == "cpu" and torch.device(device).type == "cuda"
+    return value.pin_memory().to(device, non_blocking=True) if beside else value.to(device)
 
 
 class UnknownAttentionError(Exception):

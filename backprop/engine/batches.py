@@ -7,7 +7,7 @@ from typing import Any
 
 from backprop.core.data.pack import best_fit, even_rows
 from backprop.core.data.render import Example
-from backprop.engine.attention import Documents
+from backprop.engine.attention import Documents, sent
 
 IGNORED = -100
 """The label that torch's cross-entropy skips."""
@@ -107,8 +107,10 @@ def num_trained(one: Mapping[str, Any]) -> int:
 
 
 def to_device(one: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    """Move the tensors of a pass."""
-    return {name: value.to(device) if hasattr(value, "to") else value for name, value in one.items()}
+    """Move the tensors of a pass, but for its labels: where logits are wanted can be told of these without waiting for a GPU."""
+    return {
+        name: sent(value, device) if hasattr(value, "to") and name != "labels" else value for name, value in one.items()
+    }
 
 
 def computing(model: Any, dtype: str) -> Any:

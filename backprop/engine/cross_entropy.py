@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from backprop.engine.attention import sent
 from backprop.engine.batches import BESIDE, IGNORED
 
 
@@ -82,8 +83,10 @@ def _kept(one: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     """Give the model's arguments for the positions where some row is trained, what comes next there, and which they are."""
     targets_BT = one["labels"][:, 1:]
     keep_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
+    device = one["input_ids"].device
+    targets_BK, keep_K = sent(targets_BT[:, keep_K], device), sent(keep_K, device)
     rest = {name: value for name, value in one.items() if name not in BESIDE}
-    return {**rest, "logits_to_keep": keep_K, "use_cache": False}, targets_BT[:, keep_K], keep_K
+    return {**rest, "logits_to_keep": keep_K, "use_cache": False}, targets_BK, keep_K
 
 
 PLAIN_HEAD = "backprop_plain_head"

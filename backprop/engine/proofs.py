@@ -88,15 +88,19 @@ def prove_quantized_layer(model: Any) -> Proved:
     """Hold one 4-bit layer's output and gradient against the same layer dequantized."""
     import torch
     from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
+    from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportMissingImports]
+
+    from backprop.engine import nf4
 
     name = "a 4-bit layer computes what its weights say"
-    # An adapter's layer around it may be called the same, and adds what it has learnt.
-    held = (one for one in model.modules() if type(one).__name__ == "Linear4bit" and not hasattr(one, "base_layer"))
-    layer: Any = next(held, None)
+    layer: Any = next((one for one in model.modules() if isinstance(one, Linear4bit)), None)
     if layer is None:
         return Proved(name=name, ok=False, found="no layer is held in 4 bits")
 
-    weight: Any = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    made: Any = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    if not nf4.makes_the_same(layer, made):
+        return Proved(name=name, ok=False, found="compiled code would make other weights of 4 bits than bitsandbytes does")
+    weight: Any = made.float()
     generator = torch.Generator(device=weight.device).manual_seed(0)
     x_TI = torch.randn(16, weight.shape[1], generator=generator, device=weight.device)
     dtype = layer.weight.quant_state.dtype

@@ -228,7 +228,8 @@ torch.manual_seed(0)
 for shape in ((64, 64), (96, 128), (512, 256), (3, 64 * 300)):
     for dtype in (torch.float32, torch.bfloat16):
         packed, state = quantize_4bit(torch.randn(shape, dtype=dtype), quant_type="nf4", compress_statistics=True)
-        assert torch.equal(unpack(state, packed), dequantize_4bit(packed, state)), shape
+        for again in (False, True):
+            assert torch.equal(unpack(state, packed, again=again), dequantize_4bit(packed, state)), shape
 """
 
 
