@@ -140,15 +140,15 @@ class Compiled:
         self._within = 0
         self.around = not self._layers
         """Whether layers that are computed again are so around their code: what is compiled in pieces would keep what each begins with."""
-        self._forward = [_compiled(forward) for _, forward in self._layers]
-        self._loss = linear_cross_entropy.losses_and_gradient, _compiled(linear_cross_entropy.losses_and_gradient)
+        self._forward = [as_compiled(forward) for _, forward in self._layers]
+        self._loss = linear_cross_entropy.losses_and_gradient, as_compiled(linear_cross_entropy.losses_and_gradient)
 
     def recompute(self, count: int, *, offloaded: bool) -> None:
         """Let the first ``count`` layers keep nothing but what they begin with."""
         self._within = count
         for number, (_, forward) in enumerate(self._layers):
             again = number < count
-            compiled = _compiled(forward, _keeping_little if again else None)
+            compiled = as_compiled(forward, _keeping_little if again else None)
             self._forward[number] = _from_main_memory(compiled) if again and offloaded else compiled
 
     def recompute_around(self) -> bool:
@@ -183,7 +183,8 @@ class Compiled:
             linear_cross_entropy.losses_and_gradient = plain
 
 
-def _compiled(function: Callable[..., Any], backend: Any = None) -> Any:
+def as_compiled(function: Callable[..., Any], backend: Any = None) -> Any:
+    """Give compiled code for tensors of any length."""
     import torch
 
     if backend is None:

@@ -380,7 +380,7 @@ def pass_size(model: Any, config: TrainConfig, plan: Plan, prove: Prove, say: Si
         offloaded=plan.offload.value,
     )
     if config.method == "qlora" and not plan.dequantize.value and not config.skip_proofs:
-        proof = prove(lambda: proofs.prove_quantized_layer(model))
+        proof = prove(lambda: proofs.prove_quantized_layer(model, compiled=plan.compiles_layers))
         if not proof.ok:
             raise TrainingError(
                 f"not proved: {proof.name}: {proof.found}", hint="`backprop doctor`, or train with `--method lora`"

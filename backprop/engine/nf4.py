@@ -36,19 +36,22 @@ def unpack(state: Any, packed: torch.Tensor, *, again: bool = False) -> torch.Te
 
 
 class _Product(torch.autograd.Function):
-    """A product with weights that are made into 16 bits for it, and anew for the way back: never held in between."""
+    """A product with weights that are made into 16 bits for it, and anew for the way back: never held in between.
+
+    Nothing is cast in here: the compiler of torch 2.11 loses, without a word, the gradient of an input that is used through what
+    may be itself.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, packed: torch.Tensor, state: Any, bias: Any) -> torch.Tensor:
+    def forward(ctx: Any, input: torch.Tensor, packed: torch.Tensor, state: Any) -> torch.Tensor:
         ctx.save_for_backward(packed)
         ctx.state = state
-        return torch.nn.functional.linear(input.to(state.dtype), unpack(state, packed), bias).to(input.dtype)
+        return torch.nn.functional.linear(input, unpack(state, packed))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (packed,) = ctx.saved_tensors
-        back = gradient.to(ctx.state.dtype) @ unpack(ctx.state, packed, again=True)
-        return back.to(gradient.dtype), None, None, None
+        return gradient @ unpack(ctx.state, packed, again=True), None, None
 
 
 class _FourBit(Mixin):
@@ -56,16 +59,10 @@ class _FourBit(Mixin):
         if not torch.compiler.is_compiling():
             return super().forward(input)
         weight: Any = self.weight
-        return _Product.apply(input, weight.data, weight.quant_state, self.bias)  # pyright: ignore[reportReturnType]
-
-
-def makes_the_same(layer: Any, expected: torch.Tensor) -> bool:
-    """Say whether compiled code makes these weights of a 4-bit layer, forward and back; it does where bitsandbytes makes them."""
-    if not isinstance(layer, _FourBit):
-        return True
-    weight: Any = layer.weight
-    state, packed = weight.quant_state, weight.data
-    return all(torch.equal(unpack(state, packed, again=again), expected) for again in (False, True))
+        bias: Any = self.bias
+        made = _Product.apply(input.to(weight.quant_state.dtype), weight.data, weight.quant_state)
+        made = made if bias is None else made + bias
+        return made.to(input.dtype)
 
 
 def hold_in_16_bits(model: Any) -> None:

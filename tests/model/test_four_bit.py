@@ -288,7 +288,7 @@ for backend in (None, layers._keeping_little):
     torch._dynamo.reset()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
-        found = layers._compiled(model.forward, backend)(rows)
+        found = layers.as_compiled(model.forward, backend)(rows)
     back, = torch.autograd.grad(found.square().sum(), rows)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(back, gradient)
@@ -296,6 +296,35 @@ for backend in (None, layers._keeping_little):
     assert kept and not whole, whole
     assert not [one.shape for one in kept if not one.is_floating_point() and one.dtype != torch.uint8]
 """
+
+
+PROVED = """
+import torch
+from bitsandbytes.nn import Linear4bit
+from backprop.engine import nf4, proofs
+torch.manual_seed(0)
+
+def proof():
+    torch._dynamo.reset()
+    return proofs.prove_quantized_layer(torch.nn.Sequential(layer), compiled=True)
+
+layer = Linear4bit(128, 96, compute_dtype=torch.float32, quant_type="nf4").to("cpu").train()
+nf4.unpack_within_compiled_code(torch.nn.Sequential(layer))
+assert proof().ok, proof()
+made, product = nf4.unpack, nf4._Product.backward
+for again in (False, True):
+    nf4.unpack = lambda *given, again=False, of=again: made(*given, again=again) * (1 + 0.1 * (again == of))
+    assert not proof().ok, again
+nf4.unpack = made
+nf4._Product.backward = staticmethod(lambda ctx, gradient: (0 * product(ctx, gradient)[0], None, None))
+assert proof().found.endswith("gradient by 1, at most 0.02 allowed"), proof()
+"""
+
+
+@needs_bitsandbytes
+def test_a_4_bit_layer_is_proved_as_it_is_compiled(tmp_path: Path) -> None:
+    done = with_bitsandbytes(PROVED, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_bitsandbytes
