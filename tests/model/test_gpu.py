@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -287,21 +286,20 @@ def test_a_pass_is_begun_while_the_one_before_is_computed(tiny_model: Path, monk
     from backprop.core.data.render import Example
     from backprop.engine import load
     from backprop.engine.attention import within_documents
-    from backprop.engine.batches import computing, packed, padded
+    from backprop.engine.batches import computing, packed
     from backprop.engine.objectives import Supervised
 
     base: Any = load.load_base(str(tiny_model), dtype="bfloat16", device="cuda")
     model: Any = get_peft_model(base, LoraConfig(target_modules="all-linear")).train()
     example = Example(tuple(range(5, 45)), (False,) * 10 + (True,) * 30)
     gpu = torch.device("cuda", 0)
-    for one in (packed([example, example]), padded([example, example])):
-        with within_documents(model) if "documents" in one else nullcontext(), computing(model, "bfloat16"):
-            for waiting in ("default", "error"):  # what is done once is done the first time
-                torch.cuda.set_sync_debug_mode(waiting)
-                try:
-                    Supervised().part(model, one, {"tokens": 60}, gpu).loss.backward()
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
+    with within_documents(model), computing(model, "bfloat16"):
+        for waiting in ("default", "error"):  # what is done once is done the first time
+            torch.cuda.set_sync_debug_mode(waiting)
+            try:
+                Supervised().part(model, packed([example, example]), {"tokens": 60}, gpu).loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def killed_after_step(step: int, *options: str | Path, cwd: Path) -> None:
