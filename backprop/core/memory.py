@@ -201,7 +201,8 @@ def step_memory(
         # A gradient's absolute values, and itself in float32 twice.
         way_back += tokens * shape.intermediate_size * (BF16 + 2 * FLOAT32)
     if in_4_bits(config):
-        way_back += shape.hidden_size * shape.intermediate_size * width
+        # Compiled code makes the next weight while the last one's product runs.
+        way_back += (1 + compiled) * shape.hidden_size * shape.intermediate_size * width
     if config.method == "dora":
         way_back = dora_memory(shape, tokens=tokens)
     loss = loss_memory(config, shape, tokens=tokens, width=width, compiled=compiled)

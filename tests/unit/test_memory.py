@@ -198,10 +198,10 @@ def test_a_large_card_recomputes_nothing_and_one_in_between_a_part() -> None:
 
 def test_the_inputs_of_layers_wait_in_main_memory_where_nothing_else_fits() -> None:
     assert not planned(12, method="qlora")[0].offload.value
-    # What 8 GB may have free beside a desktop: with them on the GPU, 6.8 GiB would be needed.
+    # What 8 GB may have free beside a desktop: with them on the GPU, 6.9 GiB would be needed.
     plan, need = planned(7.5, method="qlora")
     assert (plan.micro_batch.value, plan.recompute.value, plan.offload.value) == (1, 28, True)
-    assert 6.4 * GIB < need < 6.5 * GIB
+    assert 6.5 * GIB < need < 6.6 * GIB
     assert planned(7, method="qlora", recompute=20)[0].offload.value is False
 
 
