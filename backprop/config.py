@@ -94,7 +94,7 @@ class TrainConfig:
     loss_on: Annotated[Literal["assistant", "all"], Parameter(group=DATA)] = "assistant"
     """Which tokens are trained on."""
     max_length: Annotated[int | None, Bounds(least=8, most=10_000_000), Parameter(group=DATA)] = None
-    """Tokens per example. Default: what the longest has."""
+    """Tokens per example. Default: all, if the model can."""
     allow_truncation: Annotated[bool, Parameter(group=DATA, negative="", show_default=False)] = False
     """Train even if over 5 % of the tokens are cut."""
     packing: Annotated[bool | None, Parameter(group=DATA)] = None
@@ -153,7 +153,7 @@ class TrainConfig:
     method: Annotated[Method | None, Parameter(group=LORA)] = None
     """`qlora`: base in 4 bits; `dora`: magnitudes too; `full`: every weight. Default: `lora`, or `qlora` where only that fits."""
     dequantize: Annotated[bool | None, Parameter(group=LORA)] = None
-    """4 bits held as 16. Default: if that is free."""
+    """4 bits held as 16: faster. Default: if free."""
     lora_r: Annotated[int, Bounds(least=1, most=1024), Parameter(group=LORA)] = 16
     """Rank."""
     lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
@@ -217,8 +217,8 @@ class TrainConfig:
             raise UsageError(f"`--pissa` cannot begin `--method {self.method}`", hint=ONE_OF_THEM)
         if self.fp8_backward and (self.method not in (None, "lora") or self.pissa or self.objective != "sft"):
             raise UsageError("`--fp8-backward` is for plain `--method lora` and `--objective sft`", hint=ONE_OF_THEM)
-        if self.dequantize and self.method not in (None, "qlora"):
-            raise UsageError("`--dequantize` is for `--method qlora`", hint=ONE_OF_THEM)
+        if self.dequantize and self.method != "qlora":
+            raise UsageError("`--dequantize` is for `--method qlora`", hint="add that, or leave it out")
         if self.engine == "unsloth" and (beyond := beyond_unsloth(self)):
             raise UsageError(f"`--engine unsloth` does not do `{beyond}`", hint=ONE_OF_THEM)
         if self.offload and self.recompute == 0:

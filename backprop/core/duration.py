@@ -77,6 +77,7 @@ def plan_and_seconds(
         plan = max(plan, bare, key=lambda one: _roomiest(one, hardware))
     worth_trying = seconds / gpus.value > TRIED_ABOVE_S and not config.deterministic
     plan = replace(plan, gpus=gpus, to_try=plan.to_try if worth_trying else ())
+    config = replace(config, dequantize=plan.dequantize.value)
     return engines.with_engine(plan, config, hardware, shape, seconds=seconds / gpus.value, installed=unsloth), seconds
 
 

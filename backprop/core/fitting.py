@@ -131,17 +131,16 @@ def choose_dequantize(
         return Choice(config.dequantize, f"set by `--{'' if config.dequantize else 'no-'}dequantize`")
     if config.engine == "unsloth":
         return Choice(False, "unsloth makes 16 bits of 4 itself")
-    if not hardware.gpus:
-        return Choice(False, "main memory is kept small")
-    room, best = passes.room_of(hardware.gpus[0]), list[Passes]()
-    for whole in (False, True):
-        own = replace(config, dequantize=whole)
+    gpu = hardware.gpus[0]
+
+    def fastest(own: TrainConfig) -> Passes | None:
         need = _needs(own, batch, length, shape, hardware, compiled=compiled)
-        ways = passes.fastest_first(own, need, batch, length, shape, hardware.gpus[0])
-        best += [one for one in ways if need[one] <= room][:1]
-    if len(best) < 2:
+        ways = passes.fastest_first(own, need, batch, length, shape, gpu)
+        return next((one for one in ways if need[one] <= passes.room_of(gpu)), None)
+
+    packed, whole = (fastest(replace(config, dequantize=one)) for one in (False, True))
+    if packed is None or whole is None:
         return Choice(False, "the GPU's memory is too small for 16")
-    packed, whole = best
     costs_nothing = whole.examples >= packed.examples and whole.recomputed <= packed.recomputed
     if costs_nothing and whole.offloaded <= packed.offloaded:
         return Choice(True, "rounded to 4 and held in 16: there is room for that, and each product is faster")

@@ -135,7 +135,6 @@ class Compiled:
     def __init__(self, model: Any) -> None:
         from backprop.engine import linear_cross_entropy
 
-        keep_compiled_code()
         self._layers = [(layer, layer.forward) for layer in layers_of(model)]
         self._within = 0
         self.around = not self._layers
@@ -184,9 +183,10 @@ class Compiled:
 
 
 def as_compiled(function: Callable[..., Any], backend: Any = None) -> Any:
-    """Give compiled code for tensors of any length."""
+    """Give compiled code for tensors of any length, which is kept in the cache folder."""
     import torch
 
+    keep_compiled_code()
     if backend is None:
         return torch.compile(function, dynamic=True, options=AS_UNCOMPILED)
     return torch.compile(function, dynamic=True, backend=backend, fullgraph=True)

@@ -20,7 +20,7 @@ BLOCK, OF_SCALES = 64, 256
 
 
 def unpack(state: Any, packed: torch.Tensor, *, again: bool = False) -> torch.Tensor:
-    """Make the weights of nf4 with doubly quantized scales (arXiv:2305.14314, section 3), bit for bit as bitsandbytes does.
+    """Make the weights of nf4 with doubly quantized scales (arXiv:2305.14314, section 3), uncompiled bit for bit as bitsandbytes.
 
     Args:
         state: What bitsandbytes keeps of them.
@@ -67,14 +67,15 @@ class _FourBit(Mixin):
 
 def hold_in_16_bits(model: Any) -> None:
     """Let the 4-bit layers of ``model`` be plain ones of the same weights, one after the other, so that both are held of one alone."""
-    for module in list(model.modules()):
+    for module in model.modules():
         for name, layer in list(module.named_children()):
-            if type(layer) is Linear4bit:
+            if isinstance(layer, Linear4bit):
                 whole = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
                 held: Any = layer.weight
                 made: Any = dequantize_4bit(held.data, held.quant_state)
                 whole.weight = torch.nn.Parameter(made, requires_grad=False)
                 whole.bias = layer.bias
+                held.module = None  # else it and the layer hold each other until garbage is collected
                 setattr(module, name, whole.train(layer.training))
 
 

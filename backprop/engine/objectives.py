@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.engine.attention import within_documents
+from backprop.engine.attention import sent, within_documents
 from backprop.engine.batches import (
     PassSize,
     as_pass,
@@ -183,7 +183,7 @@ class ORPO(_Paired):
         import torch
 
         likelihoods_D = log_likelihoods(model, to_device(one, device))
-        mean_D = likelihoods_D / trained_by_document(one).to(device)
+        mean_D = likelihoods_D / sent(trained_by_document(one), device)
         # Of a token that is certain the odds are infinite.
         log_odds_D = mean_D - torch.log(-torch.expm1(mean_D.clamp(max=-1e-6)))
         margins_P = log_odds_D[0::2] - log_odds_D[1::2]

@@ -49,7 +49,7 @@ VERSIONED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "
 NOT_IDENTITY = (
     *("output", "overwrite", "dry_run", "offline", "report_to", "skip_proofs", "rehearse", "micro_batch", "recompute"),
     *("resume", "save_steps", "keep_checkpoints", "max_minutes", "gate", "gate_data", "max_forgetting", "from_run"),
-    *("gpu_max_temp", "price_per_hour", "power_note", "engine", "offload"),
+    *("gpu_max_temp", "price_per_hour", "power_note", "engine", "offload", "dequantize"),
 )
 
 
@@ -59,9 +59,9 @@ ENVIRONMENT = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
 )
 # Options that the plan chooses where they are not given, once for a run however often it goes on.
-CHOSEN = ("method", "optimizer", "dequantize")
+CHOSEN = ("method", "optimizer")
 # What versions did that had no such option.
-ONCE = {"optimizer": "adamw", "dequantize": False}
+ONCE = {"optimizer": "adamw"}
 BEGUN, SAVED = "as this run began", "as in this run's last checkpoint"
 GATES = ("gate", "gate_data")
 # Marks the note on an exception whose traceback is in a file already.

@@ -220,7 +220,7 @@ def test_a_run_that_goes_on_says_of_what_it_began_with_that_it_did(
     assert before.reasons["method"] == "the exact one that trains least"
     assert before.choices["micro_batch"] == 8
     as_begun = {name for name, reason in after.reasons.items() if reason == "as this run began"}
-    assert as_begun == {"method", "optimizer", "dequantize", "engine"}
+    assert as_begun == {"method", "optimizer", "engine"}
     saved = "as in this run's last checkpoint"
     assert (after.choices["micro_batch"], after.reasons["micro_batch"]) == (1, saved)
     assert after.reasons["recompute"] == "set by `--recompute`, of 2 layers", "by this command"

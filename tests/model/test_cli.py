@@ -130,6 +130,7 @@ def test_a_slip_of_the_keyboard_is_still_answered_with_the_nearest_option(capsys
         (["train", "--data", "x", "--method", "magic"], "magic"),
         (["train", "--data", "x", "--steps", "1", "--epochs", "1"], "both `--steps` and `--epochs`"),
         (["train", "--data", "x", "--offload", "--recompute", "0"], "`--offload` is for layers that are recomputed"),
+        (["train", "--data", "x", "--dequantize"], "`--dequantize` is for `--method qlora`"),
         (["export", "no-such-run"], "holds no adapter"),
         (["export", "x" * 300], "holds no adapter"),
         (["export", ".", "--quantization", "q99"], "q99"),

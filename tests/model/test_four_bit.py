@@ -240,6 +240,7 @@ def test_weights_of_4_bits_are_made_into_16_bit_for_bit_as_bitsandbytes_does(tmp
 
 
 HELD = """
+import gc, weakref
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -252,7 +253,11 @@ model = torch.nn.Sequential(torch.nn.Sequential(layer, torch.nn.ReLU()), torch.n
 rounded = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # before it computes, which packs weights for this CPU
 rows = torch.randn(5, 128, dtype=torch.bfloat16)
 expected = model[1](torch.relu(torch.nn.functional.linear(rows, rounded, layer.bias)))
+gc.disable()  # what is let go of must not wait for it
+layers = [weakref.ref(layer) for layer in model.modules() if isinstance(layer, Linear4bit)]
+del layer, rounded
 hold_in_16_bits(model)
+assert len(layers) == 1 and layers[0]() is None
 held, plain = model[0][0], model[1]
 assert type(held) is type(plain) is torch.nn.Linear and not held.weight.requires_grad and not held.training
 assert held.weight.shape == (96, 128) and held.bias is not None
@@ -301,7 +306,7 @@ for backend in (None, layers._keeping_little):
 PROVED = """
 import torch
 from bitsandbytes.nn import Linear4bit
-from backprop.engine import nf4, proofs
+from backprop.engine import layers, nf4, proofs
 torch.manual_seed(0)
 
 def proof():
@@ -318,6 +323,17 @@ for again in (False, True):
 nf4.unpack = made
 nf4._Product.backward = staticmethod(lambda ctx, gradient: (0 * product(ctx, gradient)[0], None, None))
 assert proof().found.endswith("gradient by 1, at most 0.02 allowed"), proof()
+
+class NoWayBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.new_zeros(len(x), 96)
+    @staticmethod
+    def backward(ctx, gradient):
+        raise torch._dynamo.exc.TorchDynamoException("as the compiler of the way back does")
+
+layers.as_compiled = lambda forward: NoWayBack.apply
+assert proof().ok, "what cannot be compiled is not in training either"
 """
 
 

@@ -33,8 +33,9 @@ def planned(
     return plan_and_seconds(config, hardware, shape, data, **known, unsloth=unsloth)[0]
 
 
-def test_a_long_run_tries_both_where_unsloth_is_installed() -> None:
-    plan = planned()
+@pytest.mark.parametrize("options", [{}, {"method": "qlora", "dequantize": False}])
+def test_a_long_run_tries_both_where_unsloth_is_installed(options: dict[str, Any]) -> None:
+    plan = planned(**options)
     assert plan.try_engines
     assert plan.engine.value == "torch"
     assert plan.engine.reason.endswith("min are estimated: unless unsloth, tried beside it first, is faster")
@@ -54,6 +55,7 @@ def test_a_long_run_tries_both_where_unsloth_is_installed() -> None:
         ({"pissa": True}, "unsloth does not do `--pissa`"),
         ({"lora_dropout": 0.1}, "unsloth does not do `--lora-dropout`"),
         ({"trust_remote_code": True}, "unsloth does not do `--trust-remote-code`"),
+        ({"method": "qlora"}, "unsloth does not do `--dequantize`"),  # there is room for 16 bits here
         (
             {"shape": replace(LLAMA, family="gemma3_text")},
             "unsloth has no kernels that were tried for models of the kind",
