@@ -23,6 +23,8 @@ from backprop.errors import DiskError, ExportError, ToolError
 BUILD_HINT = "python -m backprop.edges.llama_cpp_build"
 CONVERTED = ("f32", "f16", "bf16")
 """Types that the converter writes; all others are quantized from f16."""
+HINT = "\nhint: "
+"""What stands before a hint in the last words of a converter that knows better."""
 DRAFTED = 16
 """Tokens of an expected answer that are looked at together: their number costs little where weights are read from memory."""
 # Large models take hours where all is quantized on the way: 4 million weights a second on a core to iq3_s. Windows waits no
@@ -97,8 +99,9 @@ def converting(folder: Path, gguf: Path, *, kind: str, through: Sequence[str] = 
             try:
                 finish()
             except ToolError as error:
+                told, _, hint = error.message.partition(HINT)
                 raise ExportError(
-                    f"llama.cpp cannot convert this model: {error.message}", hint="see `--format safetensors`"
+                    f"llama.cpp cannot convert this model: {told}", hint=hint or "see `--format safetensors`"
                 ) from error
 
         yield wait

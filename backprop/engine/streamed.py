@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backprop.edges import llama_cpp
 from backprop.engine import four_bit
 from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer
@@ -350,7 +351,8 @@ def main() -> None:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except ExportError as error:
-        sys.exit(error.message)  # whoever waits for this quotes its last words
+        # Whoever waits for this quotes its last words.
+        sys.exit(f"{error.message}{llama_cpp.HINT}{error.hint}" if error.hint else error.message)
 
 
 def _wait_for(folder: Path) -> None:

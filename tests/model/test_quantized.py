@@ -127,6 +127,7 @@ def test_a_weight_that_is_no_number_is_refused(tiny_model: Path, tmp_path: Path)
         converted(tmp_path / "model", tmp_path / "made", ["q4_k_m"], keep=False)
     found = "blk.1.ffn_up.weight has a weight that is no number as q4_k_m"
     assert refused.value.message.endswith(f"\n{found}")
+    assert refused.value.hint == "train again", "another format would have it too"
     assert "raise ExportError" not in refused.value.message, "it is no bug"
 
 
