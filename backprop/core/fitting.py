@@ -1,6 +1,6 @@
 """What makes a run fit the memory that there is, each with its reason: method, precision, optimizer, and the passes of a step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from backprop.config import Method, Optimizer, TrainConfig
@@ -131,14 +131,8 @@ def choose_dequantize(
         return Choice(config.dequantize, f"set by `--{'' if config.dequantize else 'no-'}dequantize`")
     if config.engine == "unsloth":
         return Choice(False, "unsloth makes 16 bits of 4 itself")
-    gpu = hardware.gpus[0]
-
-    def fastest(own: TrainConfig) -> Passes | None:
-        need = _needs(own, batch, length, shape, hardware, compiled=compiled)
-        ways = passes.fastest_first(own, need, batch, length, shape, gpu)
-        return next((one for one in ways if need[one] <= passes.room_of(gpu)), None)
-
-    packed, whole = (fastest(replace(config, dequantize=one)) for one in (False, True))
+    given = batch, length, shape, hardware
+    packed, whole = (_ways(replace(config, dequantize=one), *given, compiled=compiled)[-1] for one in (False, True))
     if packed is None or whole is None:
         return Choice(False, "the GPU's memory is too small for 16")
     costs_nothing = whole.examples >= packed.examples and whole.recomputed <= packed.recomputed
@@ -160,15 +154,23 @@ def choose_passes(
         size = passes.divisor(batch, most) if config.micro_batch is None else passes.even(batch, config.micro_batch)
         only = Passes(size, min(config.recompute or 0, shape.num_layers))
         return *_told(config, only, shape, f"at most {CPU_TOKENS_PER_PASS} tokens at once", "main memory is enough"), ()
-    gpu = hardware.gpus[0]
-    need = _needs(config, batch, length, shape, hardware, compiled=compiled)
-    ways = passes.fastest_first(config, need, batch, length, shape, gpu)
-    fitting = (one for one in ways if need[one] <= passes.room_of(gpu))
-    chosen = next(fitting, min(need, key=need.__getitem__))
-    told = f"about {need[chosen] / GIB:.1f} GiB at the fullest, and {gpu.memory_free_bytes / GIB:.1f} GiB are free"
+    need, ways, fitting = _ways(config, batch, length, shape, hardware, compiled=compiled)
+    chosen = fitting or min(need, key=need.__getitem__)
+    free = hardware.gpus[0].memory_free_bytes / GIB
+    told = f"about {need[chosen] / GIB:.1f} GiB at the fullest, and {free:.1f} GiB are free"
     layers = f"of {shape.num_layers} layers; {told}"
     layers = f"all layers, for `--offload`; {told}" if config.offload else layers
     return *_told(config, chosen, shape, told, layers), passes.worth_trying(ways)
+
+
+def _ways(
+    config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
+) -> tuple[Mapping[Passes, int], Sequence[Passes], Passes | None]:
+    """Give the bytes that each way needs, those that may fit, the fastest first, and the first that does fit."""
+    gpu = hardware.gpus[0]
+    need = _needs(config, batch, length, shape, hardware, compiled=compiled)
+    ways = passes.fastest_first(config, need, batch, length, shape, gpu)
+    return need, ways, next((one for one in ways if need[one] <= passes.room_of(gpu)), None)
 
 
 def _needs(

@@ -244,15 +244,11 @@ def load_model(path: str, config: TrainConfig, plan: Plan) -> Any:
             four_bit=config.method == "qlora",
             trust_remote_code=config.trust_remote_code,
         )
-    if plan.dequantize.value:
-        from backprop.engine import nf4
-
-        nf4.hold_in_16_bits(base)
-    model = add_adapter(base, config, plan)
     if config.method == "qlora":
         from backprop.engine import nf4
 
-        nf4.unpack_within_compiled_code(model)
+        (nf4.hold_in_16_bits if plan.dequantize.value else nf4.unpack_within_compiled_code)(base)
+    model = add_adapter(base, config, plan)
     if plan.fp8_backward.value:
         from backprop.engine import fp8
 

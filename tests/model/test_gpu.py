@@ -300,6 +300,7 @@ def test_a_pass_is_begun_while_the_one_before_is_computed(tiny_model: Path, monk
                 Supervised().part(model, packed([example, example]), {"tokens": 60}, gpu).loss.backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+    assert all(weight.grad.any() for name, weight in model.named_parameters() if "lora_B" in name)
 
 
 def killed_after_step(step: int, *options: str | Path, cwd: Path) -> None:
