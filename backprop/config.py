@@ -153,7 +153,7 @@ class TrainConfig:
     method: Annotated[Method | None, Parameter(group=LORA)] = None
     """`qlora`: base in 4 bits; `dora`: magnitudes too; `full`: every weight. Default: `lora`, or `qlora` where only that fits."""
     dequantize: Annotated[bool | None, Parameter(group=LORA)] = None
-    """4 bits held as 16: faster. Default: if free."""
+    """`qlora` held in 16 bits. Default: if room."""
     lora_r: Annotated[int, Bounds(least=1, most=1024), Parameter(group=LORA)] = 16
     """Rank."""
     lora_alpha: Annotated[float | None, Positive, Parameter(group=LORA)] = None
@@ -217,7 +217,7 @@ class TrainConfig:
             raise UsageError(f"`--pissa` cannot begin `--method {self.method}`", hint=ONE_OF_THEM)
         if self.fp8_backward and (self.method not in (None, "lora") or self.pissa or self.objective != "sft"):
             raise UsageError("`--fp8-backward` is for plain `--method lora` and `--objective sft`", hint=ONE_OF_THEM)
-        if self.dequantize and self.method != "qlora":
+        if self.dequantize and self.method != "qlora" and self.from_run is None:
             raise UsageError("`--dequantize` is for `--method qlora`", hint="add that, or leave it out")
         if self.engine == "unsloth" and (beyond := beyond_unsloth(self)):
             raise UsageError(f"`--engine unsloth` does not do `{beyond}`", hint=ONE_OF_THEM)

@@ -30,7 +30,8 @@ def refuse_without_gpu(config: TrainConfig, hardware: Hardware) -> None:
         return
     if config.method == "qlora":
         # bitsandbytes 0.50 multiplies 4-bit weights on a CPU without a gradient: most of the adapter would stand still.
-        raise HardwareError("`--method qlora` needs an NVIDIA GPU, and none was found", hint="add `--method lora`")
+        hint = f"add `--method lora`{', and leave out `--dequantize`' if config.dequantize else ''}"
+        raise HardwareError("`--method qlora` needs an NVIDIA GPU, and none was found", hint=hint)
     if config.offload:
         raise HardwareError("`--offload` needs an NVIDIA GPU, and none was found", hint="leave it out")
 
@@ -124,21 +125,23 @@ def choose_optimizer(
 def choose_dequantize(
     config: TrainConfig, batch: int, length: int, shape: ModelShape, hardware: Hardware, *, compiled: bool
 ) -> Choice[bool]:
-    """Make 16 bits of 4 once, and not in each product, where that leaves passes as large and recomputes no more."""
+    """Make 16 bits of 4 once, and not in each product, where the memory for that slows no pass."""
     if config.method != "qlora":
         return Choice(False, "no weights are in 4 bits")
     if config.dequantize is not None:
         return Choice(config.dequantize, f"set by `--{'' if config.dequantize else 'no-'}dequantize`")
     if config.engine == "unsloth":
         return Choice(False, "unsloth makes 16 bits of 4 itself")
+    if config.deterministic:
+        return Choice(False, "`--deterministic`: the same products at each start, whatever room it finds")
     given = batch, length, shape, hardware
     packed, whole = (_ways(replace(config, dequantize=one), *given, compiled=compiled)[-1] for one in (False, True))
     if packed is None or whole is None:
-        return Choice(False, "the GPU's memory is too small for 16")
-    costs_nothing = whole.examples >= packed.examples and whole.recomputed <= packed.recomputed
-    if costs_nothing and whole.offloaded <= packed.offloaded:
+        return Choice(False, "the GPU's memory is too small for weights in 16 bits")
+    slows_nothing = whole.examples >= packed.examples and whole.recomputed <= packed.recomputed
+    if slows_nothing and whole.offloaded <= packed.offloaded:
         return Choice(True, "rounded to 4 and held in 16: there is room for that, and each product is faster")
-    return Choice(False, "held in 16, they would take the room of passes")
+    return Choice(False, "in 16 bits, the weights would take the room of passes")
 
 
 def choose_passes(

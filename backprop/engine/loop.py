@@ -341,7 +341,7 @@ def hardware_told(plan: Plan) -> Generator[None]:
         fewer = f"`--micro-batch {micro // 2}`, " if micro > 1 else ""
         raise HardwareError(
             f"the GPU's memory is full with {micro} example{'s' * (micro > 1)} of up to {longest} tokens",
-            hint=f"add {fewer}a `--max-length` below {longest}, or `--method qlora`",
+            hint=f"add {fewer}a `--max-length` below {longest}, or `--{'no-dequantize' if plan.dequantize.value else 'method qlora'}`",
         ) from error
     except RuntimeError as error:
         if "CUDA error" not in str(error):

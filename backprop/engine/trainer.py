@@ -331,6 +331,7 @@ class StepTrainer(SFTTrainer):
             else:
                 longest = self._plan.max_length.value
                 instead = "leave out `--no-offload`, or " if self._config.offload is False else ""
+                instead += "add `--no-dequantize`, or " if self._plan.dequantize.value else ""
                 raise HardwareError(
                     f"the GPU's memory is too small for one example of up to {longest} tokens",
                     hint=f"{instead}add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",

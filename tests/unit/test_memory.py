@@ -279,6 +279,7 @@ def test_weights_of_4_bits_are_held_in_16_where_that_costs_nothing(gib: int, who
     assert more == (0 if not whole else pytest.approx(block_weights(QWEN25_7B) * (2 - 0.5159), rel=0.01))
     assert not planned(gib, method="lora")[0].dequantize.value
     assert planned(gib, method="qlora", dequantize=True)[0].dequantize == Choice(True, "set by `--dequantize`")
+    assert not planned(gib, method="qlora", deterministic=True)[0].dequantize.value
 
 
 QWEN3_06B = ModelShape(
