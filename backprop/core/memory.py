@@ -18,10 +18,10 @@ MOMENT_8_BIT = 1 + FLOAT32 / 256
 WORKSPACE = 2**26
 # What a weight in 4 bits takes beside its own size: torch gives out memory in pieces that are up to 1 MiB larger.
 ROUNDING_4_BIT = 3 * 2**16
-# Logits that the loss holds at once (`engine.linear_cross_entropy`), and bytes of each: in 16 bits, in float32, and as their sum
-# is taken once more; compiled, with their gradient instead.
-LOSS_LOGITS = 2**25
-LOGIT_BYTES, LOGIT_BYTES_COMPILED = BF16 + FLOAT32 + FLOAT32, BF16 + FLOAT32 + BF16
+# Logits that the loss holds at once (`engine.linear_cross_entropy`), about, in rows that fill the tiles of a GPU's products;
+# and bytes of each: in 16 bits, in float32, and as their sum is taken once more; compiled, in 16 bits and their gradient.
+LOSS_LOGITS, TILE_ROWS = 2**25, 128
+LOGIT_BYTES, LOGIT_BYTES_COMPILED = BF16 + FLOAT32 + FLOAT32, BF16 + BF16
 # Of logits that are held whole: in float32, as logarithms and as a gradient on the way back; without one, in 16 bits before.
 WHOLE_LOGIT_BYTES = 3 * FLOAT32
 
@@ -218,16 +218,22 @@ def step_memory(
     return StepMemory(weights=weights, kept=kept, working=WORKSPACE + max(loss, way_back + turn, late))
 
 
+def loss_rows(vocabulary: int) -> int:
+    """Give how many rows the loss makes logits of at once."""
+    return max(1, round(LOSS_LOGITS / vocabulary / TILE_ROWS)) * TILE_ROWS
+
+
 def loss_memory(
     config: TrainConfig, shape: ModelShape, *, tokens: int, width: int, compiled: bool = False, gradient: bool = True
 ) -> int:
     """Estimate what the loss works with: some of the logits at once, or all where their weights are trained or they are changed."""
     entry = tokens * shape.hidden_size
     if shape.plain_logits and config.method != "full":
-        logits = min(LOSS_LOGITS, tokens * shape.vocabulary)
+        rows = loss_rows(shape.vocabulary)
+        logits = min(rows, tokens) * shape.vocabulary
         size = LOGIT_BYTES_COMPILED if compiled else LOGIT_BYTES
         # Beside a further part, the gradient of the one before.
-        size += width if gradient and not compiled and tokens * shape.vocabulary > LOSS_LOGITS else 0
+        size += width if gradient and not compiled and tokens > rows else 0
         return logits * size + entry * (FLOAT32 + width + width * gradient)
     size = WHOLE_LOGIT_BYTES if gradient else width + 2 * FLOAT32
     return tokens * shape.vocabulary * size + entry * (2 * FLOAT32 + width)

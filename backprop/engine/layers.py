@@ -140,7 +140,8 @@ class Compiled:
         self.around = not self._layers
         """Whether layers that are computed again are so around their code: what is compiled in pieces would keep what each begins with."""
         self._forward = [as_compiled(forward) for _, forward in self._layers]
-        self._loss = linear_cross_entropy.losses_and_gradient, as_compiled(linear_cross_entropy.losses_and_gradient)
+        loss = linear_cross_entropy.losses_and_gradient
+        self._loss = loss, _for_one_vocabulary(as_compiled(loss))
 
     def recompute(self, count: int, *, offloaded: bool) -> None:
         """Let the first ``count`` layers keep nothing but what they begin with."""
@@ -190,6 +191,18 @@ def as_compiled(function: Callable[..., Any], backend: Any = None) -> Any:
     if backend is None:
         return torch.compile(function, dynamic=True, options=AS_UNCOMPILED)
     return torch.compile(function, dynamic=True, backend=backend, fullgraph=True)
+
+
+def _for_one_vocabulary(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Let compiled code know how many words there are: told of it with each call, it would divide by that for every logit."""
+
+    def known(logits: Any, targets: Any, *, wanted: bool) -> Any:
+        from torch._dynamo import mark_static
+
+        mark_static(logits, 1)
+        return loss(logits, targets, wanted=wanted)
+
+    return known
 
 
 def _keeping_little(graph: Any, inputs: Any) -> Any:

@@ -7,10 +7,8 @@ from typing import Any, cast
 
 import torch
 
+from backprop.core.memory import loss_rows
 from backprop.engine.batches import IGNORED
-
-CHUNK_LOGITS = 2**25
-"""How many logits are held at once: 128 MiB in float32."""
 
 
 def linear_cross_entropy(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
@@ -35,17 +33,16 @@ def losses_and_gradient(
         logits: Of shape (C, V).
         targets: Of shape (C,).
     """
-    trained_C1 = (targets != IGNORED)[:, None]
     targets_C1 = targets.clamp(min=0)[:, None]
     wide_CV = logits.float()
     normalizers_C1 = wide_CV.logsumexp(dim=1, keepdim=True)
-    losses_C = ((normalizers_C1 - wide_CV.gather(1, targets_C1)) * trained_C1)[:, 0]
+    surprises_C1 = normalizers_C1 - wide_CV.gather(1, targets_C1)
+    losses_C = surprises_C1[:, 0] * (targets != IGNORED)
     if not wanted:
         return losses_C, None
     # Softmax less one at the target.
-    wide_CV = wide_CV.sub_(normalizers_C1).exp_()
-    wide_CV.scatter_add_(1, targets_C1, -torch.ones_like(targets_C1, dtype=wide_CV.dtype))
-    return losses_C, wide_CV.to(logits.dtype)
+    made_CV = wide_CV.sub_(normalizers_C1).exp_().to(logits.dtype)
+    return losses_C, made_CV.scatter_(1, targets_C1, torch.expm1(-surprises_C1).to(logits.dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -55,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_K = torch.empty(len(hidden_KH), device=hidden_KH.device)
         wanted = ctx.needs_input_grad[0]
         gradient_KH = torch.empty_like(hidden_KH) if wanted else None
-        rows = max(1, CHUNK_LOGITS // len(weight_VH))
+        rows = loss_rows(len(weight_VH))
         for start in range(0, len(hidden_KH), rows):
             part = slice(start, start + rows)
             logits_CV = torch.nn.functional.linear(hidden_KH[part], weight_VH, bias_V)
