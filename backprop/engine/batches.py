@@ -70,14 +70,18 @@ def as_pass(examples: Sequence[Example], size: PassSize) -> dict[str, Any]:
 
 def packed(examples: Sequence[Example]) -> dict[str, Any]:
     """Put examples one after the other in a row of shape (1, T), each with positions of its own."""
+    import numpy as np
     import torch
 
-    lengths = [len(example.ids) for example in examples]
+    documents = Documents.of([len(example.ids) for example in examples])
+    ids = torch.from_numpy(np.concatenate([np.asarray(example.ids, dtype=np.int64) for example in examples]))
+    trained = torch.from_numpy(np.concatenate([np.asarray(example.mask, dtype=bool) for example in examples]))
+    trained[documents.ends[:-1].long()] = False  # as in `labels_of`
     return {
-        "input_ids": torch.tensor([[token for example in examples for token in example.ids]]),
-        "position_ids": torch.tensor([[position for length in lengths for position in range(length)]]),
-        "labels": torch.tensor([[label for example in examples for label in labels_of(example)]]),
-        "documents": Documents.of(lengths),
+        "input_ids": ids[None],
+        "position_ids": torch.cat([torch.arange(length) for length in documents.lengths])[None],
+        "labels": torch.where(trained, ids, IGNORED)[None],
+        "documents": documents,
     }
 
 
@@ -106,8 +110,8 @@ def num_trained(one: Mapping[str, Any]) -> int:
     return int((one["labels"] != IGNORED).sum())
 
 
-def to_device(one: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    """Move the tensors of a pass, but for its labels: where logits are wanted can be told of these without waiting for a GPU."""
+def inputs_on(one: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """Give a pass with the tensors of its inputs on ``device``; not its labels: where logits are wanted can be told of these without waiting for a GPU."""
     return {
         name: sent(value, device) if hasattr(value, "to") and name != "labels" else value for name, value in one.items()
     }

@@ -8,7 +8,7 @@ from typing import Any
 from backprop.core.data.render import Example
 from backprop.core.gate import RowLosses
 from backprop.engine import proofs
-from backprop.engine.batches import PassSize, computing, num_trained, padded, to_device
+from backprop.engine.batches import PassSize, computing, inputs_on, num_trained, padded
 from backprop.engine.cross_entropy import sum_of_losses
 from backprop.engine.load import HfTokenizer
 from backprop.engine.objectives import Measured, Objective, measure
@@ -130,6 +130,6 @@ def row_losses(model: Any, examples: Sequence[Example], *, dtype: str) -> RowLos
     with torch.no_grad(), computing(model, dtype):
         for example in examples:
             one = padded([example])
-            found.append((float(sum_of_losses(model, to_device(one, device))), num_trained(one)))
+            found.append((float(sum_of_losses(model, inputs_on(one, device))), num_trained(one)))
     model.train(was_training)
     return found

@@ -19,10 +19,10 @@ from backprop.engine.batches import (
     PassSize,
     as_pass,
     computing,
+    inputs_on,
     num_trained,
     passes,
     rows_of,
-    to_device,
 )
 from backprop.engine.cross_entropy import log_likelihoods, sum_of_losses, surprises, trained_by_document
 
@@ -116,7 +116,7 @@ class Supervised:
 
     def part(self, model: Any, one: Pass, totals: Totals, device: Any) -> Part:
         """Divide the pass's sum by the tokens of the step."""
-        return Part(sum_of_losses(model, to_device(one, device)) / totals["tokens"])
+        return Part(sum_of_losses(model, inputs_on(one, device)) / totals["tokens"])
 
 
 class _Paired:
@@ -138,7 +138,7 @@ def _with_references(examples: Sequence[Example], size: PassSize) -> dict[str, A
 
 def moved_of(model: Any, one: Pass, device: Any) -> Any:
     """Give how much likelier each document of a pass has become since before training, in nats; of shape (D,)."""
-    one = to_device(one, device)
+    one = inputs_on(one, device)
     return log_likelihoods(model, one) - one["references"]
 
 
@@ -182,7 +182,7 @@ class ORPO(_Paired):
         """Add to the loss of the chosen answers how their odds stand against those of the rejected."""
         import torch
 
-        likelihoods_D = log_likelihoods(model, to_device(one, device))
+        likelihoods_D = log_likelihoods(model, inputs_on(one, device))
         mean_D = likelihoods_D / sent(trained_by_document(one), device)
         # Of a token that is certain the odds are infinite.
         log_odds_D = mean_D - torch.log(-torch.expm1(mean_D.clamp(max=-1e-6)))
@@ -279,7 +279,7 @@ def exact_match(model: Any, examples: Sequence[Example], size: PassSize) -> floa
     found = 0
     with _looking(model, size) as device:
         for one in passes(examples, size):
-            found += int((surprises(model, to_device(one, device)) == 0).sum())
+            found += int((surprises(model, inputs_on(one, device)) == 0).sum())
     return found / len(examples)
 
 
@@ -294,7 +294,7 @@ def with_references(model: Any, examples: Sequence[Example], size: PassSize) -> 
     with _looking(model, size) as device:
         for row in rows_of([example.sides for example in examples], size):
             one = as_pass([side for number in row for side in examples[number].sides], size)
-            values = iter(log_likelihoods(model, to_device(one, device)).tolist())
+            values = iter(log_likelihoods(model, inputs_on(one, device)).tolist())
             found |= {number: tuple(next(values) for _ in examples[number].sides) for number in row}
     return tuple(replace(example, references=found[number]) for number, example in enumerate(examples))
 

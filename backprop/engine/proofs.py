@@ -13,7 +13,7 @@ from typing import Any
 
 from backprop.core.data.render import Example
 from backprop.engine.attention import UnknownAttentionError, within_documents
-from backprop.engine.batches import computing, packed, padded, to_device
+from backprop.engine.batches import computing, inputs_on, packed, padded
 from backprop.engine.cross_entropy import sum_of_losses
 from backprop.engine.load import HfTokenizer
 from backprop.events import Proved
@@ -72,7 +72,7 @@ def _logits(model: Any, one: Mapping[str, Any]) -> Any:
     import torch
 
     device = model.get_input_embeddings().weight.device
-    inputs = {name: value for name, value in to_device(one, device).items() if name != "labels"}
+    inputs = {name: value for name, value in inputs_on(one, device).items() if name != "labels"}
     was_training = bool(model.training)
     model.eval()
     with torch.no_grad():
@@ -313,7 +313,7 @@ def _end_loss(model: Any, examples: Sequence[Example], splits: Sequence[tuple[in
     with torch.no_grad():
         for example, (_, end) in zip(examples, splits, strict=True):
             only_end = Example(example.ids[:end], (False,) * (end - 1) + (True,))
-            total += float(sum_of_losses(model, to_device(padded([only_end]), device)))
+            total += float(sum_of_losses(model, inputs_on(padded([only_end]), device)))
     return total / len(examples)
 
 
