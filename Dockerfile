@@ -14,14 +14,14 @@ RUN apt-get update \
 WORKDIR /build
 
 # Libraries, converter, programs and bindings of one release. Each instruction set is a file of its own, and so is CUDA: the
-# machine that runs them chooses.
+# machine that runs them chooses. NCCL is left out, which NVIDIA's base has and others lack: CUDA would not load without it.
 FROM build AS llama
 ARG CUDA_ARCHITECTURES
 ENV BACKPROP_LLAMA_CPP=/opt/llama.cpp
 COPY backprop/edges/__init__.py backprop/edges/llama_cpp_build.py backprop/edges/places.py backprop/edges/
 RUN nvcc=$(command -v nvcc || find /usr/local/cuda/bin -name nvcc 2>/dev/null || true) \
   && export CMAKE_ARGS="-DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON" \
-  && if [ -n "$nvcc" ]; then CMAKE_ARGS="$CMAKE_ARGS -DGGML_CUDA=ON -DCMAKE_CUDA_COMPILER=$nvcc"; fi \
+  && if [ -n "$nvcc" ]; then CMAKE_ARGS="$CMAKE_ARGS -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DCMAKE_CUDA_COMPILER=$nvcc"; fi \
   && if [ -n "$CUDA_ARCHITECTURES" ]; then CMAKE_ARGS="$CMAKE_ARGS -DCMAKE_CUDA_ARCHITECTURES=$CUDA_ARCHITECTURES"; fi \
   && /opt/venv/bin/python -m backprop.edges.llama_cpp_build server \
   && mkdir /opt/bindings && mv /opt/venv/lib/python3*/site-packages/llama_cpp* /opt/bindings/
