@@ -336,6 +336,9 @@ def loaded(
                 lora_path=None if adapter is None else str(adapter),
                 n_threads=threads,
                 n_threads_batch=threads,
+                # What is held to the trained model is computed as on a machine without a GPU, whose kernels round otherwise.
+                offload_kqv=False,
+                op_offload=False,
                 verbose=False,
                 seed=0,
             )

@@ -56,7 +56,7 @@ def weigh(source: Path, texts: Sequence[str], target: Path, *, num_tokens: int) 
     # The program writes the names of its files into the matrix, and they go from there into every model: plain ones.
     rows = target.with_name("rows.txt")
     rows.write_text("\n".join(texts), encoding="utf-8")
-    options = ["--parse-special", "--no-ppl", "-ngl", "0", "-c", str(chunk), "-b", str(chunk)]
+    options = ["--parse-special", "--no-ppl", "-dev", "none", "-c", str(chunk), "-b", str(chunk)]
     argv = [str(tool("imatrix")), "-m", str(source.resolve()), "-f", rows.name, "-o", target.name, *options]
     _run([*argv, "-t", str(process.cpus())], target.parent, "compute an importance matrix")
 

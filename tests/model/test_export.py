@@ -52,6 +52,16 @@ def test_gguf_answers_as_it_was_trained_and_stops_and_the_run_tells_of_it(run: P
     assert [event["event"] for event in log][-len(printed) :] == [event["event"] for event in printed]
 
 
+def test_a_file_is_asked_on_the_cpu_though_llama_cpp_knows_of_a_gpu(tmp_path: Path) -> None:
+    """On an H200 the same f16 file was ten times as far from the trained model, and refused."""
+    llama_cpp.convert(tiny("llama-untied", tmp_path / "tiny"), tmp_path / "tiny.gguf", kind="f32")
+    with llama_cpp.loaded(tmp_path / "tiny.gguf", context=64) as model:
+        inner: Any = model._model
+        assert inner.model_params.n_gpu_layers == 0
+        assert not inner.context_params.offload_kqv
+        assert not inner.context_params.op_offload
+
+
 def test_an_expected_answer_is_looked_at_together_and_changes_none(tmp_path: Path) -> None:
     llama_cpp.convert(tiny("llama-untied", tmp_path / "tiny"), tmp_path / "tiny.gguf", kind="f32")
     asked: list[Message] = [{"role": "user", "content": "What is 7?"}]
