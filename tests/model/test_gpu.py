@@ -53,6 +53,16 @@ def test_every_method_trains_in_bfloat16_and_learns(
     assert (plan["device"]["value"], plan["dtype"]["value"]) == ("cuda", "bfloat16")
 
 
+def test_qlora_holds_16_bits_where_there_is_room(
+    tiny_model: Path, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BACKPROP_DEQUANTIZE")
+    steps, proved = steps_of("--data", write(ROWS), "--model", tiny_model, "--method", "qlora", *OPTIONS, cwd=tmp_path)
+    assert result(tmp_path / "output")["plan"]["dequantize"]["value"] is True
+    assert all(proof["ok"] for proof in proved)
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
+
+
 def test_what_was_trained_on_4_bits_is_merged_into_what_it_was_trained_on(
     tiny_model: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
