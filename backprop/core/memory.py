@@ -19,9 +19,9 @@ WORKSPACE = 2**26
 # What a weight in 4 bits takes beside its own size: torch gives out memory in pieces that are up to 1 MiB larger.
 ROUNDING_4_BIT = 3 * 2**16
 # Logits that the loss holds at once (`engine.linear_cross_entropy`), about, in rows that fill the tiles of a GPU's products;
-# and bytes of each: in 16 bits, in float32, and as their sum is taken once more; compiled, in 16 bits and their gradient.
+# and bytes of each, uncompiled: in 16 bits, in float32, and as their sum is taken once more.
 LOSS_LOGITS, TILE_ROWS = 2**25, 128
-LOGIT_BYTES, LOGIT_BYTES_COMPILED = BF16 + FLOAT32 + FLOAT32, BF16 + BF16
+LOGIT_BYTES = BF16 + FLOAT32 + FLOAT32
 # Of logits that are held whole: in float32, as logarithms and as a gradient on the way back; without one, in 16 bits before.
 WHOLE_LOGIT_BYTES = 3 * FLOAT32
 
@@ -231,9 +231,9 @@ def loss_memory(
     if shape.plain_logits and config.method != "full":
         rows = loss_rows(shape.vocabulary)
         logits = min(rows, tokens) * shape.vocabulary
-        size = LOGIT_BYTES_COMPILED if compiled else LOGIT_BYTES
-        # Beside a further part, the gradient of the one before.
-        size += width if gradient and not compiled and tokens > rows else 0
+        # Compiled, as they are and their gradient alone. Beside a further part, the gradient of the one before.
+        size = width * (1 + gradient) if compiled else LOGIT_BYTES
+        size += width if gradient and tokens > rows else 0
         return logits * size + entry * (FLOAT32 + width + width * gradient)
     size = WHOLE_LOGIT_BYTES if gradient else width + 2 * FLOAT32
     return tokens * shape.vocabulary * size + entry * (2 * FLOAT32 + width)

@@ -73,6 +73,7 @@ def packed(examples: Sequence[Example]) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    assert all(len(example.ids) == len(example.mask) for example in examples)
     documents = Documents.of([len(example.ids) for example in examples])
     ids = torch.from_numpy(np.concatenate([np.asarray(example.ids, dtype=np.int64) for example in examples]))
     trained = torch.from_numpy(np.concatenate([np.asarray(example.mask, dtype=bool) for example in examples]))

@@ -1,6 +1,7 @@
 """The loss that never holds the logits of a whole pass, against torch's own."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ PREFERENCES = [{"prompt": f"question {n}", "chosen": "good " * (n % 4 + 1), "rej
 def test_losses_and_gradients_are_those_of_torch(
     monkeypatch: pytest.MonkeyPatch, held: int, bias: bool, compiled: bool
 ) -> None:
+    from backprop.engine import layers
     from backprop.engine import linear_cross_entropy as own
 
     monkeypatch.setattr(own, "loss_rows", lambda _: held)
     if compiled:
-        monkeypatch.setattr(own, "losses_and_gradient", torch.compile(own.losses_and_gradient, dynamic=True))
+        monkeypatch.setattr(
+            own, "losses_and_gradient", layers._for_one_vocabulary(layers.as_compiled(own.losses_and_gradient))
+        )
     torch.manual_seed(1)
     head = torch.nn.Linear(8, 23, bias=bias).requires_grad_(False)
     targets = torch.tensor([3, -100, 22, 0, -100, 5, 5])
@@ -44,6 +48,74 @@ def test_losses_and_gradients_are_those_of_torch(
         found.append((losses.detach(), rows.grad))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_packed_pass_has_the_labels_of_each_of_its_examples() -> None:
+    from backprop.core.data.render import Example
+    from backprop.engine.batches import labels_of, packed
+
+    examples = [Example((5, 6, 7), (True, False, True)), Example((8,), (True,)), Example((9, 10), (False, True))]
+    found = packed(examples)
+    assert found["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert found["labels"].tolist() == [[label for example in examples for label in labels_of(example)]]
+    assert found["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+
+
+def test_rows_of_the_loss_fill_the_tiles_of_a_gpu() -> None:
+    from backprop.core.memory import loss_rows
+
+    assert [loss_rows(words) for words in (32_000, 49_152, 128_256, 152_064, 262_144, 2**22)] == [
+        *(1024, 640, 256, 256, 128, 128),
+    ]
+
+
+def test_one_graph_serves_rows_of_any_number_and_knows_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from backprop.engine import layers
+    from backprop.engine import linear_cross_entropy as own
+
+    shapes: list[Any] = []
+
+    def compiling(graph: Any, inputs: Any) -> Any:
+        found = (node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder")
+        shapes.extend(one.shape for one in found if getattr(one, "ndim", 0) == 2)
+        return graph
+
+    loss = torch.compile(own.losses_and_gradient, dynamic=True, backend=compiling)
+    known = layers._for_one_vocabulary(loss)
+    for rows in (7, 5):
+        known(torch.randn(rows, 23), torch.arange(rows), wanted=True)
+    ((rows, words),) = shapes
+    assert not isinstance(rows, int)
+    assert words == 23
+    assert isinstance(words, int)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_compiled_loss_holds_as_many_logits_as_are_expected(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    from backprop.config import TrainConfig
+    from backprop.core import memory
+    from backprop.engine import layers
+    from backprop.engine import linear_cross_entropy as own
+
+    rows, words, hidden_size = 64, 32768, 8
+    for module in (own, memory):
+        monkeypatch.setattr(module, "loss_rows", lambda _: rows)
+    monkeypatch.setattr(
+        own, "losses_and_gradient", layers._for_one_vocabulary(layers.as_compiled(own.losses_and_gradient))
+    )
+    head = torch.nn.Linear(hidden_size, words, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(parts * rows, hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(words, (parts * rows,))
+    own.linear_cross_entropy(hidden, head, targets)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        own.linear_cross_entropy(hidden, head, targets)
+    changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 1, "num_layers": 1, "max_positions": 1}
+    shape = memory.ModelShape(**sizes, vocabulary=words)
+    config = TrainConfig(data=("x",), method="lora")
+    expected = memory.loss_memory(config, shape, tokens=parts * rows, width=2, compiled=True)
+    assert max(held) == pytest.approx(expected, rel=0.05)
 
 
 def tiny(kind: str, **options: Any) -> Any:
