@@ -50,6 +50,7 @@ RUN ./install-locked /opt/venv/bin/python gpu requirements.lock \
   && find networkx numpy pandas sympy -depth -type d -name tests -exec rm -rf {} + \
   && find bitsandbytes -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name '*_cuda13*' -delete \
   && find transformers/models -depth -type d -name __pycache__ -exec rm -rf {} + \
+  && find triton pyarrow -name '*.so*' -type f -exec strip --strip-unneeded {} + \
   && rm -rf pip pip-*.dist-info
 
 FROM build AS sbom
