@@ -336,7 +336,7 @@ def loaded(
                 lora_path=None if adapter is None else str(adapter),
                 n_threads=threads,
                 n_threads_batch=threads,
-                # On the CPU where there is a GPU too: its kernels round otherwise, and what is held to the trained model is far off.
+                # On the CPU, also where there is a GPU: its kernels round by more than the proof allows.
                 offload_kqv=False,
                 op_offload=False,
                 verbose=False,

@@ -27,8 +27,9 @@ def linear_cross_entropy(hidden: torch.Tensor, head: torch.nn.Linear, targets: t
 def losses_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor, *, wanted: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Give each row's loss in float32, and if wanted the gradient of the losses' sum to the logits, in their precision; of a row without
-    a target, what is to be made 0.
+    """Give each row's loss in float32, and if wanted the gradient of the losses' sum to the logits, in their precision.
+
+    A row whose target is `IGNORED` is given a gradient too, which the caller makes 0.
 
     Args:
         logits: Of shape (C, V).
