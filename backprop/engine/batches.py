@@ -77,7 +77,7 @@ def packed(examples: Sequence[Example]) -> dict[str, Any]:
     documents = Documents.of([len(example.ids) for example in examples])
     ids = torch.from_numpy(np.concatenate([np.asarray(example.ids, dtype=np.int64) for example in examples]))
     trained = torch.from_numpy(np.concatenate([np.asarray(example.mask, dtype=bool) for example in examples]))
-    trained[documents.ends[:-1].long()] = False  # as in `labels_of`
+    trained[documents.ends[:-1].long()] = False  # as in `labels_of`, which takes ten times as long
     return {
         "input_ids": ids[None],
         "position_ids": torch.cat([torch.arange(length) for length in documents.lengths])[None],

@@ -1,4 +1,4 @@
-"""What each phase is estimated to need, against what torch allocated on an H200 (scripts/bench-memory, 2026-11-30)."""
+"""What each phase is estimated to need, against what torch allocated on an H200 (scripts/bench-memory, 2026-11-30; some of the day before)."""
 
 import csv
 from pathlib import Path
