@@ -42,6 +42,26 @@ CMAKE_FLAGS = (
     "-DCMAKE_MODULE_LINKER_FLAGS=-s",
     f"-DCMAKE_EXE_LINKER_FLAGS=-s{'' if sys.platform == 'darwin' else ' -Wl,--disable-new-dtags'}",
 )
+WITHOUT_SME = """\
+include(CheckCXXCompilerFlag)
+function(ggml_without_sme)
+    foreach(variant ggml-cpu-armv9.2_1 ggml-cpu-armv9.2_2)
+        if(TARGET ${variant})
+            get_target_property(options ${variant} COMPILE_OPTIONS)
+            string(REGEX REPLACE "-march=armv9[.]2-a([^;]*)[+]sme" "-march=armv8.6-a\\\\1" options "${options}")
+            set_target_properties(${variant} PROPERTIES COMPILE_OPTIONS "${options}")
+        endif()
+    endforeach()
+endfunction()
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+    check_cxx_compiler_flag(-march=armv9.2-a+sme BACKPROP_HAS_SME)
+    if(NOT BACKPROP_HAS_SME)
+        cmake_language(DEFER CALL ggml_without_sme)
+    endif()
+endif()
+"""
+"""Read by CMake within ggml's project. With a library for each instruction set, two of arm64 name SME, which gcc knows from 14
+on. ggml itself has no code for it (KleidiAI would, which is off), so an older compiler makes the same of both without it."""
 CONVERTER = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 OURS = (*CONVERTER, llama_programs().name, ".", "lib", "llama", "ggml")
 """How the names begin of all that is put into place."""
@@ -137,6 +157,9 @@ def _compile(tree: Path, scratch: Path, programs: Sequence[str]) -> Path:
     env["PATH"] = f"{scratch / 'cmake' / 'bin'}{os.pathsep}{env['PATH']}"
     build = scratch / "build"
     more = shlex.split(env.get("CMAKE_ARGS", ""))
+    without_sme = scratch / "without_sme.cmake"
+    without_sme.write_text(WITHOUT_SME)
+    more.append(f"-DCMAKE_PROJECT_ggml_INCLUDE={without_sme.as_posix()}")
     flags = [f"-DLLAMA_BUILD_SERVER={'ON' if 'server' in programs else 'OFF'}", *CMAKE_FLAGS, *more]
     _run(["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(build), *flags], env)
     targets = ["ggml", "llama", *(f"llama-{name}" for name in programs)]
