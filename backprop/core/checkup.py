@@ -273,7 +273,7 @@ def check_driver(facts: Surroundings, hardware: Hardware, torch: Torch | None) -
     if facts.docker and facts.pci_gpus and not (facts.toolkit or facts.in_container or facts.wsl):
         yield Finding(
             name="container toolkit",
-            found="Docker is here, and NVIDIA's toolkit for it is not",
+            found="Docker is here, and NVIDIA's toolkit for it is not: `could not select device driver` is what it would say",
             advice=("the toolkit, for the image; without Docker it is not used", "install `nvidia-container-toolkit`"),
         )
     if facts.foreign_libraries:

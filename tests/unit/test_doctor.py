@@ -310,7 +310,7 @@ def _(place: Place, _: Path) -> None:
     (place.root / "bin" / "gcc").unlink()
 
 
-@sabotage("Docker without NVIDIA's toolkit", "container toolkit", "nvidia-container-toolkit", 0)
+@sabotage("Docker without NVIDIA's toolkit", "container toolkit", "could not select device driver", 0)
 def _(place: Place, _: Path) -> None:
     place.card()
     place.program("docker")
