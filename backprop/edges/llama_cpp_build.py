@@ -158,7 +158,7 @@ def _compile(tree: Path, scratch: Path, programs: Sequence[str]) -> Path:
     build = scratch / "build"
     more = shlex.split(env.get("CMAKE_ARGS", ""))
     without_sme = scratch / "without_sme.cmake"
-    without_sme.write_text(WITHOUT_SME)
+    without_sme.write_text(WITHOUT_SME, encoding="utf-8")
     more.append(f"-DCMAKE_PROJECT_ggml_INCLUDE={without_sme.as_posix()}")
     flags = [f"-DLLAMA_BUILD_SERVER={'ON' if 'server' in programs else 'OFF'}", *CMAKE_FLAGS, *more]
     _run(["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(build), *flags], env)

@@ -53,7 +53,7 @@ def test_a_compiler_that_does_not_know_sme_is_not_asked_for_it(tmp_path: Path, c
         )
     )
     (tmp_path / "x.cpp").touch()
-    (tmp_path / "sme.cmake").write_text(WITHOUT_SME)
+    (tmp_path / "sme.cmake").write_text(WITHOUT_SME, encoding="utf-8")
     more = [f"-DCMAKE_PROJECT_ggml_INCLUDE={tmp_path / 'sme.cmake'}", *(["-DBACKPROP_HAS_SME=1"] if known else [])]
     arm = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_CXX_COMPILER_WORKS=1"]
     subprocess.run([*cmake, "-S", tmp_path, "-B", tmp_path / "build", *arm, *more], check=True)
