@@ -5,6 +5,7 @@
 # where BASE_IMAGE has a compiler for it.
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 ARG RUNTIME_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
+ARG VERSION=0.1.0
 
 FROM ${BASE_IMAGE} AS build
 RUN apt-get update \
@@ -30,9 +31,11 @@ FROM build AS packages
 COPY requirements.lock scripts/install-locked ./
 # Beside what the lock names: llama.cpp's bindings and this project, which have layers of their own.
 RUN printf '/opt/bindings\n/opt/app\n' >layers.pth && cp layers.pth /opt/venv/lib/python3*/site-packages/
+# Of transformers, which is mostly models, only these and what every start reads are kept as bytecode: what is trained commonly.
+ENV MODELS="__init__.py auto bert bloom encoder_decoder llama mistral mixtral ministral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_5 \
+gemma gemma2 gemma3 gemma4 phi phi3 smollm3 olmo2 granite gpt2 gpt_neox gpt_oss"
 
-# What only tests, or compilers against these packages, would read is left out; so is the bytecode of models that a run does
-# not train, which is most of transformers.
+# What only tests, or compilers against these packages, would read is left out.
 FROM packages AS packages-cpu
 RUN ./install-locked /opt/venv/bin/python cpu requirements.lock \
   && cd /opt/venv/lib/python3*/site-packages \
@@ -40,6 +43,7 @@ RUN ./install-locked /opt/venv/bin/python cpu requirements.lock \
   && rm -rf torch/test torch/include pyarrow/include pyarrow/src pyarrow/tests \
   && find networkx numpy pandas sympy -depth -type d -name tests -exec rm -rf {} + \
   && find transformers/models -depth -type d -name __pycache__ -exec rm -rf {} + \
+  && (cd transformers/models && /opt/venv/bin/python -m compileall -q $MODELS) \
   && find torch/lib pyarrow -name '*.so*' -type f -exec strip --strip-unneeded {} + \
   && rm -rf pip pip-*.dist-info torch/lib/*_test.so
 
@@ -50,19 +54,9 @@ RUN ./install-locked /opt/venv/bin/python gpu requirements.lock \
   && find networkx numpy pandas sympy -depth -type d -name tests -exec rm -rf {} + \
   && find bitsandbytes -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name '*_cuda13*' -delete \
   && find transformers/models -depth -type d -name __pycache__ -exec rm -rf {} + \
+  && (cd transformers/models && /opt/venv/bin/python -m compileall -q $MODELS) \
   && find triton pyarrow -name '*.so*' -type f -exec strip --strip-unneeded {} + \
   && rm -rf pip pip-*.dist-info
-
-FROM build AS sbom
-RUN python3 -m venv sbom && sbom/bin/pip install --quiet cyclonedx-bom==7.5.0
-
-FROM sbom AS sbom-cpu
-COPY --from=packages-cpu /opt/venv /opt/venv
-RUN sbom/bin/cyclonedx-py environment --output-file sbom.json /opt/venv/bin/python
-
-FROM sbom AS sbom-gpu
-COPY --from=packages-gpu /opt/venv /opt/venv
-RUN sbom/bin/cyclonedx-py environment --output-file sbom.json /opt/venv/bin/python
 
 FROM build AS app
 COPY requirements.lock pyproject.toml README.md LICENSE ./
@@ -87,7 +81,7 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10m --timeout=2m CMD ["backprop", "doctor"]
 ENTRYPOINT ["tini", "--", "backprop"]
 CMD ["--help"]
-ARG VERSION=0.1.0
+ARG VERSION
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="backprop" \
   org.opencontainers.image.description="Fine-tune language models on the GPU you have, and hand over a model that runs" \
@@ -95,6 +89,33 @@ LABEL org.opencontainers.image.title="backprop" \
   org.opencontainers.image.version="${VERSION}" \
   org.opencontainers.image.revision="${REVISION}"
 WORKDIR /
+
+# Triton compiles its launchers when a run starts.
+FROM runtime AS runtime-gpu
+RUN apt-get update \
+  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev libpython3-dev \
+  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
+
+# The bill of materials: Python packages by cyclonedx, then llama.cpp, this project and the system's packages. It does not
+# look at the source, whose every change would make it anew.
+FROM build AS sbom
+ARG VERSION
+RUN python3 -m venv sbom && sbom/bin/pip install --quiet cyclonedx-bom==7.5.0
+COPY scripts/bill-of-materials .
+COPY --from=llama /build/backprop backprop
+COPY --from=llama /opt/bindings /opt/bindings
+
+FROM sbom AS sbom-cpu
+COPY --from=packages-cpu /opt/venv /opt/venv
+COPY --from=runtime /var/lib/dpkg/status /usr/lib/os-release system/
+RUN sbom/bin/cyclonedx-py environment --output-file sbom.json /opt/venv/bin/python \
+  && python3 bill-of-materials sbom.json system "$VERSION"
+
+FROM sbom AS sbom-gpu
+COPY --from=packages-gpu /opt/venv /opt/venv
+COPY --from=runtime-gpu /var/lib/dpkg/status /usr/lib/os-release system/
+RUN sbom/bin/cyclonedx-py environment --output-file sbom.json /opt/venv/bin/python \
+  && python3 bill-of-materials sbom.json system "$VERSION"
 
 FROM runtime AS cpu
 COPY --from=packages-cpu /opt/venv /opt/venv
@@ -104,12 +125,9 @@ COPY --from=sbom-cpu /build/sbom.json /usr/share/backprop/sbom.json
 COPY --from=app /opt/app /opt/app
 USER 1000:1000
 
-FROM runtime AS gpu
-# Triton compiles its launchers when a run starts; the CUDA libraries of torch serve llama.cpp too.
-RUN apt-get update \
-  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev libpython3-dev \
-  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
+FROM runtime-gpu AS gpu
 COPY --from=packages-gpu /opt/venv /opt/venv
+# The CUDA libraries of torch serve llama.cpp too.
 RUN find /opt/venv -path '*/nvidia/*/lib' -type d >/etc/ld.so.conf.d/venv.conf && ldconfig
 COPY --from=llama /opt/llama.cpp /opt/llama.cpp
 COPY --from=llama /opt/bindings /opt/bindings
