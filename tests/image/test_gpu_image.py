@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_image import HARDENED, inspected, ran
+from project import HARDENED, inspected, ran
 
 IMAGE = os.environ.get("BACKPROP_TEST_GPU_IMAGE", "")
 pytestmark = [
