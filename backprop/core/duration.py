@@ -1,46 +1,47 @@
 """How long a run will take, before it starts: enough to tell minutes from hours, and no more."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from backprop.config import TrainConfig
 from backprop.core import engines, passes
 from backprop.core.choice import Choice
-from backprop.core.fitting import BF16_CAPABILITY
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape, met_weights
+from backprop.core.passes import sides_of, start_seconds
 from backprop.core.plan import DataShape, Plan, make_plan
-from backprop.presets import GIB
+from backprop.core.rates import BF16_CAPABILITY, rate_of
 
 # Operations per weight and token: a product and a sum, each in the pass forward and in that of the gradients back to the
 # adapters; frozen weights have no gradient of their own. A layer that is recomputed goes forward once more.
 FORWARD = BACKWARD = 2
 
-# All rates are low, since a needless rehearsal costs less than a missed one. A core: SmolLM2 135M in float32 on two, whose
-# 138 to 301 tokens a second (docs/benchmarks.md) are 40 to 90 GFLOP/s for each.
-CPU_RATE = 45e9
-# A GPU, per GiB of its memory: the data sheets from RTX 3060 to B200 name 2 to 12 TFLOP/s in bfloat16 for each GiB, and
-# training reaches a part of that; an H100, 0.8 to 1.5 (docs/benchmarks.md). Without bfloat16, a quarter.
-GPU_RATE = 0.5e12
-GPU_RATE_FLOAT32 = GPU_RATE / 4
+# What is estimated is rather long than short, since a needless rehearsal costs less than a missed one.
+LOW = 0.8
 
-# A run that is estimated above this is rehearsed, unless it was said otherwise.
+# A run that is estimated above this is rehearsed, unless it was said otherwise: that takes 15 to 60 seconds, at most a
+# thirtieth of it, and finds what would end the run at its last step.
 REHEARSED_ABOVE_S = 30 * 60
 
 
-def rate_of(hardware: Hardware) -> float:
-    """Give the operations per second that are assumed of this machine."""
-    if not hardware.gpus:
-        return CPU_RATE * hardware.num_cpus
-    gpu = hardware.gpus[0]
-    return (GPU_RATE if gpu.capability >= BF16_CAPABILITY else GPU_RATE_FLOAT32) * gpu.memory_bytes / GIB
-
-
-def estimate_seconds(plan: Plan, shape: ModelShape, data: DataShape, hardware: Hardware) -> float:
+def estimate_seconds(config: TrainConfig, plan: Plan, shape: ModelShape, data: DataShape, hardware: Hardware) -> float:
     """Estimate the time of a run's steps; evaluations, proofs and attention over long rows are not counted."""
-    tokens = plan.steps.value * plan.batch_size.value * data.num_tokens / data.num_examples
-    per_weight = FORWARD + BACKWARD + FORWARD * plan.recompute.value / shape.num_layers
-    return tokens * met_weights(shape) * per_weight / rate_of(hardware)
+    tokens = plan.batch_size.value * data.num_tokens / data.num_examples
+    most = plan.micro_batch.value * plan.max_length.value * sides_of(config)
+    packed, padded = tokens / most, plan.batch_size.value / plan.micro_batch.value
+    num = math.ceil(packed if plan.packing.value else padded)
+    given = config, shape, hardware
+    return plan.steps.value * num * _pass_seconds(*given, tokens=tokens / num, recomputed=plan.recompute.value)
+
+
+def _pass_seconds(
+    config: TrainConfig, shape: ModelShape, hardware: Hardware, *, tokens: float, recomputed: int
+) -> float:
+    """Estimate the time of a pass forward and back, whose kernels are started while others run."""
+    per_weight = FORWARD + BACKWARD + FORWARD * recomputed / shape.num_layers
+    seconds = tokens * met_weights(shape) * per_weight / (LOW * rate_of(hardware))
+    return math.hypot(seconds, start_seconds(config, shape)) if hardware.gpus else seconds
 
 
 def plan_and_seconds(
@@ -63,7 +64,7 @@ def plan_and_seconds(
         unsloth: Whether it is installed.
     """
     plan = make_plan(config, hardware, shape, data, model=model, max_length=max_length)
-    seconds = estimate_seconds(plan, shape, data, hardware)
+    seconds = estimate_seconds(config, plan, shape, data, hardware)
     gpus = choose_gpus(plan, hardware, seconds)
     compiled = choose_compile(config, plan, hardware, seconds / gpus.value, experts=shape.num_experts)
 
@@ -75,8 +76,9 @@ def plan_and_seconds(
     if compiled.value and config.compile is None:
         bare = planned(Choice(False, "compiled, a step needs more memory than there is"))
         plan = max(plan, bare, key=lambda one: _roomiest(one, hardware))
-    worth_trying = seconds / gpus.value > TRIED_ABOVE_S and not config.deterministic
-    plan = replace(plan, gpus=gpus, to_try=plan.to_try if worth_trying else ())
+    plan = replace(plan, gpus=gpus)
+    if config.deterministic or not _worth_trying(config, plan, shape, hardware, seconds / gpus.value):
+        plan = replace(plan, to_try=())
     config = replace(config, dequantize=plan.dequantize.value)
     return engines.with_engine(plan, config, hardware, shape, seconds=seconds / gpus.value, installed=unsloth), seconds
 
@@ -88,11 +90,27 @@ def _roomiest(plan: Plan, hardware: Hardware) -> tuple[bool, bool, int]:
     return fits, plan.optimizer.value == "adamw", 0 if fits else -need
 
 
-# Six passes are tried; what comes of it is kept for later runs.
+# Between sizes of passes, the order of the estimate was wrong by up to 3 % for a 7B and by a fifth for a 1.5B
+# (docs/speed-notes.md): what is tried may take less than that, and what comes of it is kept for later runs.
 TRIED_ABOVE_S = 5 * 60
+TRIED_SHARE = 0.05
+PASSES_OF_A_TRY = 2
 
 
-# A process for another GPU is ready after some 20 seconds: imports, the model's weights, the first exchange.
+def _worth_trying(config: TrainConfig, plan: Plan, shape: ModelShape, hardware: Hardware, seconds: float) -> bool:
+    """Say whether trying takes little of a run, which is long on a fast card and a few passes on a slow one.
+
+    Args:
+        seconds: An estimate of the run.
+    """
+    length, given = plan.max_length.value * sides_of(config), (config, shape, hardware)
+    ways = ((one.examples * length, one.recomputed) for one in plan.to_try)
+    each = (_pass_seconds(*given, tokens=tokens, recomputed=recomputed) for tokens, recomputed in ways)
+    return seconds > TRIED_ABOVE_S and PASSES_OF_A_TRY * sum(each) <= TRIED_SHARE * seconds
+
+
+# A process for another GPU is ready after some 20 seconds: imports, the model's weights, the first exchange. Two save half
+# of the run, which is estimated rather too long.
 SHARED_ABOVE_S = 60
 
 
@@ -117,7 +135,8 @@ def choose_gpus(plan: Plan, hardware: Hardware, seconds: float) -> Choice[int]:
     return Choice(found, "all that are visible, alike and free")
 
 
-# The first time, compiling takes a GPU's machine one to two minutes; then it is in the cache. It makes a step a fifth faster.
+# The first time, compiling takes half a minute to two; then it is in the cache, and takes a few seconds. It saves a sixth to a
+# quarter of the time: of a 7B on an H200, 13,600 tokens a second became 16,400, and 18,100 since the loss is compiled too.
 COMPILED_ABOVE_S = 5 * 60
 
 
@@ -145,7 +164,7 @@ def choose_compile(
     told = f"{seconds / 60:,.0f} minutes are estimated"
     if seconds <= COMPILED_ABOVE_S:
         return Choice(False, f"{told}: not worth the minute that it takes")
-    return Choice(True, f"{told}: saves about a sixth of them for a minute at the start")
+    return Choice(True, f"{told}: saves about a fifth of them for a minute at the start")
 
 
 def choose_rehearsal(config: TrainConfig, seconds: Sequence[float], hardware: Hardware) -> Choice[bool]:
@@ -159,7 +178,7 @@ def choose_rehearsal(config: TrainConfig, seconds: Sequence[float], hardware: Ha
     whole = sum(seconds)
     device = "GPU" if hardware.gpus else "CPU"
     minutes = f"{whole / 60:,.0f} minutes" if whole >= 60 else "under a minute"
-    found = f"{minutes} are estimated, at {rate_of(hardware) / 1e9:,.0f} GFLOP/s of this {device}"
+    found = f"{minutes} are estimated, at {LOW * rate_of(hardware) / 1e9:,.0f} GFLOP/s of this {device}"
     limit = f"{REHEARSED_ABOVE_S // 60} minutes"
     if whole > REHEARSED_ABOVE_S:
         return Choice(True, f"{found}, more than {limit}")

@@ -5,19 +5,21 @@ from dataclasses import dataclass, replace
 
 from backprop.config import TrainConfig, beyond_unsloth
 from backprop.core.choice import Choice
-from backprop.core.fitting import BF16_CAPABILITY
 from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape
 from backprop.core.passes import room_to_try
 from backprop.core.plan import Plan
+from backprop.core.rates import BF16_CAPABILITY
 from backprop.errors import HardwareError, ModelError, PackageError
 from backprop.presets import GIB
 
 INSTALL = "pip install 'backprop[unsloth]'"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures for which unsloth has kernels of its own, each of which was tried here."""
-# Each engine is tried in a process of its own: imports, the model's weights, and up to two minutes of compiling.
-TRIED_ABOVE_S = 20 * 60
+# Each engine is tried in a process of its own: imports, the model's weights, and up to two minutes of compiling, some three
+# minutes for both, a twentieth of an hour. On an H200 there is nothing to gain: 1,069 ms for a step of a 7B that takes torch 915
+# (docs/speed-notes.md); what other cards gain is not known. What is found is kept for later runs.
+TRIED_ABOVE_S = 60 * 60
 
 
 def refuse_if_not_there(config: TrainConfig, hardware: Hardware, *, installed: bool) -> None:

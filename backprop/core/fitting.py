@@ -10,12 +10,11 @@ from backprop.core.hardware import Hardware
 from backprop.core.memory import ModelShape
 from backprop.core.passes import Passes, sides_of
 from backprop.core.phases import phases_of
+from backprop.core.rates import BF16_CAPABILITY
 from backprop.errors import HardwareError
 from backprop.presets import GIB
 
 STAY = Choice(False, "the inputs of layers stay where they are used")
-# Every GPU from Ampere (compute capability 8.0) on multiplies in bfloat16.
-BF16_CAPABILITY = (8, 0)
 # Tokens of one forward pass on a CPU: more brings no speed, and less memory is touched (scripts/bench).
 CPU_TOKENS_PER_PASS = 2048
 

@@ -13,6 +13,10 @@ class Gpu:
     memory_free_bytes: int
     capability: tuple[int, int]
     """Compute capability, such as (8, 6)."""
+    cores: int = 0
+    """Units that add and multiply in float32; 0 where the driver does not tell."""
+    clock_mhz: int = 0
+    """At most; 0 where the driver does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

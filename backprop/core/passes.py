@@ -8,7 +8,7 @@ from backprop.config import TrainConfig
 from backprop.core.hardware import Gpu
 from backprop.core.memory import FLOAT32, ModelShape, block_weights, in_4_bits
 from backprop.core.phases import phases_of
-from backprop.presets import GIB
+from backprop.core.rates import rate_of_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,9 @@ CUDA_BYTES = 512 * 2**20
 SHARE_FOR_STEP = 0.95
 # What is tried first may be estimated to need more.
 SHARE_TRIED = 0.98
-# A pass takes at least 5 ms for each layer, in which its kernels are started (docs/speed-notes.md); and a GPU computes,
-# by the data sheets from RTX 3060 to B200, 2 to 12 TFLOP/s in bfloat16 for each GiB of its memory.
+# A pass takes at least 5 ms for each layer, in which its kernels are started (docs/speed-notes.md).
 START_SECONDS = 5e-3
 START_SECONDS_4_BIT = 7.5e-3
-RATE_PER_GIB = 3e12
 # Going forward once more, against forward and back: 1.40 and 1.41 times the time were measured.
 COST_OF_RECOMPUTING = 0.4
 # A layer's input goes out while the layer runs, and comes back before it runs again: 1.2 ms of 27 for 8,192 tokens of a 7B
@@ -111,12 +109,16 @@ def fastest_first(
 ) -> Sequence[Passes]:
     """Order the ways that may fit by how long a token is estimated to take."""
     room = room_to_try(gpu)
-    seconds = START_SECONDS_4_BIT if in_4_bits(config) else START_SECONDS
-    start = seconds * RATE_PER_GIB * gpu.memory_bytes / GIB * shape.num_layers / (4 * block_weights(shape))
+    start = start_seconds(config, shape) * rate_of_gpu(gpu) / (4 * block_weights(shape))
     return sorted(
         (one for one, size in need.items() if size <= room),
         key=lambda one: _cost(one, shape, batch / math.ceil(batch / one.examples) * length, start),
     )
+
+
+def start_seconds(config: TrainConfig, shape: ModelShape) -> float:
+    """Estimate the time in which the kernels of a pass are started on a GPU, forward and back; it computes meanwhile."""
+    return shape.num_layers * (START_SECONDS_4_BIT if in_4_bits(config) else START_SECONDS)
 
 
 # A try takes two passes, and the first of all compiles.

@@ -93,17 +93,21 @@ def _named(name: str, every: Sequence[Any]) -> Any:
 
 
 def gpu_of(handle: Any) -> Gpu:
-    """Describe a GPU."""
+    """Describe a GPU; a part of a card (MIG) with as large a part of its cores as of its memory."""
     import pynvml
 
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    memory, uuid = pynvml.nvmlDeviceGetMemoryInfo(handle), str(pynvml.nvmlDeviceGetUUID(handle))
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    card = card_of(uuid)
+    share = int(memory.total) / int(pynvml.nvmlDeviceGetMemoryInfo(card).total)
     return Gpu(
         name=str(pynvml.nvmlDeviceGetName(handle)),
-        uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
+        uuid=uuid,
         memory_bytes=int(memory.total),
         memory_free_bytes=int(memory.free),
         capability=(int(major), int(minor)),
+        cores=int(share * (asked(lambda: pynvml.nvmlDeviceGetNumGpuCores(card)) or 0)),
+        clock_mhz=asked(lambda: pynvml.nvmlDeviceGetMaxClockInfo(card, pynvml.NVML_CLOCK_SM)) or 0,
     )
 
 

@@ -696,6 +696,7 @@ AUTO = """
 import sys
 from backprop.core import duration, engines
 duration.TRIED_ABOVE_S = engines.TRIED_ABOVE_S = -1
+duration.TRIED_SHARE = 1e9
 from backprop.__main__ import main
 main()
 """

@@ -383,3 +383,15 @@ def test_without_limits_nothing_is_too_warm() -> None:
     limits = limits_of(None, asked_c=70)
     assert limits is not None
     assert warmth_of(Reading(temperature_c=80), limits) == "stop"
+
+
+def test_a_card_tells_of_its_cores_and_clock_and_a_part_of_it_has_a_part_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = {"nvmlDeviceGetNumGpuCores": 16896, "nvmlDeviceGetMaxClockInfo": 1980}
+    whole = Card(memory=80 * GIB, answers=told)
+    part = Card(uuid="MIG-1", memory=10 * GIB, answers={"nvmlDeviceGetDeviceHandleFromMigDeviceHandle": whole})
+    silent = Card(uuid="GPU-2")
+    double = install(monkeypatch, whole, part, silent)
+    found = [nvml.gpu_of(card) for card in double.cards]
+    assert [(one.cores, one.clock_mhz) for one in found] == [(16896, 1980), (2112, 1980), (0, 0)]
