@@ -17,7 +17,7 @@ from backprop.core.fitting import (
 )
 from backprop.core.hardware import Hardware
 from backprop.core.memory import FLOAT32, ModelShape, moments_bytes, trained_weights
-from backprop.core.passes import SHARE_OFFLOADED, Passes, sides_of
+from backprop.core.passes import SHARE_OFFLOADED, Passes, sides_of, waiting_bytes
 from backprop.core.phases import Phases, phases_of
 from backprop.errors import HardwareError, UsageError
 from backprop.presets import DEFAULTS, DEMO, GIB, PRESETS, Preset
@@ -77,6 +77,10 @@ class Plan:
     def compiles_layers(self) -> bool:
         """Whether we compile the layers; the other engine does so itself."""
         return self.compile.value and self.engine.value == "torch"
+
+    def may_wait(self, tokens: int, layers: int) -> bool:
+        """Say whether main memory may hold what so many layers begin with; without a model's shape there is no GPU."""
+        return self.shape is None or waiting_bytes(self.shape, tokens, layers) <= self.may_wait_bytes
 
     def choices(self) -> dict[str, Choice[str | int | float | bool]]:
         """Give every choice by name, in the order they are shown."""

@@ -20,7 +20,7 @@ from backprop.engine import footprint
 from backprop.engine.attention import within_documents
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
-from backprop.engine.layers import give_back_memory
+from backprop.engine.layers import give_back_memory, layers_of
 from backprop.engine.objectives import Objective, is_mismatched
 from backprop.engine.ranks import Ranks
 from backprop.events import JSON, Phase, Sink, Warned
@@ -73,12 +73,16 @@ def fastest(
 ) -> PassSize:
     """Try the ways of the plan on the longest examples, and give the fastest that fits; as planned if none does.
 
-    What an earlier run found under the same circumstances is taken as it is. No weight is changed. What was measured mends
-    the memory that is expected.
+    A single way is tried only where little memory would be left: else a full memory is found with the longest examples,
+    perhaps hours later. What an earlier run found under the same circumstances is taken as it is, if it still fits. No weight
+    is changed. What was measured mends the memory that is expected.
+
+    Raises:
+        HardwareError: If the memory was full in the way that needs least.
     """
-    if len(plan.to_try) < 2:
+    if not plan.to_try or (len(plan.to_try) == 1 and not _is_tight(plan)):
         return size
-    before = _recalled(tried.recall(_circumstances(model, size, config, plan)), plan.to_try)
+    before = _recalled(tried.recall(_circumstances(model, size, config, plan)), size, config, plan)
     if before is not None:
         chosen, found_before = before
         say(Phase(name=f"{_told(chosen)}: was the fastest when this was tried in an earlier run"))
@@ -87,7 +91,28 @@ def fastest(
         footprint.tell(expected, found_before, "tried in an earlier run", say, run=run)
         return found
     given = (model, objective, examples, size)
-    return measured_fastest(*given, config=config, plan=plan, ranks=ranks, say=say, run=run)[0]
+    chosen, speed = measured_fastest(*given, config=config, plan=plan, ranks=ranks, say=say, run=run)
+    if not speed:
+        if _needs_least(model, config, plan):
+            raise footprint.too_small(config, plan)
+        told = "the memory was full with the longest examples in all that was tried"
+        say(Warned(message=f"{told}: a step in which it is full again is done with less at once"))
+    return chosen
+
+
+# Estimates are up to 1 % low (docs/benchmarks.md), and what is free wanders: of the memory, a way that needs more than this
+# is not believed to fit.
+TIGHT = 0.9
+
+
+def _is_tight(plan: Plan) -> bool:
+    return plan.memory is not None and plan.memory.most >= TIGHT * footprint.room()
+
+
+def _needs_least(model: Any, config: TrainConfig, plan: Plan) -> bool:
+    """Say whether nothing is left to make a step of this plan smaller."""
+    waits = plan.offload.value or config.offload is False
+    return plan.micro_batch.value == 1 and plan.recompute.value >= len(layers_of(model)) and waits
 
 
 def measured_fastest(
@@ -102,12 +127,17 @@ def measured_fastest(
     say: Sink,
     run: int = 1,
 ) -> tuple[PassSize, float]:
-    """Try all the same, remember what was the fastest, and give it with its tokens per second; 0 if nothing fits."""
+    """Try all the same, remember what was the fastest, and give it with its tokens per second; 0 if nothing fits.
+
+    What is planned is tried last, where nothing else fits: what is tried may be estimated to need more.
+    """
     ranks.meet(model)
     model.train()  # else nothing is recomputed
     found: dict[Passes, _Measured] = {}
     with within_documents(model) if size.packing else nullcontext():
-        for one in plan.to_try:
+        for one in _with_planned(plan):
+            if found and one not in plan.to_try:
+                break
             cards.rest(lambda: None)  # there is nothing to save yet
             say(Phase(name=f"trying {_told(one)}"))
             ranks.recompute(one.recomputed, one.offloaded)
@@ -123,7 +153,8 @@ def measured_fastest(
         return size, 0.0
     chosen = max(found, key=lambda one: found[one].speed)
     measured = found[chosen]
-    tried.remember(_circumstances(model, size, config, plan), {"way": asdict(chosen), **asdict(measured.memory)})
+    known = {"way": asdict(chosen), **asdict(measured.memory), "room": footprint.room()}
+    tried.remember(_circumstances(model, size, config, plan), known)
     others = "; ".join(f"{_told(one)}: {other}" for one, other in found.items() if one != chosen)
     say(Phase(name=f"the fastest here: {_told(chosen)}: {measured} ({others or 'no other fits'})"))
     size = _sized(size, chosen, config, plan)
@@ -142,12 +173,33 @@ class _Measured:
         return f"{self.speed:,.0f} tokens/s" + (f" in {peak / GIB:.1f} GiB" if peak else "")
 
 
-def _recalled(found: JSON, ways: Sequence[Passes]) -> tuple[Passes, Footprint] | None:
-    """Read what was kept of an earlier run; None if it is something else, or none of these ways."""
+def _with_planned(plan: Plan) -> Sequence[Passes]:
+    """Give the ways to try, and then, if it is none of them, that of the plan."""
+    planned = Passes(plan.micro_batch.value, plan.recompute.value, plan.offload.value)
+    return tuple(dict.fromkeys((*plan.to_try, planned)))
+
+
+# What is free wanders from run to run. With this many times as much, ways may fit that did not when others were tried.
+MORE_ROOM = 1.1
+
+
+def _recalled(found: JSON, size: PassSize, config: TrainConfig, plan: Plan) -> tuple[Passes, Footprint] | None:
+    """Read what was kept of an earlier run; None if it is something else, does not fit now, or more does than then.
+
+    Of the ways that fit in less room, it is the fastest as well.
+    """
     match found:
-        case {"way": way, "held": int(held), "peak": int(peak)}:
-            chosen = next((one for one in ways if asdict(one) == way), None)
-            return chosen and (chosen, Footprint(held=held, peak=peak))
+        case {
+            "way": {"examples": int(examples), "recomputed": int(recomputed), "offloaded": bool(offloaded)},
+            "held": int(held),
+            "peak": int(peak),
+            "room": int(room) | float(room),
+        } if 1 <= examples <= plan.batch_size.value and recomputed >= 0:
+            way = Passes(examples, recomputed, offloaded)
+            later = plan.memory.moments if plan.memory else 0
+            fits = peak + later <= footprint.room() <= MORE_ROOM * room
+            may = not way.offloaded or plan.may_wait(_sized(size, way, config, plan).tokens, way.recomputed)
+            return (way, Footprint(held=held, peak=peak)) if fits and may else None
         case _:
             return None
 
@@ -210,7 +262,7 @@ def _circumstances(model: Any, size: PassSize, config: TrainConfig, plan: Plan) 
         "weights": sum(weight.numel() for weight in model.parameters()),
         "adapter": [config.lora_r, config.lora_dropout, config.objective, *config.target_modules],
         "packing": size.packing,
-        "to_try": [asdict(one) for one in plan.to_try],
+        "given": [config.micro_batch, config.recompute, config.offload],
         **chosen_for_all(plan),
     }
 

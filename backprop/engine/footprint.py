@@ -8,6 +8,7 @@ from backprop.config import TrainConfig
 from backprop.core.phases import Footprint, Phases, mended
 from backprop.core.plan import Plan, memory_of
 from backprop.engine.batches import PassSize
+from backprop.errors import HardwareError
 from backprop.events import MemoryMended, Sink
 
 
@@ -35,6 +36,17 @@ def room() -> float:
     if not torch.cuda.is_available():
         return math.inf
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
+def too_small(config: TrainConfig, plan: Plan) -> HardwareError:
+    """Give the error of a memory that is full where nothing is left to make a step smaller."""
+    longest = plan.max_length.value
+    instead = "leave out `--no-offload`, or " if config.offload is False else ""
+    instead += "add `--no-dequantize`, or " if plan.dequantize.value else ""
+    return HardwareError(
+        f"the GPU's memory is too small for one example of up to {longest} tokens",
+        hint=f"{instead}add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
+    )
 
 
 def expected(config: TrainConfig, plan: Plan, size: PassSize) -> Phases | None:

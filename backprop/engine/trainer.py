@@ -20,13 +20,13 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from backprop.config import TrainConfig
 from backprop.core.data.render import Example
-from backprop.core.passes import sides_of, waiting_bytes
+from backprop.core.passes import sides_of
 from backprop.core.plan import Plan
 from backprop.core.schedule import schedule_of
 from backprop.edges import cards, stopping
 from backprop.engine.batches import PassSize, num_tokens
 from backprop.engine.exam import Prove
-from backprop.engine.footprint import FirstStep, expected
+from backprop.engine.footprint import FirstStep, expected, too_small
 from backprop.engine.layers import layers_of
 from backprop.engine.load import HfTokenizer
 from backprop.engine.objectives import Objective, accuracy_of
@@ -34,7 +34,7 @@ from backprop.engine.proofs import Movement
 from backprop.engine.ranks import Ranks
 from backprop.engine.snapshot import Saver, Stand, restore_optimizer
 from backprop.engine.trackers import Trackers
-from backprop.errors import Diverged, HardwareError, TrainingError
+from backprop.errors import Diverged, TrainingError
 from backprop.events import Sink, Step, Warned
 
 
@@ -84,7 +84,7 @@ class StepPasses(torch.utils.data.Dataset[Any]):
     def recompute_all(self, ranks: Ranks, model: Any) -> bool:
         """Let every layer compute its activations again on the way back; false if all do already."""
         layers, (again, offloaded) = len(layers_of(model)), self.recomputed
-        if again >= layers or (offloaded and not self._may_wait(layers)):
+        if again >= layers or (offloaded and not self._plan.may_wait(self.size.tokens, layers)):
             return False
         self.size = replace(self.size, recomputed=layers, offloaded=offloaded)
         return ranks.recompute(layers, offloaded)
@@ -92,15 +92,15 @@ class StepPasses(torch.utils.data.Dataset[Any]):
     def offload(self, ranks: Ranks, model: Any) -> bool:
         """Let the inputs of all layers wait in main memory; false if they do, cannot or may not."""
         layers = len(layers_of(model))
-        if not layers or self.recomputed[1] or not self._may_offload or not self._may_wait(layers):
+        if (
+            not layers
+            or self.recomputed[1]
+            or not self._may_offload
+            or not self._plan.may_wait(self.size.tokens, layers)
+        ):
             return False
         self.size = replace(self.size, recomputed=layers, offloaded=True)
         return ranks.recompute(layers, True)
-
-    def _may_wait(self, layers: int) -> bool:
-        """Say whether main memory may hold what so many layers begin with; a plan without a model's shape is of no GPU."""
-        shape = self._plan.shape
-        return shape is None or waiting_bytes(shape, self.size.tokens, layers) <= self._plan.may_wait_bytes
 
     def shrink(self) -> bool:
         """Halve what goes through the model at once; false if it is one example already."""
@@ -329,13 +329,7 @@ class StepTrainer(SFTTrainer):
             elif self._steps.offload(self._ranks, model):
                 self._watch.offloading()
             else:
-                longest = self._plan.max_length.value
-                instead = "leave out `--no-offload`, or " if self._config.offload is False else ""
-                instead += "add `--no-dequantize`, or " if self._plan.dequantize.value else ""
-                raise HardwareError(
-                    f"the GPU's memory is too small for one example of up to {longest} tokens",
-                    hint=f"{instead}add a `--max-length` below {longest}, a smaller `--model`, or `--method qlora`",
-                )
+                raise too_small(self._config, self._plan)
             todo = self._steps.passes_of(self._watch.numbers)
             self._watch.memory.begin()
         if shrunk:

@@ -33,16 +33,17 @@ OPTIONS: dict[str, Any] = {"packing": False, "skip_proofs": True, "learning_rate
 
 
 @pytest.fixture(autouse=True)
-def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let each plan name ways to try, as on a GPU, in an empty cache."""
-    real = duration.plan_and_seconds
+def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Passes]:
+    """Let each plan name ways to try, as on a GPU, in an empty cache; a test may name others."""
+    real, ways = duration.plan_and_seconds, list(WAYS)
 
     def with_ways(*arguments: Any, **options: Any) -> Any:
         plan, seconds = real(*arguments, **options)
-        return replace(plan, to_try=WAYS, memory=EXPECTED), seconds
+        return replace(plan, to_try=tuple(ways), memory=EXPECTED), seconds
 
     monkeypatch.setattr(duration, "plan_and_seconds", with_ways)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return ways
 
 
 @pytest.fixture
@@ -116,6 +117,60 @@ def test_what_was_found_is_kept_for_the_same_circumstances(
     assert phases(train(UNEVEN, **OPTIONS), "trying"), "what does not fit is not taken"
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_what_was_found_is_taken_while_it_fits_however_the_free_memory_wanders(
+    train: Callable[..., Run],
+    quick: Callable[[Passes], None],
+    measured: list[Footprint],
+    planned: list[Passes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tenth of a GiB more or less changed the ways to try, and all was tried again."""
+
+    def tries(room: float, **options: Any) -> int:
+        monkeypatch.setattr(footprint, "room", lambda: room)
+        return len(phases(train(UNEVEN, **OPTIONS, **options), "trying"))
+
+    quick(WAYS[1])
+    measured += [Footprint(90, 300)]  # and 20 for moments
+    assert tries(1000) == 3
+    planned[:] = [Passes(4, 1), Passes(2, 1)]
+    assert [tries(990), tries(320), tries(1099)] == [0, 0, 0]
+    assert tries(990, recompute=1) == 2, "an option may forbid it"
+    assert tries(1101) == 2, "something else may fit by now"
+    assert tries(319) == 3, "what is planned comes after those that do not fit"
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("room", "tried"), [(444, True), (445, False)], ids=["tight", "roomy"])
+def test_a_single_way_is_tried_where_it_takes_nearly_all_of_the_memory(
+    train: Callable[..., Run],
+    planned: list[Passes],
+    measured: list[Footprint],
+    monkeypatch: pytest.MonkeyPatch,
+    room: float,
+    tried: bool,
+) -> None:
+    """400 are expected. None was tried, and a full memory was found with the longest examples."""
+    del planned[1:]
+    measured += [Footprint(90, 300)]
+    monkeypatch.setattr(footprint, "room", lambda: room)
+    assert bool(phases(train(UNEVEN, **OPTIONS), "trying 4 at once")) == tried
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("offload", [None, False], ids=["could wait in main memory", "needs least"])
+def test_where_not_even_the_least_fits_the_run_ends_before_its_first_step(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, offload: bool | None
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(ranks.Rank, "_compute", lambda _, share: seen.append(share.seed))
+    run = train(UNEVEN, **OPTIONS, micro_batch=1, recompute=2, offload=offload)
+    assert (run.failed.code, run.losses) == (5, [])
+    assert run.failed.message.startswith("the GPU's memory is too small for one example of up to")
+    assert (len(seen) > 2 * len(WAYS)) == (offload is None), "a step may still do with less"
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", "[1]", "null", "3", "[" * 100_000, "\0"], ids=repr)
 def test_a_cache_that_holds_something_else_is_as_good_as_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
@@ -183,14 +238,16 @@ def test_what_does_not_fit_is_left_out_and_if_nothing_does_the_plan_stands(
 
     def full_at_first(self: Any, share: Any) -> Any:
         calls[0] += 1
-        return None if calls[0] <= 2 * len(WAYS) else real(self, share)
+        return None if calls[0] <= most else real(self, share)
 
+    most = 2 * (len(WAYS) + 1)  # and, after them, what is planned
     monkeypatch.setattr(ranks.Rank, "_compute", full_at_first)
     seen = used(monkeypatch)
     run = train(UNEVEN, **OPTIONS)
     assert not phases(run, "the fastest here")
-    assert max(one.examples for one in seen[2 * len(WAYS) :]) == 8
-    assert {one.recomputed for one in seen[2 * len(WAYS) :]} == {0}
+    assert "the memory was full with the longest examples in all that was tried" in run.warned
+    assert max(one.examples for one in seen[most:]) == 8
+    assert {one.recomputed for one in seen[most:]} == {0}
     assert run.losses == pytest.approx(before, rel=1e-5)
 
 
