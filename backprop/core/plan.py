@@ -62,6 +62,8 @@ class Plan:
     compile: Choice[bool]
     fp8_backward: Choice[bool] = Choice(False, "in 16 bits")
     """Whether gradients go through frozen feed-forward layers in 8 bits."""
+    layers_in_16_bits: tuple[int, ...] = ()
+    """Of the decoder, those in which they do not, since 8 bits were not proved there."""
     to_try: tuple[Passes, ...] = ()
     """What is tried on the GPU before the first step, instead of micro_batch, recompute and offload as estimated."""
     memory: Phases | None = None

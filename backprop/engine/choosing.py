@@ -1,7 +1,7 @@
 """What is chosen on the loaded model, just before the first step: by trying it, not by an estimate."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from heapq import nlargest
@@ -23,7 +23,7 @@ from backprop.engine.exam import Prove
 from backprop.engine.layers import give_back_memory, layers_of
 from backprop.engine.objectives import Objective, is_mismatched
 from backprop.engine.ranks import Ranks
-from backprop.events import JSON, Phase, Sink, Warned
+from backprop.events import JSON, Phase, Proved, Sink, Warned
 from backprop.presets import GIB
 
 
@@ -37,22 +37,40 @@ def with_fp8_if_proved(
     ranks: Ranks,
     prove: Prove,
     say: Sink,
-    before: JSON,
+    before: Mapping[str, JSON] | None,
 ) -> Plan:
-    """Let gradients go back in 8 bits if that was proved when the run began.
+    """Let gradients go back in 8 bits where that was proved when the run began.
 
     Args:
-        before: What was found then; None if it begins now.
+        before: What a checkpoint knows of it; None if the run begins now.
     """
     from backprop.engine import fp8
 
     ranks.meet(model)
-    proved = prove(lambda: fp8.prove(model, objective, examples, size, ranks)).ok if before is None else before
-    if proved:
+    if before is None:
+        layers: list[int] = []
+
+        def proof() -> Proved:
+            found, stay = fp8.prove(model, objective, examples, size, ranks)
+            layers.extend(stay)
+            return found
+
+        proved = prove(proof).ok
+    else:
+        kept: Any = before.get("layers_in_16_bits", [])
+        proved, layers = before["fp8_backward"], list(kept)
+        if proved and layers:
+            ranks.keep_16_bits(layers)
+    if not proved:
+        ranks.keep_16_bits()
+        say(Warned(message="gradients go back in 16 bits, which is slower: 8 were not proved in this run"))
+        return replace(plan, fp8_backward=Choice(False, "not proved"))
+    if not layers:
         return plan
-    ranks.keep_16_bits()
-    say(Warned(message="gradients go back in 16 bits, which is slower: 8 were not proved in this run"))
-    return replace(plan, fp8_backward=Choice(False, "not proved"))
+    told = f"in {fp8.layers_told(layers)} they go back in 16 bits: 8 were not proved there"
+    say(Warned(message=f"gradients go back in 8 bits, but {told}"))
+    chosen = Choice(True, f"{plan.fp8_backward.reason}; {told}")
+    return replace(plan, fp8_backward=chosen, layers_in_16_bits=tuple(layers))
 
 
 # Of so many examples the longest are tried.

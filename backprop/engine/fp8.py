@@ -26,6 +26,8 @@ MULTIPLE = 16
 """Of which the sides of a product must be, for the tensor cores."""
 MOST_ROUNDING = 0.14
 """How far a gradient may be from that in 16 bits, as a share of its norm: a cosine of 0.99, where both are as long."""
+MOST_LEFT_OUT = 0.5
+"""Of the layers, what may stay in 16 bits: with more, little is gained for what is held twice."""
 PROOF_TOKENS = 2048
 
 
@@ -115,42 +117,89 @@ def _prepared(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, _Frozen)]
 
 
-def undo(model: Any) -> None:
-    """Let all layers be as they were."""
-    for layer in _prepared(model):
-        del layer.weight_8, layer.scales
-        layer.__class__ = torch.nn.Linear
+def undo(model: Any, layers: Sequence[int] | None = None) -> None:
+    """Let layers of the decoder, or all that there is, be as they were."""
+    every = decoder_layers(model)
+    for part in [model] if layers is None else [every[number] for number in layers]:
+        for layer in _prepared(part):
+            del layer.weight_8, layer.scales
+            layer.__class__ = torch.nn.Linear
 
 
-def prove(model: Any, objective: Objective, examples: Iterable[Example], size: PassSize, ranks: Ranks) -> Proved:
+def prove(
+    model: Any, objective: Objective, examples: Iterable[Example], size: PassSize, ranks: Ranks
+) -> tuple[Proved, Sequence[int]]:
     """Compare the gradient of the first examples, as training computes it, with that in 16 bits.
 
-    A model that has learnt nothing yet has none for A: B's is compared, of every layer that is trained.
+    A model that has learnt nothing yet has none for A: B's is compared, of every layer that is trained. The last layer of the
+    decoder whose gradient is too far off stays in 16 bits, and so on; what is before it had its error from there, perhaps.
+
+    Returns:
+        The proof, and the layers that stay in 16 bits where it holds.
     """
     name = "the way back in 8 bits gives the gradient"
     layers, possible = _prepared(model), len(_feed_forward(model))
     if not layers:
-        return Proved(name=name, ok=False, found=f"none of {possible} feed-forward layers of this model can go back so")
+        found = f"none of {possible} feed-forward layers of this model can go back so"
+        return Proved(name=name, ok=False, found=found), ()
     one = objective.passes(_first(examples, min(PROOF_TOKENS, size.tokens)), size)[0]
+    stay: list[int] = []
     with within_documents(model) if size.packing else nullcontext():
         exact = _exactly(model, layers, objective, one, size.dtype)
-        try:
-            full = not exact or ranks.step(model, objective, [one], seed=0) is None
-        except (RuntimeError, AssertionError) as error:  # what kernels and compilers raise that do not take this
-            if "CUDA error" in str(error) and "CUBLAS_STATUS_NOT_SUPPORTED" not in str(error):
-                raise
-            return Proved(name=name, ok=False, found=f"it cannot be computed here: {why_not_compiled(error)}")
-        finally:
-            rounded = _take_gradients(model)
+        off = _off_by(model, objective, one, ranks, exact)
+        while isinstance(off, dict) and (worst := _to_leave_out(model, off, stay)) is not None:
+            stay.append(worst)
+            ranks.keep_16_bits([worst])
+            off = _off_by(model, objective, one, ranks, exact)
+    if isinstance(off, str):
+        return Proved(name=name, ok=False, found=off), ()
+    most = max(off, key=off.__getitem__, default="")
+    told = f"; {layers_told(stay)} in 16 bits" if stay else ""
+    found = f"{len(_prepared(model))} of {possible} layers; off by {off.get(most, 1):.1%} of its norm at most, in {most}{told}"
+    return Proved(name=name, ok=bool(off) and not _too_far(off), found=found), sorted(stay)
+
+
+def layers_told(numbers: Sequence[int]) -> str:
+    """Name layers of the decoder, counted from 0."""
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))} of the decoder"
+
+
+def _too_far(off: Mapping[str, float]) -> list[str]:
+    return [name for name, share in off.items() if not share < MOST_ROUNDING]
+
+
+def _off_by(
+    model: Any, objective: Objective, one: Mapping[str, Any], ranks: Ranks, exact: Mapping[str, torch.Tensor]
+) -> dict[str, float] | str:
+    """Give how far the gradient of each matrix is from that in 16 bits, as a share of its norm; or why that is not known."""
+    try:
+        full = not exact or ranks.step(model, objective, [one], seed=0) is None
+    except (RuntimeError, AssertionError) as error:  # what kernels and compilers raise that do not take this
+        if "CUDA error" in str(error) and "CUBLAS_STATUS_NOT_SUPPORTED" not in str(error):
+            raise
+        return f"it cannot be computed here: {why_not_compiled(error)}"
+    finally:
+        rounded = _take_gradients(model)
     if full:
         forget_step(model)
-        return Proved(name=name, ok=False, found="the GPU's memory was too small for the proof")
-    off = {
+        return "the GPU's memory was too small for the proof"
+    return {
         name: float((rounded[name] - exact[name]).norm() / exact[name].norm()) for name in exact if exact[name].any()
     }
-    most = max(off, key=off.__getitem__, default="")
-    found = f"{len(layers)} of {possible} layers; off by {off.get(most, 1):.1%} of its norm at most, in {most}"
-    return Proved(name=name, ok=bool(off) and all(share < MOST_ROUNDING for share in off.values()), found=found)
+
+
+def _to_leave_out(model: Any, off: Mapping[str, float], stay: Sequence[int]) -> int | None:
+    """Give the layer of the decoder that is to go back in 16 bits; None if none need to, or more than half would."""
+    layers = decoder_layers(model)
+    if len(stay) >= MOST_LEFT_OUT * len(layers):
+        return None
+    of = {id(weight): number for number, layer in enumerate(layers) for weight in layer.parameters()}
+    weights = dict(model.named_parameters())
+    far = [of[id(weights[name])] for name in _too_far(off) if id(weights[name]) in of]
+    if not far:
+        return None
+    # Where its own products are in 16 bits, the error came from the next that is not.
+    return next((number for number in range(max(far), len(layers)) if _prepared(layers[number])), None)
 
 
 def _first(examples: Iterable[Example], tokens: int) -> list[Example]:

@@ -173,7 +173,7 @@ class _Training:
             self._refer(checkpoint)
         given = (self.model, self.objective, self.examples, self.size)
         if self.plan.fp8_backward.value:
-            before = checkpoint.state["fp8_backward"] if checkpoint else None
+            before = checkpoint.state if checkpoint else None
             self.plan = with_fp8_if_proved(
                 *given, plan=self.plan, ranks=self.ranks, prove=self.prove, say=self.say, before=before
             )

@@ -98,11 +98,11 @@ class Rank:
             layers.recompute(self._model, *self._recomputed, compiled=self._compiled)
         return self._recomputed != before
 
-    def keep_16_bits(self) -> None:
-        """Compute the way back as the way forward."""
+    def keep_16_bits(self, numbers: Sequence[int] | None) -> None:
+        """Compute the way back as the way forward, in some layers of the decoder or in all."""
         from backprop.engine import fp8
 
-        fp8.undo(self._model)
+        fp8.undo(self._model, numbers)
         # If that failed, it may have been for what is undone.
         self._compiled, self._not_compiled = layers.Compiled(self._model) if self._compile else None, ""
         layers.recompute(self._model, *self._recomputed, compiled=self._compiled)
@@ -318,10 +318,10 @@ class Ranks:
         assert self._rank is not None
         return self._all(self._rank, "recompute", count, offloaded)
 
-    def keep_16_bits(self) -> None:
-        """Let every rank compute the way back as the way forward."""
+    def keep_16_bits(self, numbers: Sequence[int] | None = None) -> None:
+        """Let every rank compute the way back as the way forward, in some layers of the decoder or in all."""
         assert self._rank is not None
-        self._all(self._rank, "keep_16_bits")
+        self._all(self._rank, "keep_16_bits", numbers)
 
     def forget(self) -> None:
         """Let every rank drop its gradients, and memory that it keeps for others."""

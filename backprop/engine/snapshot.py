@@ -172,6 +172,7 @@ class Saver:
             "gpus": self._plan.gpus.value,
             "engine": self._plan.engine.value,
             "fp8_backward": self._plan.fp8_backward.value,
+            "layers_in_16_bits": list(self._plan.layers_in_16_bits),
             **figures,
             **measured,
         }

@@ -61,6 +61,64 @@ def test_it_is_proved_and_leaves_the_loss_alone(train: Callable[..., Run], optio
     assert run.losses == pytest.approx(plain.losses, rel=1e-3)
 
 
+@pytest.fixture
+def wrong_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the weights of one layer of the decoder be wrong in 8 bits."""
+    from backprop.engine import fp8
+
+    real = fp8.prepare
+
+    def wrong_in(number: int) -> None:
+        def prepare(model: Any) -> None:
+            real(model)
+            for layer in fp8._prepared(fp8.decoder_layers(model)[number]):
+                layer.scales *= 1.3
+
+        monkeypatch.setattr(fp8, "prepare", prepare)
+
+    return wrong_in
+
+
+@pytest.mark.usefixtures("one_thread", "asked")
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_layer_that_is_not_proved_stays_in_16_bits_by_itself(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, wrong_in: Callable[[int], None], number: int
+) -> None:
+    """One matrix that was too far off left every layer in 16 bits."""
+    from backprop.engine import fp8
+
+    real = fp8.prepare
+    wrong_in(number)
+    run = train(UNEVEN, learning_rate=1e-3)
+    (proof,) = [event for event in run.all(events.Proved) if "8 bits" in event.name]
+    assert proof.ok
+    assert proof.found.startswith("3 of 6 layers; off by ")
+    assert proof.found.endswith(f"; layer {number} of the decoder in 16 bits")
+    there = f"in layer {number} of the decoder they go back in 16 bits: 8 were not proved there"
+    assert f"gradients go back in 8 bits, but {there}" in run.warned
+    monkeypatch.setattr(fp8, "prepare", lambda model: (real(model), fp8.undo(model, [number])))
+    assert run.losses == train(UNEVEN, learning_rate=1e-3).losses, "the other layer goes back in 8 bits"
+    monkeypatch.setattr(fp8, "prepare", real)
+    assert run.losses != train(UNEVEN, learning_rate=1e-3).losses
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread", "asked")
+def test_a_run_goes_on_with_the_layers_that_stayed_in_16_bits(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, wrong_in: Callable[[int], None]
+) -> None:
+    from backprop.engine import fp8
+
+    real = fp8.prepare
+    wrong_in(1)
+    kept = went_on(train, UNEVEN, step=2)
+    whole = train(UNEVEN).losses
+    monkeypatch.setattr(fp8, "prepare", real)  # nothing is wrong with it any more
+    run = train(UNEVEN, resume=str(kept))
+    assert "in layer 1 of the decoder they go back in 16 bits" in run.warned
+    assert run.losses == whole[2:]
+
+
 def coarse(matrix: Any) -> Any:
     rounded, scales = BY_ROWS(matrix)
     return (rounded.float() / 128).round().mul(128).to(torch.float8_e4m3fn), scales
@@ -121,7 +179,7 @@ def test_a_memory_that_is_full_in_the_proof_leaves_nothing_behind(
     left: list[bool] = []
     real = fp8.prove
 
-    def full(model: Any, *given: Any) -> events.Proved:
+    def full(model: Any, *given: Any) -> Any:
         layer = fp8.decoder_layers(model)[1].mlp.gate_proj
 
         def fails(_: Any) -> Any:
