@@ -204,7 +204,8 @@ def _planned(event: PlanMade) -> str:
         for name, value in event.choices.items()
     ]
     memory = [f"  {'memory':<{width}}  {_phases(event.memory)}, at the fullest"] if event.memory else []
-    return "\n".join(["plan", *rows, *memory])
+    ways = [f"  {'to try':<{width}}  {'; '.join(event.to_try)}, before the first step"] if event.to_try else []
+    return "\n".join(["plan", *rows, *memory, *ways])
 
 
 def _phases(memory: Mapping[str, int]) -> str:

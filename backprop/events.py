@@ -32,6 +32,8 @@ class PlanMade:
     reasons: Mapping[str, str]
     memory: Mapping[str, int] = field(default_factory=dict[str, int])
     """What each phase is estimated to need of a GPU at its fullest, in bytes; empty without one."""
+    to_try: Sequence[str] = ()
+    """Ways through the model that are tried on it before the first step, in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,12 @@ class Passes:
     offloaded: bool = False
     """Whether their inputs wait for it in main memory."""
 
+    @property
+    def told(self) -> str:
+        """In words."""
+        where = " from main memory" if self.offloaded else ""
+        return f"{self.examples} at once with {self.recomputed} layers recomputed{where}"
+
 
 # Of the memory that is free, CUDA itself takes some; and what is estimated is not exact.
 CUDA_BYTES = 512 * 2**20

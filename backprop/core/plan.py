@@ -206,9 +206,7 @@ def make_plan(
         max_length=max_length,
         batch_size=batch,
         micro_batch=micro,
-        packing=Choice(True, "no padding, if the model proves at the start that no example sees another")
-        if config.packing is None
-        else Choice(config.packing, "set by `--packing`" if config.packing else "set by `--no-packing`"),
+        packing=_choose_packing(config, hardware, tokens=micro.value * max_length.value * sides_of(config)),
         steps=steps,
         eval_steps=_choose_eval_steps(config, steps.value),
         learning_rate=_choose_rate(config, shape),
@@ -287,6 +285,24 @@ def _choose_fp8_backward(config: TrainConfig, hardware: Hardware) -> Choice[bool
             hint="leave it out",
         )
     return Choice(True, "set by `--fp8-backward`, if the gradient is proved")
+
+
+def _choose_packing(config: TrainConfig, hardware: Hardware, *, tokens: int) -> Choice[bool]:
+    """Pack, and say how long rows are and what attends within their examples.
+
+    Args:
+        tokens: Of the longest row.
+    """
+    if config.packing is False:
+        return Choice(False, "set by `--no-packing`: filled up to the longest at once, attention as the model has it")
+    kernel = "attention one example after the other"
+    if config.engine == "unsloth":
+        kernel = "attention by unsloth"
+    elif hardware.gpus and choose_dtype(hardware).value == "bfloat16":
+        kernel = "attention by torch's kernel for several lengths, or for a batch where long ones are alike"
+    proved = "if the model proves at the start that no example sees another"
+    how = f"rows of up to {tokens:,} tokens, {kernel}"
+    return Choice(True, f"{f'set by `--packing`: {how}' if config.packing else f'{how}; {proved}'}")
 
 
 def _choose_alpha(config: TrainConfig) -> Choice[float]:

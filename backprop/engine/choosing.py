@@ -103,7 +103,7 @@ def fastest(
     before = _recalled(tried.recall(_circumstances(model, size, config, plan)), size, config, plan)
     if before is not None:
         chosen, found_before = before
-        say(Phase(name=f"{_told(chosen)}: was the fastest when this was tried in an earlier run"))
+        say(Phase(name=f"{chosen.told}: was the fastest when this was tried in an earlier run"))
         found = _sized(size, chosen, config, plan)
         expected = footprint.expected(config, plan, found)
         footprint.tell(expected, found_before, "tried in an earlier run", say, run=run)
@@ -157,7 +157,7 @@ def measured_fastest(
             if found and one not in plan.to_try:
                 break
             cards.rest(lambda: None)  # there is nothing to save yet
-            say(Phase(name=f"trying {_told(one)}"))
+            say(Phase(name=f"trying {one.told}"))
             ranks.recompute(one.recomputed, one.offloaded)
             passes = _hardest(objective, examples, _sized(size, one, config, plan), plan)
             several = one.examples * plan.gpus.value < plan.batch_size.value
@@ -173,8 +173,8 @@ def measured_fastest(
     measured = found[chosen]
     known = {"way": asdict(chosen), **asdict(measured.memory), "room": footprint.room()}
     tried.remember(_circumstances(model, size, config, plan), known)
-    others = "; ".join(f"{_told(one)}: {other}" for one, other in found.items() if one != chosen)
-    say(Phase(name=f"the fastest here: {_told(chosen)}: {measured} ({others or 'no other fits'})"))
+    others = "; ".join(f"{one.told}: {other}" for one, other in found.items() if one != chosen)
+    say(Phase(name=f"the fastest here: {chosen.told}: {measured} ({others or 'no other fits'})"))
     size = _sized(size, chosen, config, plan)
     footprint.tell(footprint.expected(config, plan, size), measured.memory, "tried", say, run=run)
     return size, measured.speed
@@ -220,11 +220,6 @@ def _recalled(found: JSON, size: PassSize, config: TrainConfig, plan: Plan) -> t
             return (way, Footprint(held=held, peak=peak)) if fits and may else None
         case _:
             return None
-
-
-def _told(one: Passes) -> str:
-    where = " from main memory" if one.offloaded else ""
-    return f"{one.examples} at once with {one.recomputed} layers recomputed{where}"
 
 
 def _sized(size: PassSize, one: Passes, config: TrainConfig, plan: Plan) -> PassSize:

@@ -262,6 +262,7 @@ def _plan_made(plan: Plan) -> PlanMade:
         choices={name: choice.value for name, choice in choices.items()},
         reasons={name: choice.reason for name, choice in choices.items()},
         memory=asdict(plan.memory) if plan.memory else {},
+        to_try=[one.told for one in plan.to_try],
     )
 
 

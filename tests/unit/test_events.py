@@ -19,6 +19,7 @@ ONE_OF_EACH: list[events.Event] = [
         choices={"model": "m", "steps": 3, "rate": 1e-3, "on": True},
         reasons={"model": "r", "steps": "s", "rate": "t", "on": "u"},
         memory=MEMORY,
+        to_try=["2 at once with 0 layers recomputed"],
     ),
     events.DataRead(
         rows=1,
