@@ -382,9 +382,11 @@ def test_a_full_memory_is_one_event_and_changes_no_loss(
 
 
 def test_a_full_memory_recomputes_then_shrinks_then_offloads_and_then_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from functools import partial
     from types import SimpleNamespace
     from typing import cast
 
+    from backprop.core.plan import Plan
     from backprop.engine import trainer
     from backprop.engine.batches import PassSize
 
@@ -403,6 +405,7 @@ def test_a_full_memory_recomputes_then_shrinks_then_offloads_and_then_gives_up(m
         steps: Any = trainer.StepPasses.__new__(trainer.StepPasses)
         steps.size, steps._longest, steps._planned, steps._may_offload = size, 10, (recompute, offload), may
         steps._plan = SimpleNamespace(shape=SimpleNamespace(hidden_size=8), may_wait_bytes=room)
+        steps._plan.may_wait = partial(Plan.may_wait, steps._plan)
         calls: list[tuple[int, bool]] = []
         ranks = cast(Any, SimpleNamespace(recompute=lambda *given: not calls.append((*given, False)[:2])))
         found: list[tuple[int, int, bool]] = []
