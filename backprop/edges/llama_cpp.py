@@ -336,9 +336,9 @@ def loaded(
                 lora_path=None if adapter is None else str(adapter),
                 n_threads=threads,
                 n_threads_batch=threads,
-                # On the CPU, also where there is a GPU: its kernels round by more than the proof allows.
-                offload_kqv=False,
-                op_offload=False,
+                # No GPU, also where there is one: its kernels round by more than the proof allows.
+                split_mode=llama_cpp.LLAMA_SPLIT_MODE_NONE,
+                main_gpu=-1,
                 verbose=False,
                 seed=0,
             )

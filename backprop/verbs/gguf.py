@@ -30,7 +30,6 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
     """
     from backprop.engine import loop
 
-    loop.quieten(data=False)
     forget_rejected(adapter)
     with rundir.scratch(adapter.output) as scratch:
         if config.verify:
@@ -43,8 +42,9 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
         )
         # Others are made from 16 bits or more; a file that is wanted as it is serves as the source too.
         source = scratch / "f16.gguf"
-        # It is started before there is anything to read: what it imports takes as long as laying that out.
+        # It is started before there is anything to read, and before this process imports what it needs to lay that out.
         with llama_cpp.converting(scratch / MERGED, source, kind="f16", through=through) as finish:
+            loop.quieten(data=False)
             inputs = lay_out(adapter, scratch, config, say, rounding=rounding)
             verifier = verifier_for(adapter, targets, config, say, rounding=rounding)
             _wait(finish, adapter, config)

@@ -10,6 +10,7 @@ import pytest
 from backprop.core.placement import Placement, place
 from backprop.edges import llama_cpp
 from backprop.engine import merge, reference, streamed
+from backprop.engine.plain_lora import read_plain
 from backprop.errors import ExportError
 
 pytestmark = pytest.mark.model
@@ -77,6 +78,48 @@ def test_each_weight_is_what_peft_makes_of_it(base: Path, tmp_path: Path, kind: 
                     found = merger.merge(name, before)
                     assert torch.equal(found, expected[name]), name
                     assert not torch.equal(found, before.float()), name
+
+
+def test_plain_lora_is_read_without_peft_and_only_that(base: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shapes = streamed.shapes_in(base)
+    adapter = adapted(base, tmp_path)
+    plain = read_plain(adapter, shapes)
+    assert plain is not None
+    assert len(plain) == 14
+    for number, kind in enumerate(kind for kind in KINDS if kind not in ("lora", "rslora")):
+        assert read_plain(adapted(base, tmp_path / str(number), **KINDS[kind]), shapes) is None, kind
+
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    told, whole = json.loads(config.read_text()), load_file(weights)
+    key = next(key for key in whole if "q_proj.lora_B" in key)
+    for changed in (
+        {"rank_pattern": {"q_proj": 2}},
+        {"init_lora_weights": "pissa"},
+        {"fan_in_fan_out": True},
+        {"an option of a later release": 1},
+        {"target_modules": "all-linear"},
+        {"r": 8},
+        {"bias": "all"},
+    ):
+        config.write_text(json.dumps({**told, **changed}))
+        assert read_plain(adapter, shapes) is None, changed
+    config.write_text(json.dumps(told))
+    for which, tensors in {
+        "a tensor is missing": {name: one for name, one in whole.items() if name != key},
+        "one too many": {**whole, "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": whole[key].clone()},
+        "another shape": {**whole, key: whole[key][:-1].contiguous()},
+        "16 bits": {**whole, key: whole[key].to(torch.bfloat16)},
+        "nothing was learnt": {name: one * ("lora_B" not in name) for name, one in whole.items()},
+    }.items():
+        save_file(tensors, weights)
+        assert read_plain(adapter, shapes) is None, which
+    save_file(whole, weights)
+    assert read_plain(adapter, shapes) is not None
+    weights.write_bytes(b"no")
+    assert read_plain(adapter, shapes) is None
 
 
 def test_an_adapter_on_a_shared_weight_is_merged_in_memory(tiny_model: Path, tmp_path: Path) -> None:
