@@ -58,11 +58,25 @@ class Trainer:
         with stopping.armed(end_process=False), Console() as console:
             return self._kept(multi_run(config, runs, say=self._say or console), config)
 
-    def export(self, format: str = "gguf", *, quantization: str | Iterable[str] = (), **options: Any) -> list[Path]:
-        """Export what was trained and return the files."""
+    def export(
+        self,
+        format: str = "gguf",
+        *,
+        quantization: str | Iterable[str] = (),
+        register_ollama: bool = False,
+        model_name: str | None = None,
+        **options: Any,
+    ) -> list[Path]:
+        """Export what was trained and return the files; ``options`` are those of `backprop export`.
+
+        Args:
+            register_ollama: Hand the first file to a running Ollama, as `--ollama` does.
+            model_name: Its name there.
+        """
         from backprop.verbs.export import export
 
-        config = _build(ExportConfig, {"format": format, "quantization": quantization, **options})
+        named = {"ollama": register_ollama, "ollama_name": model_name}
+        config = _build(ExportConfig, {"format": format, "quantization": quantization, **named, **options})
         with stopping.armed(end_process=False), Console() as console:
             return export(self._trained(), config, say=self._say or console)
 

@@ -44,6 +44,8 @@ GIB = 2**30
 SHOWN_PHASES = ("load", "step", "evaluation", "save")
 # A text histogram: lines at most, and the longest bar in characters.
 BARS_MOST, BAR_WIDTH = 12, 40
+# Names of proofs, before what was found: a table.
+PROOF_WIDTH = 44
 TRAINED, CONTEXT, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -154,8 +156,8 @@ def told(event: Event, *, verbose: bool = False) -> str:
         case Forgetting():
             return _remembered(event)
         case Proved():
-            detail = f" ({event.found})" if verbose or not event.ok else ""
-            return f"{'proved' if event.ok else 'NOT PROVED'}: {event.name}{detail}"
+            found = event.found if verbose or not event.ok else event.found.partition("; ")[0]
+            return f"{'proved' if event.ok else 'NOT PROVED'}: {event.name:<{PROOF_WIDTH}} {found}".rstrip()
         case Gated():
             return f"gate {'met' if event.ok else 'NOT MET'}: {event.gate} ({event.found})"
         case Checkpointed():

@@ -1,13 +1,18 @@
 """What a copy is asked to prove that it is the model: held-out conversations, and strings that tokenizers trip over."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from backprop.core.data.formats import Conversation, Message
 
 MOST_PROBES = 64
-MOST_CHARACTERS = 48_000
+MOST_CHARACTERS = 128_000
 """Of all probes together: they stand in the run's manifest."""
+MOST_LOOKED_AT = 20_000
+"""Rows of the training data, where too few are held out."""
+MOST_ASKED = 1_000
+"""Characters of a question that any file is asked: its context has 1,024 tokens."""
 
 HARD_STRINGS = (
     "Hello, world!",
@@ -48,18 +53,34 @@ QUESTIONS = (
 """For an adapter without a run, whose data is not known."""
 
 
-def choose(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Choose the shortest conversations that end in an answer, up to `MOST_PROBES` and `MOST_CHARACTERS`."""
-    wanted = (one for one in conversations if one.messages and not one.tools and one.desirable is not False)
-    whole = (one for one in wanted if one.messages[-1]["role"] == "assistant")
+def choose(held_out: Iterable[Conversation], trained_on: Iterable[Conversation] = ()) -> list[Conversation]:
+    """Choose the shortest conversations that end in an answer, up to `MOST_PROBES` and `MOST_CHARACTERS`.
+
+    Args:
+        trained_on: What fills up, after them, where fewer are held out.
+    """
     chosen: list[Conversation] = []
     room = MOST_CHARACTERS
-    for conversation in heapq.nsmallest(MOST_PROBES, whole, key=lambda one: _length(one.messages)):
-        room -= _length(conversation.messages)
-        if room < 0:
-            break
-        chosen.append(conversation)
+    for rows in (held_out, islice(trained_on, MOST_LOOKED_AT)):
+        left = MOST_PROBES - len(chosen)
+        for one in heapq.nsmallest(left, filter(_may_be_asked, rows), key=_length) if left else ():
+            room -= _length(one)
+            if room < 0:
+                return chosen
+            chosen.append(one)
     return chosen
+
+
+def first_question(*groups: Iterable[Conversation]) -> str:
+    """Give the first user turn that a file can be asked, the first group's before others'; empty if there is none."""
+    turns = (turn for rows in groups for one in islice(rows, MOST_LOOKED_AT) for turn in one.messages)
+    asked = (str(turn["content"]) for turn in turns if turn["role"] == "user")
+    return next((text for text in asked if text.strip() and len(text) <= MOST_ASKED), "")
+
+
+def _may_be_asked(one: Conversation) -> bool:
+    answered = bool(one.messages) and one.messages[-1]["role"] == "assistant"
+    return answered and not one.tools and one.desirable is not False
 
 
 def by_itself() -> list[list[Message]]:
@@ -67,8 +88,8 @@ def by_itself() -> list[list[Message]]:
     return [[{"role": "user", "content": question}] for question in QUESTIONS]
 
 
-def _length(messages: Sequence[Message]) -> int:
-    return sum(len(str(message.get("content", ""))) for message in messages)
+def _length(one: Conversation) -> int:
+    return sum(len(str(message.get("content", ""))) for message in one.messages)
 
 
 def prompts_of(messages: Sequence[Message]) -> list[tuple[list[Message], bool]]:

@@ -359,7 +359,8 @@ def ask(gguf: Path, conversations: Sequence[Sequence[Message]], *, max_tokens: i
     Raises:
         ExportError: If llama.cpp cannot load the file.
     """
-    with loaded(gguf) as model:
+    most_bytes = max(sum(len(str(one["content"]).encode()) for one in turns) for turns in conversations)
+    with loaded(gguf, context=1024 + most_bytes) as model:
         return [model.reply(messages, max_tokens=max_tokens) for messages in conversations]
 
 

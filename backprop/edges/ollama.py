@@ -134,7 +134,7 @@ def register(
     server: Server,
     parts: ModelParts,
     question: str,
-    expected: str = "",
+    expected: Reply | None = None,
     wanted: Rendering | None = None,
     say: Sink,
 ) -> tuple[Registered, ModelParts]:
@@ -146,7 +146,7 @@ def register(
 
     Args:
         question: What the model is asked.
-        expected: What llama.cpp answers with the same file; the beginning of the answer there must be the same.
+        expected: What llama.cpp answers with the same file; the answer there must begin so, and stop where that does.
         wanted: How prompts were rendered in training: if the server would render them otherwise, it is given a template.
 
     Returns:
@@ -172,7 +172,7 @@ def register(
         verify(server, unproven, parts)
         say(Phase(name=f"asking {name} in Ollama"))
         answer = ask(server, unproven, question)
-        _refuse_other_answer(answer.text, expected, question)
+        _refuse_other_answer(answer, expected, question)
         fetch(server, "POST", "/api/copy", {"source": unproven, "destination": name})
     verify(server, name, parts)
     registered = Registered(
@@ -211,14 +211,22 @@ def _create_as_wanted(
     return parts
 
 
-def _refuse_other_answer(answer: str, expected: str, question: str) -> None:
-    if not answer:
+def _refuse_other_answer(found: Reply, wanted: Reply | None, question: str) -> None:
+    if not found.text:
         raise OllamaError(
             f'the model gave no answer to "{one_line(question)}" in Ollama',
             hint="ask another `--question`, or train longer",
         )
+    if wanted is None:
+        return
     # What a model says to itself first, Ollama keeps apart.
-    answer, expected = (re.sub(r"^\s*<think>.*?</think>\s*", "", text, flags=re.DOTALL) for text in (answer, expected))
+    both = (found.text, wanted.text)
+    answer, expected = (re.sub(r"^\s*<think>.*?</think>\s*", "", text, flags=re.DOTALL) for text in both)
+    if expected and wanted.stopped and not found.stopped and answer.startswith(expected):
+        raise OllamaError(
+            f'Ollama goes on after "{one_line(expected)}", with which llama.cpp ends its answer to "{one_line(question)}"',
+            hint="Ollama may not know the text that ends a turn: please report it with the Modelfile",
+        )
     if expected and answer[:SAME_START] != expected[:SAME_START]:
         raise OllamaError(
             f'Ollama answers "{one_line(answer)}" to "{one_line(question)}", and llama.cpp "{one_line(expected)}"',

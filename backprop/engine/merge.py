@@ -7,6 +7,9 @@ from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer, load_base, load_tokenizer
 from backprop.errors import ExportError, ModelError
 
+TRAINED = ("lora_B", "lora_embedding_B", ".modules_to_save.")
+"""In names of what is zero, or the base's own, until something is learnt."""
+
 
 def merge(
     base: str,
@@ -92,7 +95,7 @@ def wrap(model: Any, adapter: Path, *, of: str) -> Any:
             f"the adapter in `{adapter}` does not fit `{of}`: {str(error)[:300]}", hint="give the run it came from"
         ) from error
     _check_keys(wrapped, adapter, of)
-    added = [value for name, value in wrapped.named_parameters() if "lora_B" in name or ".modules_to_save." in name]
+    added = [value for name, value in wrapped.named_parameters() if any(part in name for part in TRAINED)]
     if not any(bool(value.any()) for value in added):
         raise ExportError(f"the adapter in `{adapter}` is all zero: nothing was learnt", hint="train it first")
     return wrapped

@@ -57,7 +57,7 @@ def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
     importance.refuse_early(adapter, config)
     budget.refuse_early(adapter, config)
     gguf.refuse_early(adapter, targets, config)
-    where = destination(config, default_name=adapter.name)
+    where = destination(config, adapter)
     # Two files that `--budget` tries stand beside each other.
     _make_room(adapter, list(targets) or ["tried", "tried"], config)
     with ExitStack() as stack:

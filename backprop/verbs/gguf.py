@@ -124,13 +124,16 @@ class Maker:
         self.say(Phase(name=f"writing {kind}"))
         with rundir.whole(target) as beside:
             gguf = self.scratch / f"whole-{kind}.gguf" if config.split_size else beside
+            rejected = adapter.output / f"{adapter.name}-{kind}.gguf{REJECTED}"
             self._make(kind, gguf)
             if self.verifier:
-                self.verifier.check(kind, gguf, adapter.output / f"{adapter.name}-{kind}.gguf{REJECTED}")
+                self.verifier.check(kind, gguf, rejected)
             if config.split_size:
                 whole, gguf = gguf, llama_tools.split(gguf, beside, name=target.name, size=config.split_size)
                 whole.unlink()
             (reply,) = llama_cpp.ask(gguf, [[{"role": "user", "content": adapter.question}]], max_tokens=ANSWER_TOKENS)
+            if not reply.text and not config.split_size:
+                gguf.replace(rejected)
             told = answered(adapter, reply.text, target, beside, format="gguf", quantization=kind)
             record(adapter, target, beside, told, config, base=self.base)
         self.say(told)

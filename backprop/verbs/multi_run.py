@@ -15,6 +15,7 @@ from backprop.core import slao
 from backprop.core.data.judge import Judged
 from backprop.core.forgetting import Score, measure, over_trained
 from backprop.core.plan import taken_over
+from backprop.core.probes import MOST_PROBES, first_question
 from backprop.edges import network, rundir, stopping
 from backprop.errors import DataError, TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Resumed, RunMerged, Sink, Warned
@@ -26,7 +27,6 @@ from backprop.verbs.parts import Part, leaks, parts_of
 from backprop.verbs.prepare import (
     Prepared,
     fingerprint_of,
-    first_question,
     judge_rows,
     prepare,
     probes_of,
@@ -85,8 +85,9 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
-        conversations = parts[0].judged.conversations
-        session.claim(first, question=first_question(conversations), probes=probes_of(conversations, first.tokenizer))
+        held_out = [row for part in parts for row in part.held_out]
+        rows = [row for part in parts for row in islice(part.judged.conversations, MOST_PROBES)]
+        session.claim(first, question=first_question(held_out, rows), probes=probes_of(held_out, rows, first.tokenizer))
         named = [(part.name, one) for part, one in zip(parts, prepared, strict=True)]
         fold = _Fold(config, options, named, mode, session.say)
         for number in range(1, len(parts) + 1):

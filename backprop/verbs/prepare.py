@@ -402,15 +402,11 @@ def _cut_held_out(held: Encoded, max_length: int, say: Sink, *, what: str) -> Se
     return short.examples
 
 
-def first_question(conversations: Iterable[Conversation]) -> str:
-    """Give the first user turn; empty if there is none."""
-    turns = (turn for conversation in conversations for turn in conversation.messages)
-    return next((turn["content"] for turn in turns if turn["role"] == "user"), "")
-
-
-def probes_of(conversations: Sequence[Conversation], tokenizer: "HfTokenizer") -> list[list[Message]]:
+def probes_of(
+    held_out: Iterable[Conversation], trained_on: Iterable[Conversation], tokenizer: "HfTokenizer"
+) -> list[list[Message]]:
     """Choose what an exported file will be asked, in turns that the chat template takes."""
-    return [list(one.messages) for one in adapt(choose(conversations), tokenizer).conversations]
+    return [list(one.messages) for one in adapt(choose(held_out, trained_on), tokenizer).conversations]
 
 
 def fingerprint_of(conversations: Iterable[Conversation]) -> str:

@@ -1,7 +1,8 @@
 """An exported file in Ollama: refused before any work where it cannot be, asked there, and compared."""
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,21 @@ class Destination:
     name: str
 
 
-def destination(config: ExportConfig, *, default_name: str) -> Destination | None:
-    """Find the server that was asked for, if one was, and see that it can take a model of that name.
+def destination(config: ExportConfig, adapter: Adapter) -> Destination | None:
+    """Find the server that was asked for, if one was, and see that it can take such a model of that name.
 
     Raises:
-        UsageError: If the name or address cannot be.
+        UsageError: If the name, the address or the system prompt cannot be.
         OllamaError: If the server cannot be reached, or is too old.
     """
     if not (config.ollama or config.ollama_name):
         return None
-    name = config.ollama_name or default_name
+    name = config.ollama_name or adapter.name
     ollama.check_name(name)
     server = find_server(config.ollama_url)
     ollama.check(server)
+    if config.system is not None:
+        parts_of(load_tokenizer(str(adapter.folder), trust_remote_code=config.trust_remote_code), adapter, config)
     return Destination(server=server, name=name)
 
 
@@ -53,15 +56,10 @@ def register(where: Destination, gguf: Path, adapter: Adapter, *, config: Export
     """
     tokenizer = load_tokenizer(str(adapter.folder), trust_remote_code=config.trust_remote_code)
     added = default_system(tokenizer)
-    system = config.system if config.system is not None else added
-    licence = licence_of(Path(adapter.base)) or ""
-    parts = ModelParts(system=system, stop=(str(tokenizer.inner.eos_token),), license=licence)
+    parts = parts_of(tokenizer, adapter, config)
     modelfile = gguf.with_name("Modelfile")
     rundir.write_text(modelfile, ollama.modelfile(gguf.name, parts))
-    turns: list[Message] = [{"role": "user", "content": adapter.question}]
-    if system:
-        turns.insert(0, {"role": "system", "content": system})
-    (expected,) = llama_cpp.ask(gguf, [turns])
+    (expected,) = llama_cpp.ask(gguf, [_asked(adapter, parts.system)])
     try:
         _, made = ollama.register(
             gguf,
@@ -69,14 +67,63 @@ def register(where: Destination, gguf: Path, adapter: Adapter, *, config: Export
             server=where.server,
             parts=parts,
             question=adapter.question,
-            expected=expected.text,
+            expected=expected,
             wanted=wanted(tokenizer, adapter, gguf.name, parts, default=added),
             say=say,
         )
     except OllamaError as error:
-        error.hint = f"{error.hint}; `{gguf}` is kept: the same command then only registers it"
+        error.hint = f"{error.hint}; `{gguf}` is kept: `{_again(adapter, config)}` then only registers it"
         raise
     rundir.write_text(modelfile, ollama.modelfile(gguf.name, made))
+
+
+def parts_of(tokenizer: HfTokenizer, adapter: Adapter, config: ExportConfig) -> ModelParts:
+    """Give what a model is registered with besides its weights.
+
+    Raises:
+        UsageError: If the chat template takes no system prompt, or one part cannot stand in a Modelfile.
+    """
+    from backprop.engine.reference import REFUSED, render
+
+    system = config.system if config.system is not None else default_system(tokenizer)
+    if system and render(tokenizer, _asked(adapter, system), asks=True) == REFUSED:
+        raise UsageError("the model's chat template refuses a system prompt", hint="leave out `--system`")
+    licence = licence_of(Path(adapter.base)) or ""
+    parts = ModelParts(system=system, stop=stops_of(tokenizer), license=licence)
+    ollama.modelfile(f"{adapter.name}.gguf", parts)
+    return parts
+
+
+def _asked(adapter: Adapter, system: str) -> list[Message]:
+    lead: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*lead, {"role": "user", "content": adapter.question}]
+
+
+def stops_of(tokenizer: HfTokenizer) -> tuple[str, ...]:
+    """Give the texts that end an answer: the token behind the model's turns in its chat template, and that behind any text."""
+    from backprop.engine.reference import render
+
+    whole: Any = tokenizer.inner
+    said: Sequence[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    _, found, after = render(tokenizer, said, asks=False).rpartition(MARK)
+    ids = whole(after.lstrip(), add_special_tokens=False)["input_ids"][:1] if found else []
+    ends = [whole.convert_ids_to_tokens(one) for one in ids if one in whole.added_tokens_decoder]
+    return tuple(dict.fromkeys([*ends, str(whole.eos_token)]))
+
+
+def _again(adapter: Adapter, config: ExportConfig) -> str:
+    """Write the command that finds the files made, and registers the first."""
+    words = ["backprop", "export", str(adapter.run or adapter.folder)]
+    for one in fields(config):
+        value, flag = getattr(config, one.name), f"--{one.name.replace('_', '-')}"
+        if value == one.default or one.name == "overwrite":
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{one.name}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"{flag}={each}" for each in values]
+    return shlex.join(words)
 
 
 def wanted(tokenizer: HfTokenizer, adapter: Adapter, gguf: str, parts: ModelParts, *, default: str) -> Rendering:
@@ -125,7 +172,7 @@ def _added(tokenizer: HfTokenizer) -> str:
     return str(whole.bos_token) if begin is not None and list(whole("a")["input_ids"])[:1] == [begin] else ""
 
 
-MARK = "a system turn stands here"
+MARK = "a turn stands here"
 
 
 def default_system(tokenizer: HfTokenizer) -> str:

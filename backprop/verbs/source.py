@@ -9,11 +9,13 @@ from typing import Any
 
 from backprop.config import ExportConfig
 from backprop.core.data.formats import Message
-from backprop.core.probes import by_itself
+from backprop.core.probes import MOST_ASKED, by_itself
 from backprop.edges import hub, model_files, rundir
 from backprop.errors import ExportError, UsageError
 
 DEFAULT_QUESTION = "Hello! Who are you?"
+LONGEST_QUESTION = 8_000
+"""Characters: llama.cpp gets room for a token of each of their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +79,9 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
             hint="bring back the one that it was trained on, or train again",
         )
     output = config.output or (run if manifest else folder) / "export"
-    question = config.question or manifest.get("question") or DEFAULT_QUESTION
+    _check_question(config.question)
+    known_question = str(manifest.get("question") or "")
+    question = config.question or (known_question if len(known_question) <= MOST_ASKED else "") or DEFAULT_QUESTION
     name = (run if manifest else folder).resolve().name
     return Adapter(
         folder=folder,
@@ -93,6 +97,14 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         four_bit_dtype=_four_bit_dtype(manifest),
         four_bit_by_card=not manifest and _is_of_four_bits(folder / "README.md"),
     )
+
+
+def _check_question(question: str | None) -> None:
+    if question is not None and not 0 < len(question.strip()) <= LONGEST_QUESTION:
+        raise UsageError(
+            f"`--question` has {len(question):,} characters",
+            hint=f"ask one of 1 to {LONGEST_QUESTION:,}, or leave it out",
+        )
 
 
 def _refuse_code_of_its_choice(base: str, folder: Path) -> None:

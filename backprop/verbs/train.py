@@ -8,6 +8,7 @@ from pathlib import Path
 
 from backprop.config import TrainConfig
 from backprop.core.plan import taken_over
+from backprop.core.probes import first_question
 from backprop.edges import checkpoints, device, network, rundir, stopping
 from backprop.errors import DiskError, PackageError, UsageError
 from backprop.events import Sink
@@ -18,7 +19,6 @@ from backprop.verbs.gates import check_gates, read_gates, refuse_gates_without_f
 from backprop.verbs.prepare import (
     Prepared,
     fingerprint_of,
-    first_question,
     prepare,
     probes_of,
     read_data,
@@ -75,8 +75,8 @@ def _train(config: TrainConfig, say: Sink) -> Path:
             return config.output
         session.claim(
             prepared,
-            question=first_question(judged.conversations),
-            probes=probes_of(held_out or judged.conversations, prepared.tokenizer),
+            question=first_question(held_out, judged.conversations),
+            probes=probes_of(held_out, judged.conversations, prepared.tokenizer),
         )
         model, fit = train_one(config, prepared, output=config.output, say=session.say)
         result = measures(fit, config.output)
