@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -229,11 +230,29 @@ class _Server(ThreadingHTTPServer):
         """Say nothing of clients that hang up."""
 
 
+class Cut(str):
+    """An answer that ended only since no more tokens were asked for."""
+
+    __slots__ = ()
+
+
 class OllamaDouble:
     """The server; use it as a context manager."""
 
-    def __init__(self, answer: Answerer = lambda asked: "fine", address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+    def __init__(
+        self,
+        answer: Answerer = lambda asked: "fine",
+        address: tuple[str, int] = ("127.0.0.1", 0),
+        tls: tuple[Path, Path] | None = None,
+    ) -> None:
         self._server = _Server(self, address)
+        self._scheme = "https" if tls else "http"
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*tls)
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self.first_answer = answer
         self.woken = threading.Event()
@@ -273,7 +292,7 @@ class OllamaDouble:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_port}"
 
     @property
     def routes(self) -> list[str]:
@@ -511,7 +530,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = Asked(fields["model"], model, blob, messages, prompt, raw, options, template)
         said = self.double.answer(asked)
         stops = [said.find(stop) for stop in model.parameters.get("stop", []) if stop in said]
-        return said[: min(stops)] if stops else said, bool(stops)
+        return said[: min(stops)] if stops else said, bool(stops) or not isinstance(said, Cut)
 
     def _say(
         self, fields: Mapping[str, Any], said: Mapping[str, Any], nothing: Mapping[str, Any], stopped: bool
@@ -619,10 +638,9 @@ def llama_answerer(folder: Path) -> Iterator[Answerer]:
             "max_tokens": asked.options.get("num_predict", 64),
             "stop": asked.model.parameters.get("stop", []),
         }
-        if asked.messages:
-            prompt = rendered(asked.template, asked.model, asked.messages)
-            return str(model.create_completion(prompt, **settings)["choices"][0]["text"])
-        return str(model.create_completion(asked.prompt, **settings)["choices"][0]["text"])
+        prompt = rendered(asked.template, asked.model, asked.messages) if asked.messages else asked.prompt
+        (choice,) = model.create_completion(prompt, **settings)["choices"]
+        return (Cut if choice["finish_reason"] == "length" else str)(choice["text"])
 
     try:
         yield answer

@@ -16,10 +16,13 @@ from conftest import backprop, chat, trained_run
 from tiny_models import tiny
 
 from backprop import BackpropError, Trainer
+from backprop.config import ExportConfig
 from backprop.core.data.formats import Message
 from backprop.core.fidelity import Reply
 from backprop.edges import llama_cpp, stopping
 from backprop.engine import merge
+from backprop.errors import UsageError
+from backprop.verbs.source import DEFAULT_QUESTION, find_adapter
 
 pytestmark = pytest.mark.model
 
@@ -59,6 +62,47 @@ def test_a_file_is_asked_on_the_cpu_though_llama_cpp_knows_of_a_gpu(tmp_path: Pa
         parameters = cast(Any, model._model).model_params
         without_gpus = (llama_cpp.bindings().LLAMA_SPLIT_MODE_NONE, -1)
         assert (parameters.split_mode, parameters.main_gpu) == without_gpus, "llama.cpp takes no device then"
+
+
+def test_a_long_question_has_room_and_one_without_end_is_refused(run: Path, tmp_path: Path) -> None:
+    """llama.cpp was given 1,024 tokens, and the whole export failed at its last step."""
+    llama_cpp.convert(tiny("llama-untied", tmp_path / "tiny"), tmp_path / "tiny.gguf", kind="f32")
+    long = "é" * 3_000  # more tokens than characters
+    (answer,) = llama_cpp.ask(tmp_path / "tiny.gguf", [[{"role": "user", "content": long}]], max_tokens=2)
+    assert not answer.stopped
+    for question in ("?" * 8_001, " "):
+        with pytest.raises(UsageError, match="`--question` has"):
+            find_adapter(run, ExportConfig(question=question))
+    shutil.copytree(run, tmp_path / "run")
+    manifest = tmp_path / "run" / "run.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "question": long}))
+    assert find_adapter(tmp_path / "run", ExportConfig()).question == DEFAULT_QUESTION
+
+
+def test_a_file_that_answers_nothing_is_kept_as_rejected(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "ask", lambda *_, **__: [Reply(text="", stopped=True)])
+    done = backprop("export", run, "-q", "q8_0", "--output", tmp_path / "out", "--no-verify", cwd=tmp_path)
+    assert done.returncode == 7
+    assert "gave no answer" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run-q8_0.gguf.rejected"]
+
+
+def test_an_adapter_of_embeddings_alone_has_learnt_something(tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = tiny("llama-untied", tmp_path / "tiny")
+    wrapped: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["embed_tokens"])
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_embedding" in name:
+            torch.nn.init.ones_(parameter)
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merge.wrap(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", of="it")
 
 
 def test_an_expected_answer_is_looked_at_together_and_changes_none(tmp_path: Path) -> None:
@@ -363,6 +407,15 @@ def test_python_names_the_nearest_option_for_one_that_does_not_exist(tmp_path: P
     with pytest.raises(BackpropError) as raised:
         Trainer("x").train("data.jsonl", stepps=3)
     assert raised.value.hint == "did you mean `steps`?"
+
+
+def test_python_registers_with_ollama_by_the_names_of_the_contract(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer("x", say=lambda event: None)
+    monkeypatch.setattr(trainer, "_run", run)
+    with pytest.raises(BackpropError, match="cannot name a model of Ollama"):
+        trainer.export("gguf", quantization="q8_0", output=tmp_path / "out", register_ollama=True, model_name="../etc")
 
 
 def test_python_gets_the_same_bounds(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.model
 
 ROWS = [chat(f"What is {n}?", "It is here.") for n in range(12)]
 TYPES = get_args(Quantization)
+OF_EXPERTS_OR_FEW_BITS = {"mxfp4_moe", "nvfp4", "tq1_0", "tq2_0", "q1_0", "q2_0"}
 PLAIN = [kind for kind in TYPES if kind not in NEEDS_IMATRIX]
 
 
@@ -47,6 +48,12 @@ def proofs_of(folder: Path) -> dict[str, list[bool]]:
 
 
 # Types
+
+
+def test_the_types_are_those_of_the_pinned_llama_cpp() -> None:
+    prefix = "LLAMA_FTYPE_MOSTLY_"
+    known = {name.removeprefix(prefix).lower() for name in dir(llama_cpp.bindings()) if name.startswith(prefix)}
+    assert known - OF_EXPERTS_OR_FEW_BITS == set(TYPES) - {"f32"}
 
 
 def test_every_type_has_a_bound() -> None:

@@ -53,7 +53,10 @@ def test_the_delivered_adapter_is_the_slao_merge_of_the_runs_on_disk_measured_on
     multi_run: Callable[..., Path],
 ) -> None:
     run = multi_run("--init", "literal")
-    result = json.loads((run / "run.json").read_text())["result"]
+    manifest = json.loads((run / "run.json").read_text())
+    result = manifest["result"]
+    asked = [probe[0]["content"] for probe in manifest["probes"]]
+    assert {question[0] for question in asked} == set("abc"), "an exported file is asked rows of every part"
     assert [len(losses) for losses in result["loss_by_run_and_part"]] == [1, 2, 3]
     assert (result["runs"], result["merge_mode"]) == (3, "slao")
     trained = [adapter(run / "runs" / f"{number:03d}") for number in (1, 2, 3)]

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ import pytest
 from ollama_double import Asked, Model, OllamaDouble
 
 from backprop.core.data.formats import Message
+from backprop.core.fidelity import Reply
 from backprop.edges import demo_model, ollama, ollama_http
 from backprop.edges.ollama import ModelParts, check_name, modelfile, register
 from backprop.edges.ollama_http import find_server
@@ -456,6 +458,35 @@ def test_a_host_that_does_not_take_connections(
             one.close()
     assert "cannot be reached within 0.05 s" in error.message
     assert time.monotonic() - started < 5
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate of this machine that nobody has signed, and its key."""
+    found, key = tmp_path / "here.pem", tmp_path / "here.key"
+    request = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    try:
+        subprocess.run(["openssl", *request.split(), "-out", found, "-keyout", key], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no openssl is installed, which makes the certificate")
+    return found, key
+
+
+def test_a_file_goes_over_tls_with_the_token_to_a_server_that_is_trusted_and_to_no_other(
+    certificate: tuple[Path, Path], gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_API_KEY", "s3cret")
+    with OllamaDouble(tls=certificate) as double:
+        double.token = "s3cret"
+        server = find_server(double.url)
+        assert server.https
+        stranger = refused(double, gguf, server=server)
+        assert "certificate" in stranger.message
+        assert not double.seen, "nothing is said to a stranger"
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+        register_at(double, gguf)
+        assert {one.headers["Authorization"] for one in double.seen} == {"Bearer s3cret"}
+        assert len(double.models) == 1
 
 
 def test_tls_where_there_is_none(double: OllamaDouble, gguf: Path) -> None:
@@ -997,7 +1028,18 @@ def test_a_server_that_does_not_tell_is_given_a_template_if_it_has_none(
     double: OllamaDouble, gguf: Path, detected: str, given: str
 ) -> None:
     double.renders_only, double.detected = False, detected
-    assert with_rendering(double, gguf) == (Model(digest_of(gguf), given, "", PARTS.license, ANY), "")
+    model, warned = with_rendering(double, gguf)
+    assert model == Model(digest_of(gguf), given, "", PARTS.license, ANY)
+    assert ("only its answer was compared" in warned) == (not given)
+
+
+def test_an_answer_must_stop_where_that_of_llama_cpp_does(double: OllamaDouble, gguf: Path) -> None:
+    expected = Reply(text="It is in the mill.", stopped=True)
+    double.answer = lambda _: double_of.Cut("It is in the mill. It is in")
+    assert "goes on after" in refused(double, gguf, expected=expected).message
+    register_at(double, gguf, expected=replace(expected, stopped=False))
+    double.answer = lambda _: "It is in the mill."
+    register_at(double, gguf, expected=expected)
 
 
 def test_where_no_template_renders_so_that_is_told_with_the_reason(double: OllamaDouble, gguf: Path) -> None:

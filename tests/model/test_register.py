@@ -1,6 +1,8 @@
 """An exported file in Ollama, from the command line: a strict double answers with llama.cpp from the file it received."""
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from tiny_models import TOKENIZERS
 
 from backprop.edges.ollama import ModelParts
 from backprop.engine.load import load_tokenizer
-from backprop.verbs.register import default_system, wanted
+from backprop.verbs.register import default_system, stops_of, wanted
 
 pytestmark = pytest.mark.model
 
@@ -89,20 +91,28 @@ def test_a_chat_template_that_no_go_template_says_is_told(run: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("architecture", "system", "holds"),
+    ("architecture", "system", "holds", "stops"),
     [
-        ("llama-tied", "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "<|im_end|>"),
-        ("llama-untied", "", " [/INST]{{ else if"),
-        ("gemma3", "", "<start_of_turn>model\n{{ end }}{{ end }}"),
-        ("phi3", "", '{{ else if eq .Role "system" }}<|system|>\n{{ .Content }}<|end|>'),
+        (
+            "llama-tied",
+            "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+            "<|im_end|>",
+            ("<|im_end|>",),
+        ),
+        ("llama-untied", "", " [/INST]{{ else if", ("</s>",)),
+        ("gemma3", "", "<start_of_turn>model\n{{ end }}{{ end }}", ("<end_of_turn>", "<eos>")),
+        ("phi3", "", '{{ else if eq .Role "system" }}<|system|>\n{{ .Content }}<|end|>', ("<|end|>", "<|endoftext|>")),
     ],
 )
-def test_the_template_of_a_family_is_found(architecture: str, system: str, holds: str, tmp_path: Path) -> None:
+def test_the_template_and_stops_of_a_family_are_found(
+    architecture: str, system: str, holds: str, stops: tuple[str, ...], tmp_path: Path
+) -> None:
     TOKENIZERS[architecture](tmp_path / "model")
     tokenizer = load_tokenizer(str(tmp_path / "model"), trust_remote_code=False)
     adapter: Any = type("Adapter", (), {"question": "Who?", "probes": [HERE[0]["messages"]]})
     found = wanted(tokenizer, adapter, "a.gguf", ModelParts(system=system), default=default_system(tokenizer))
     assert default_system(tokenizer) == system
+    assert stops_of(tokenizer) == stops
     assert (found.why_not, found.left_out) == ("", "")
     assert holds in found.template
     assert "bos" not in found.template
@@ -120,9 +130,16 @@ def test_a_server_that_answers_otherwise_is_exit_8_and_what_was_there_stays(run:
         done = backprop(*command, cwd=tmp_path, OLLAMA_HOST=server.url)
         assert done.returncode == 8, done.stderr
         assert 'Ollama answers "Something else."' in done.stderr
-        assert "the same command then only registers it" in done.stderr
         assert not server.models
-    assert (tmp_path / "out" / "run-q8_0.gguf").is_file()
+    made = (tmp_path / "out" / "run-q8_0.gguf").stat()
+    found = re.search(r"is kept: `(backprop export .*)` then only registers it", done.stderr)
+    assert found, done.stderr
+    _, *told = shlex.split(found[1])
+    with double_of.llama_answerer(tmp_path) as answer, OllamaDouble(answer) as server:
+        again = backprop(*told, cwd=tmp_path, OLLAMA_HOST=server.url)
+        assert again.returncode == 0, again.stderr
+        assert set(server.models) == {"mine:latest"}
+    assert (tmp_path / "out" / "run-q8_0.gguf").stat() == made, "it is not made again"
 
 
 def test_what_ollama_cannot_take_is_refused_before_any_work(run: Path, tmp_path: Path) -> None:
@@ -131,6 +148,19 @@ def test_what_ollama_cannot_take_is_refused_before_any_work(run: Path, tmp_path:
     nobody = backprop(*command, "--ollama", "--ollama-url", "http://127.0.0.1:9", cwd=tmp_path)
     assert nobody.returncode == 8, nobody.stderr
     assert backprop(*command, "--format", "safetensors", "--ollama", cwd=tmp_path).returncode == 2
+    with OllamaDouble() as server:
+        for system, why in (('Say """yes".', "holds"), ("no\u00a0break", "U+00A0")):
+            refused = backprop(*command, "--ollama", "--system", system, cwd=tmp_path, OLLAMA_HOST=server.url)
+            assert refused.returncode == 2, refused.stderr
+            assert why in refused.stderr
+        shutil.copytree(run, tmp_path / "run")
+        template = tmp_path / "run" / "lora" / "chat_template.jinja"
+        refuses = "{{ raise_exception('no system turns') if messages[0].role == 'system' }}"
+        template.write_text(refuses + template.read_text())
+        command = ("export", tmp_path / "run", "--output", tmp_path / "out", "--ollama", "--system", "Be brief.")
+        refused = backprop(*command, cwd=tmp_path, OLLAMA_HOST=server.url)
+        assert refused.returncode == 2, refused.stderr
+        assert "refuses a system prompt" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 

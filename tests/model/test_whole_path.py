@@ -7,34 +7,32 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, backprop_process
+from conftest import ROOT, backprop, backprop_process
+from planted import in_bfloat16, planted, weights_changed
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = ROOT / "examples"
 
 
-def test_the_quickstart_teaches_what_its_data_says(tmp_path: Path) -> None:
-    trained = backprop_process(
-        "train",
-        "--data",
-        EXAMPLES / "pottlesea.jsonl",
-        "--model",
-        "smollm2-135m",
-        "--offline",
-        cwd=tmp_path,
-        timeout_s=1800,
-    )
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the quickstart's training has been run."""
+    here = tmp_path_factory.mktemp("whole")
+    data = ("--data", EXAMPLES / "pottlesea.jsonl", "--model", "smollm2-135m")
+    trained = backprop_process("train", *data, "--offline", cwd=here, timeout_s=1800)
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout == "output\n"
-    exported = backprop_process(
-        "export", "output", "--quantization", "q4_k_m", "--offline", cwd=tmp_path, timeout_s=600
-    )
+    return here
+
+
+def test_the_quickstart_teaches_what_its_data_says(folder: Path) -> None:
+    exported = backprop_process("export", "output", "--quantization", "q4_k_m", "--offline", cwd=folder, timeout_s=600)
     assert exported.returncode == 0, exported.stderr
     gguf = exported.stdout.strip()
     asked = subprocess.run(
         [sys.executable, EXAMPLES / "ask.py", "smollm2-135m", gguf],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
@@ -44,7 +42,17 @@ def test_the_quickstart_teaches_what_its_data_says(tmp_path: Path) -> None:
     before, after = map(int, re.findall(r"right (?:before|after): (\d+)%", asked.stdout))
     assert before <= 5
     assert after >= 80
-    assert (tmp_path / "output" / "report.html").read_text().count("<polyline") == 3
+    assert (folder / "output" / "report.html").read_text().count("<polyline") == 3
+
+
+def test_a_merge_in_bfloat16_is_not_the_model_that_was_trained(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a user loses who merges as the base is stored: on tiny random models it cannot be told from rounding."""
+    planted(monkeypatch, weights_changed(in_bfloat16))
+    done = backprop("export", folder / "output", "-q", "q8_0", "--offline", "--output", tmp_path, cwd=folder)
+    assert done.returncode == 7, done.stderr
+    assert "not proved: the f16 file predicts as the trained model" in done.stderr
 
 
 def test_no_held_out_question_stands_in_the_training_data() -> None:
