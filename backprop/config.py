@@ -304,7 +304,7 @@ class ExportConfig:
     split_size: Annotated[str | None, Parameter(group=EXPORT)] = None
     """Split each GGUF into files of about this size, e.g. 2G or 500M."""
     question: Annotated[str | None, Parameter(group=EXPORT)] = None
-    """What the exported model is asked before success is claimed. Default: the first question of the training data."""
+    """What the exported model is asked before success is claimed. Default: a short one of the data, held out if any is."""
     ollama: Annotated[bool, Parameter(group=EXPORT, negative="", show_default=False)] = False
     """Register the first file with a running Ollama, and ask it there."""
     ollama_name: Annotated[str | None, Parameter(group=EXPORT)] = None

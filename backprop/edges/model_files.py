@@ -36,7 +36,7 @@ HINT = "use a model from a source that you trust"
 
 
 def check_model(folder: Path) -> None:
-    """Refuse a model folder whose files are no plain files, whose weights lie elsewhere, or whose numbers are absurd.
+    """Refuse a model folder whose files are no plain files, whose weights lie elsewhere or are quantized, or whose numbers are absurd.
 
     Raises:
         ModelError: Saying what.
@@ -44,7 +44,15 @@ def check_model(folder: Path) -> None:
     for path in folder.iterdir():
         if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
             raise ModelError(f"`{path}` is no plain file", hint=HINT)
-    for name, number in _numbers(read_object(folder / "config.json")):
+    settings = read_object(folder / "config.json")
+    if settings.get("quantization_config"):
+        # Neither the estimates of memory nor llama.cpp's converter know these.
+        raise ModelError(
+            f"the weights in `{folder}` are quantized already",
+            hint="give the model of 16 bits that they were made from (its name has no `-bnb-4bit`): `--method qlora` holds "
+            "that in 4 bits",
+        )
+    for name, number in _numbers(settings):
         most = next((most for names, most in MOST.items() if names.fullmatch(name)), None)
         if most is not None and not abs(number) <= most:
             raise ModelError(f"`{folder / 'config.json'}` says {name}: {number}, and {most} is the most", hint=HINT)

@@ -7,6 +7,11 @@ from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer, load_base, load_tokenizer
 from backprop.errors import ExportError, ModelError
 
+WEIGHTS = "adapter_model.safetensors"
+OF_PEFT = "base_model.model."
+"""What PEFT puts before the names of the base's modules."""
+WORDS = ("embed_tokens.weight", "lm_head.weight")
+"""The largest weights of a model with many tokens."""
 TRAINED = ("lora_B", "lora_embedding_B", ".modules_to_save.")
 """In names of what is zero, or the base's own, until something is learnt."""
 
@@ -53,11 +58,28 @@ def load_adapted(
         ExportError: If the adapter does not belong to it, or changes nothing.
     """
     model = load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    _take_vocabulary(model, adapter)
     if rounding:
         rounding.apply_to(model)
     if dtype != "float32":
         compute_in_float32(model)
     return wrap(model, adapter, of=base).eval(), adapted_tokenizer(adapter, trust_remote_code=trust_remote_code)
+
+
+def whole_words(adapter: Path) -> dict[str, int]:
+    """Name the weights of words that an adapter's file holds whole, as PEFT stores them where tokens were added, with their numbers of tokens."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / WEIGHTS, framework="np") as file:
+        names = [name for name in file.keys() if name.endswith(WORDS) and ".modules_to_save." not in name]  # noqa: SIM118
+        return {name.removeprefix(OF_PEFT): int(file.get_slice(name).get_shape()[0]) for name in names}
+
+
+def _take_vocabulary(model: Any, adapter: Path) -> None:
+    """Make room for the tokens that an adapter adds; PEFT loads what stands there."""
+    for num_tokens in set(whole_words(adapter).values()):
+        if num_tokens != model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(num_tokens, mean_resizing=False)
 
 
 def compute_in_float32(model: Any) -> None:
@@ -137,8 +159,8 @@ def _check_keys(wrapped: Any, adapter: Path, base: str) -> None:
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        found = set(cast(list[str], file.keys()))
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        found = set(cast(list[str], file.keys())) - {f"{OF_PEFT}{name}" for name in whole_words(adapter)}
     wanted = set(cast(dict[str, Any], get_peft_model_state_dict(wrapped, save_embedding_layers=False)))
     if found != wanted:
         odd = sorted(found ^ wanted)

@@ -20,16 +20,12 @@ from backprop.edges import llama_cpp
 from backprop.engine import four_bit
 from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer
-from backprop.engine.merge import wrap
+from backprop.engine.merge import OF_PEFT, WORDS, whole_words, wrap
 from backprop.engine.plain_lora import not_finite, read_plain
 from backprop.errors import ExportError
 
 if TYPE_CHECKING:
     import torch
-
-
-WORDS = ("embed_tokens.weight", "lm_head.weight")
-"""The largest weights of a model with many tokens."""
 
 
 class Merger:
@@ -103,6 +99,9 @@ def why_not(base: Path, adapter: Path, rounding: Rounding | None = None) -> str:
     biased = sorted(key for key in keys if ".lora_" in key and key.endswith(".bias"))
     if biased:
         return f"{biased[0]} changes a bias"
+    added = sorted(whole_words(adapter))
+    if added:
+        return f"{added[0]} is whole in the adapter"
     changed = {_weight_of(key) for key in keys}
     odd = sorted((changed | (rounding.weights if rounding else frozenset())) - weights)
     if odd:
@@ -116,7 +115,7 @@ def why_not(base: Path, adapter: Path, rounding: Rounding | None = None) -> str:
 
 def _weight_of(key: str) -> str:
     """Give the weight that a tensor of PEFT's file belongs to, which may be a whole weight itself."""
-    name = key.removeprefix("base_model.model.")
+    name = key.removeprefix(OF_PEFT)
     module, found, _ = name.partition(".lora_")
     return f"{module}.weight" if found else name
 

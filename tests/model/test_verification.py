@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from conftest import backprop, chat, lose_last_tensors, trained_run
 from planted import planted, weights_changed
+from tiny_models import tiny
 
 from backprop.core.fidelity import likeness
-from backprop.edges import device
+from backprop.edges import device, llama_cpp
 from backprop.engine import merge, reference, streamed
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -215,6 +216,43 @@ def test_an_adapter_by_itself_is_proved_with_common_questions(run: Path, tmp_pat
     done = backprop("export", "mine", "-q", "q8_0", "--question", "What is 3?", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(proofs_of(tmp_path / "mine" / "export").values())
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied"])
+def test_an_adapter_that_brings_tokens_of_its_own_is_exported(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As plain PEFT stores it: the words whole, beside LoRA on the layers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tiny(architecture, tmp_path / "base")
+    loaded: Any = AutoTokenizer
+    tokenizer = loaded.from_pretrained(base)
+    tokenizer.add_tokens(["<pottle>", "<sea>"], special_tokens=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    wrapped: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, one in wrapped.named_parameters():
+            if "lora_B" in name:
+                one += 0.05 * torch.randn_like(one)
+        words = wrapped.get_input_embeddings().weight
+        words[-2:] = torch.randn_like(words[-2:])
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    wrapped.save_pretrained(tmp_path / "mine", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "mine")
+    # A random model may well answer with control tokens alone.
+    monkeypatch.setattr(llama_cpp, "ask", lambda *_, **__: [reference.Reply(text="fine", stopped=True)])
+    done = backprop("export", "mine", "-q", "q8_0", "--question", "<pottle>?", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "weight is whole in the adapter" in done.stderr
+    assert all(proofs_of(tmp_path / "mine" / "export").values())
+    with llama_cpp.loaded(tmp_path / "mine" / "export" / "mine-q8_0.gguf", context=64) as file:
+        assert file.vocabulary == len(tokenizer)
+        assert len(file.tokenize("<pottle><sea>")) == 2
 
 
 def test_a_checkpoint_is_proved_as_a_file_is(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
