@@ -32,7 +32,7 @@ def destination(config: ExportConfig, adapter: Adapter) -> Destination | None:
     """Find the server that was asked for, if one was, and see that it can take such a model of that name.
 
     Raises:
-        UsageError: If the name, the address or the system prompt cannot be.
+        UsageError: If the name, that of the file, the address or the system prompt cannot be.
         OllamaError: If the server cannot be reached, or is too old.
     """
     if not (config.ollama or config.ollama_name):
@@ -40,6 +40,7 @@ def destination(config: ExportConfig, adapter: Adapter) -> Destination | None:
     name = config.ollama_name or adapter.name
     ollama.check_name(name)
     server = find_server(config.ollama_url)
+    ollama.modelfile(f"{adapter.name}.gguf", ModelParts())
     ollama.check(server)
     if config.system is not None:
         parts_of(load_tokenizer(str(adapter.folder), trust_remote_code=config.trust_remote_code), adapter, config)
@@ -90,7 +91,7 @@ def parts_of(tokenizer: HfTokenizer, adapter: Adapter, config: ExportConfig) -> 
         raise UsageError("the model's chat template refuses a system prompt", hint="leave out `--system`")
     licence = licence_of(Path(adapter.base)) or ""
     parts = ModelParts(system=system, stop=stops_of(tokenizer), license=licence)
-    ollama.modelfile(f"{adapter.name}.gguf", parts)
+    ollama.modelfile("model.gguf", parts)
     return parts
 
 

@@ -161,6 +161,11 @@ def test_what_ollama_cannot_take_is_refused_before_any_work(run: Path, tmp_path:
         refused = backprop(*command, cwd=tmp_path, OLLAMA_HOST=server.url)
         assert refused.returncode == 2, refused.stderr
         assert "refuses a system prompt" in refused.stderr
+        hostile = shutil.copytree(run, tmp_path / 'a"\u202eb')
+        command = ("export", hostile, "--output", tmp_path / "out", "--ollama", "--ollama-name", "mine")
+        refused = backprop(*command, cwd=tmp_path, OLLAMA_HOST=server.url)
+        assert refused.returncode == 2, refused.stderr
+        assert "U+202E" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 
