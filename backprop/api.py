@@ -7,7 +7,7 @@ from typing import Any
 
 from backprop.config import ExportConfig, MultiRunConfig, TrainConfig
 from backprop.console import Console
-from backprop.edges import stopping
+from backprop.edges import stopping, threads
 from backprop.errors import UsageError
 from backprop.events import Sink
 
@@ -23,6 +23,7 @@ class Trainer:
     """
 
     def __init__(self, model: str | Path | None = None, *, say: Sink | None = None, **options: Any) -> None:
+        threads.spin_briefly()
         self._model = model
         self._options = options
         self._say = say

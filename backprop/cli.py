@@ -19,7 +19,7 @@ from cyclopts.config import Env
 import backprop
 from backprop.config import ONLY_OF_TRAIN, DoctorConfig, ExportConfig, MultiRunConfig, TrainConfig
 from backprop.console import Console, without_escapes
-from backprop.edges import stopping
+from backprop.edges import stopping, threads
 from backprop.errors import EXIT_CODE_OF_A_BUG, BackpropError, DiskError, UsageError
 from backprop.events import Event, Failed, Sink, tee
 from backprop.schema import schema
@@ -262,6 +262,7 @@ def _tell_of_bug(kind: type[BaseException], error: BaseException, trace: Traceba
 def run(tokens: Sequence[str]) -> int:
     """Parse ``tokens``, run their command, and give its exit code."""
     as_json = "--json" in tokens or os.environ.get("BACKPROP_JSON", "").lower() in ("1", "true", "yes")
+    threads.spin_briefly()
     if not tokens or tokens[0].startswith("-"):
         _register_completion()
     try:

@@ -18,9 +18,10 @@ from hypothesis import settings
 from backprop import BackpropError, Trainer, events
 from backprop.core.data.formats import Message
 from backprop.core.data.render import Token
-from backprop.edges import llama_cpp, process
+from backprop.edges import llama_cpp, process, threads
 from backprop.schema import schema as event_schema
 
+threads.spin_briefly()
 ROOT = Path(__file__).parent.parent
 
 # Time is measured by scripts/bench: a busy machine makes no example wrong.
