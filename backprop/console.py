@@ -206,7 +206,11 @@ def _planned(event: PlanMade) -> str:
         for name, value in event.choices.items()
     ]
     memory = [f"  {'memory':<{width}}  {_phases(event.memory)}, at the fullest"] if event.memory else []
-    ways = [f"  {'to try':<{width}}  {'; '.join(event.to_try)}, before the first step"] if event.to_try else []
+    ways = (
+        [f"  {'to try':<{width}}  {'; '.join(event.to_try)}, before the first step, unless known"]
+        if len(event.to_try) > 1
+        else []
+    )
     return "\n".join(["plan", *rows, *memory, *ways])
 
 

@@ -12,7 +12,7 @@ MOST_CHARACTERS = 128_000
 MOST_LOOKED_AT = 20_000
 """Rows of the training data, where too few are held out."""
 MOST_ASKED = 1_000
-"""Characters of a question that any file is asked: its context has 1,024 tokens."""
+"""Characters of a question that any file is asked: short enough to be answered quickly, and read."""
 
 HARD_STRINGS = (
     "Hello, world!",
@@ -64,9 +64,9 @@ def choose(held_out: Iterable[Conversation], trained_on: Iterable[Conversation] 
     for rows in (held_out, islice(trained_on, MOST_LOOKED_AT)):
         left = MOST_PROBES - len(chosen)
         for one in heapq.nsmallest(left, filter(_may_be_asked, rows), key=_length) if left else ():
+            if _length(one) > room:
+                break
             room -= _length(one)
-            if room < 0:
-                return chosen
             chosen.append(one)
     return chosen
 

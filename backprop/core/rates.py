@@ -13,8 +13,9 @@ OTHER_CARDS, GEFORCE = 8, 4
 FLOAT32 = 2
 # Of that, what a 7B reaches in long passes on an H200: 0.36 as its layers are, 0.48 compiled (docs/benchmarks.md).
 REACHED = 0.4
-# What is reached where the driver does not tell of cores, for each GiB of memory: the same data sheets name 2 to 12 TFLOP/s.
-REACHED_PER_GIB = 3e12
+# What is reached where the driver does not tell of cores, for each GiB of memory. Where it does: 1 TFLOP/s of a GeForce RTX 3060,
+# 1.6 of an A100 and 3 of an RTX 6000 Ada or H200.
+REACHED_PER_GIB = 1e12
 # A core of a CPU: SmolLM2 135M in float32 on two, whose 138 to 301 tokens a second (docs/benchmarks.md) are 40 to 90 GFLOP/s
 # for each.
 OF_A_CPU = 56.25e9

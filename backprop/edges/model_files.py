@@ -49,8 +49,8 @@ def check_model(folder: Path) -> None:
         # Neither the estimates of memory nor llama.cpp's converter know these.
         raise ModelError(
             f"the weights in `{folder}` are quantized already",
-            hint="give the model of 16 bits that they were made from (its name has no `-bnb-4bit`): `--method qlora` holds "
-            "that in 4 bits",
+            hint="give the model of 16 bits that they were made from (say, a name without `-bnb-4bit`): `--method qlora` "
+            "holds that in 4 bits",
         )
     for name, number in _numbers(settings):
         most = next((most for names, most in MOST.items() if names.fullmatch(name)), None)

@@ -99,7 +99,8 @@ def gpu_of(handle: Any) -> Gpu:
     memory, uuid = pynvml.nvmlDeviceGetMemoryInfo(handle), str(pynvml.nvmlDeviceGetUUID(handle))
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     card = card_of(uuid)
-    share = int(memory.total) / int(pynvml.nvmlDeviceGetMemoryInfo(card).total)
+    whole = asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(card).total) if uuid.startswith("MIG-") else memory.total
+    share = int(memory.total) / int(whole) if whole else 0.0
     return Gpu(
         name=str(pynvml.nvmlDeviceGetName(handle)),
         uuid=uuid,

@@ -12,7 +12,7 @@ OF_PEFT = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
 WORDS = ("embed_tokens.weight", "lm_head.weight")
 """The largest weights of a model with many tokens."""
-TRAINED = ("lora_B", "lora_embedding_B", ".modules_to_save.")
+TRAINED = ("lora_B", "lora_embedding_A", ".modules_to_save.")
 """In names of what is zero, or the base's own, until something is learnt."""
 
 
@@ -68,11 +68,24 @@ def load_adapted(
 
 def whole_words(adapter: Path) -> dict[str, int]:
     """Name the weights of words that an adapter's file holds whole, as PEFT stores them where tokens were added, with their numbers of tokens."""
-    from safetensors import safe_open
+    shapes = shapes_of(adapter / WEIGHTS)
+    whole = {name: shape for name, shape in shapes.items() if name.endswith(WORDS) and ".modules_to_save." not in name}
+    return {name.removeprefix(OF_PEFT): shape[0] for name, shape in whole.items()}
 
-    with safe_open(adapter / WEIGHTS, framework="np") as file:
-        names = [name for name in file.keys() if name.endswith(WORDS) and ".modules_to_save." not in name]  # noqa: SIM118
-        return {name.removeprefix(OF_PEFT): int(file.get_slice(name).get_shape()[0]) for name in names}
+
+def shapes_of(path: Path) -> dict[str, list[int]]:
+    """Give the shapes of the tensors in a safetensors file, by their names.
+
+    Raises:
+        ExportError: If it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ExportError(f"`{path}` is damaged: {error}", hint="bring back a whole one") from error
 
 
 def _take_vocabulary(model: Any, adapter: Path) -> None:

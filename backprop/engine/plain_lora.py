@@ -12,7 +12,7 @@ from backprop.errors import ExportError
 if TYPE_CHECKING:
     import torch
 
-MEANT_HERE = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
+MUST_BE = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
 """Settings of PEFT's configuration that must be so; of those that are neither here nor below, none may be set."""
 MAY_BE_ANYTHING = frozenset(
     [
@@ -31,6 +31,10 @@ MAY_BE_ANYTHING = frozenset(
         "use_rslora",
     ]
 )
+
+
+UNSET = ("null", "false", "[]", "{}", '""')
+"""Values of PEFT's settings that set nothing; 0 is none of them, say of a layer's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ def read_plain(adapter: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
 
     try:
         return _read(adapter, shapes)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError):
         return None
 
 
@@ -83,9 +87,10 @@ def _read(adapter: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Plain
     from safetensors.torch import load_file
 
     config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    odd = {key for key, value in config.items() if value and key not in MEANT_HERE and key not in MAY_BE_ANYTHING}
+    told = {key for key, value in config.items() if json.dumps(value) not in UNSET}
+    odd = told - set(MUST_BE) - MAY_BE_ANYTHING
     targets, rank = config["target_modules"], config["r"]
-    if odd or not isinstance(targets, list) or any(config[key] != value for key, value in MEANT_HERE.items()):
+    if odd or not isinstance(targets, list) or any(config[key] != value for key, value in MUST_BE.items()):
         return None
     scaling = config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
     left, found = load_file(adapter / "adapter_model.safetensors"), dict[str, Plain]()

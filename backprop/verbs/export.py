@@ -201,11 +201,11 @@ def _write_checkpoint(
     from backprop.engine import merge, streamed
 
     base, trust = Path(adapter.base), config.trust_remote_code
-    merger = streamed.Merger(base, adapter.folder, rounding=rounding, trust_remote_code=trust)
     why_not = streamed.why_not(base, adapter.folder, rounding)
     say(Phase(name=f"merging the adapter{' in memory: ' if why_not else ''}{why_not}"))
     if why_not:
         merge.merge(adapter.base, adapter.folder, folder, dtype="bfloat16", rounding=rounding, trust_remote_code=trust)
     else:
+        merger = streamed.Merger(base, adapter.folder, rounding=rounding, trust_remote_code=trust)
         streamed.lay_out(base, merge.adapted_tokenizer(adapter.folder, trust_remote_code=trust), folder)
         streamed.write_weights(base, merger, folder)

@@ -86,7 +86,7 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
             session.finish({"dry_run": True})
             return config.output
         held_out = [row for part in parts for row in part.held_out]
-        rows = [row for part in parts for row in islice(part.judged.conversations, MOST_PROBES)]
+        rows = [row for part in parts for row in islice(part.judged.conversations, 20 * MOST_PROBES)]
         session.claim(first, question=first_question(held_out, rows), probes=probes_of(held_out, rows, first.tokenizer))
         named = [(part.name, one) for part, one in zip(parts, prepared, strict=True)]
         fold = _Fold(config, options, named, mode, session.say)

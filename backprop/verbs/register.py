@@ -32,7 +32,7 @@ def destination(config: ExportConfig, adapter: Adapter) -> Destination | None:
     """Find the server that was asked for, if one was, and see that it can take such a model of that name.
 
     Raises:
-        UsageError: If the name, that of the file, the address or the system prompt cannot be.
+        UsageError: If the name, that of the file, the address, the system prompt or the licence cannot be.
         OllamaError: If the server cannot be reached, or is too old.
     """
     if not (config.ollama or config.ollama_name):
@@ -42,8 +42,7 @@ def destination(config: ExportConfig, adapter: Adapter) -> Destination | None:
     server = find_server(config.ollama_url)
     ollama.modelfile(f"{adapter.name}.gguf", ModelParts())
     ollama.check(server)
-    if config.system is not None:
-        parts_of(load_tokenizer(str(adapter.folder), trust_remote_code=config.trust_remote_code), adapter, config)
+    parts_of(load_tokenizer(str(adapter.folder), trust_remote_code=config.trust_remote_code), adapter, config)
     return Destination(server=server, name=name)
 
 
@@ -120,7 +119,7 @@ def _again(adapter: Adapter, config: ExportConfig) -> str:
         if value == one.default or one.name == "overwrite":
             continue
         if isinstance(value, bool):
-            words.append(flag if value else f"--no-{one.name}")
+            words.append(flag if value else f"--no-{flag[2:]}")
         else:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"{flag}={each}" for each in values]

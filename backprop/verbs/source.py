@@ -14,7 +14,7 @@ from backprop.edges import hub, model_files, rundir
 from backprop.errors import ExportError, UsageError
 
 DEFAULT_QUESTION = "Hello! Who are you?"
-LONGEST_QUESTION = 8_000
+LONGEST_QUESTION = 2_000
 """Characters: llama.cpp gets room for a token of each of their bytes."""
 
 

@@ -103,6 +103,8 @@ def test_plain_lora_is_read_without_peft_and_only_that(base: Path, tmp_path: Pat
         {"target_modules": "all-linear"},
         {"r": 8},
         {"bias": "all"},
+        {"layers_to_transform": 0},
+        {"r": 0},
     ):
         config.write_text(json.dumps({**told, **changed}))
         assert read_plain(adapter, shapes) is None, changed
@@ -120,6 +122,34 @@ def test_plain_lora_is_read_without_peft_and_only_that(base: Path, tmp_path: Pat
     assert read_plain(adapter, shapes) is not None
     weights.write_bytes(b"no")
     assert read_plain(adapter, shapes) is None
+
+
+def test_weights_that_are_held_the_other_way_round_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
+    """Of a square one the shapes do not tell; PEFT looks at the layer, whatever the adapter's file says."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8)).save_pretrained(
+        tmp_path / "base"
+    )
+
+    def base() -> Any:
+        return GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+
+    wrapped: Any = get_peft_model(base(), LoraConfig(r=2, target_modules=["attn.c_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "fan_in_fan_out": False}))
+    merged: Any = PeftModel.from_pretrained(base(), str(tmp_path / "adapter"))
+    name = "transformer.h.0.attn.c_proj.weight"
+    expected = merged.merge_and_unload().state_dict()[name]
+    found = streamed.Merger(tmp_path / "base", tmp_path / "adapter").merge(name, base().state_dict()[name])
+    assert torch.allclose(found, expected)
 
 
 def test_an_adapter_on_a_shared_weight_is_merged_in_memory(tiny_model: Path, tmp_path: Path) -> None:

@@ -253,6 +253,10 @@ def test_an_adapter_that_brings_tokens_of_its_own_is_exported(
     with llama_cpp.loaded(tmp_path / "mine" / "export" / "mine-q8_0.gguf", context=64) as file:
         assert file.vocabulary == len(tokenizer)
         assert len(file.tokenize("<pottle><sea>")) == 2
+    monkeypatch.setattr(reference.Checkpoint, "reply", lambda *_, **__: reference.Reply(text="fine", stopped=True))
+    done = backprop("export", "mine", "--format", "safetensors", cwd=tmp_path)
+    assert "the adapter is in it, once" in done.stderr, done.stderr
+    assert proofs_of(tmp_path / "mine" / "export", "safetensors")["the adapter is in it, once"]
 
 
 def test_a_checkpoint_is_proved_as_a_file_is(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_a_cpu_that_was_measured_is_estimated_at_its_time_or_up_to_four_times_it
         pytest.param(QWEN25_15B, "qlora", 8, 0, 2048, 41_622, id="1.5B in 4 bits compiled"),
     ],
 )
-def test_gpu_runs_that_were_measured_are_estimated_at_their_time_or_up_to_twice_it(
+def test_gpu_runs_that_were_measured_are_estimated_within_a_fifth_below_their_time_and_twice_it(
     shape: ModelShape, method: str, rows: int, recompute: int, length: int, measured: float
 ) -> None:
     """A 7B was estimated at 7 to 12 times its time."""
@@ -181,8 +181,8 @@ def test_cards_are_expected_to_reach_as_large_a_part_of_their_data_sheets(
 
 
 def test_what_is_not_told_is_taken_from_the_memory() -> None:
-    assert rate_of_gpu(gpu(24).gpus[0]) == pytest.approx(72e12)
-    assert rate_of_gpu(gpu(24, (7, 5)).gpus[0]) == pytest.approx(18e12)
+    assert rate_of_gpu(gpu(24).gpus[0]) == pytest.approx(24e12)
+    assert rate_of_gpu(gpu(24, (7, 5)).gpus[0]) == pytest.approx(6e12)
 
 
 @pytest.mark.parametrize(

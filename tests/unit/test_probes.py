@@ -32,8 +32,8 @@ def test_what_cannot_be_asked_is_left_out() -> None:
 
 
 def test_no_more_than_a_manifest_should_hold() -> None:
-    chosen = choose([row("x" * 50_000) for _ in range(5)], [row("y" * 20_000)])
-    assert [len(text) for text in asked(chosen)] == [50_000, 50_000]
+    chosen = choose([row("x" * 50_000) for _ in range(5)], [row("y" * 20_000), row("z" * 30_000)])
+    assert [len(text) for text in asked(chosen)] == [50_000, 50_000, 20_000]
 
 
 def test_a_question_is_short_and_held_out_where_there_is_one() -> None:
