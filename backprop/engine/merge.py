@@ -66,11 +66,10 @@ def load_adapted(
     return wrap(model, adapter, of=base).eval(), adapted_tokenizer(adapter, trust_remote_code=trust_remote_code)
 
 
-def whole_words(adapter: Path) -> dict[str, int]:
-    """Name the weights of words that an adapter's file holds whole, as PEFT stores them where tokens were added, with their numbers of tokens."""
-    shapes = shapes_of(adapter / WEIGHTS)
-    whole = {name: shape for name, shape in shapes.items() if name.endswith(WORDS) and ".modules_to_save." not in name}
-    return {name.removeprefix(OF_PEFT): shape[0] for name, shape in whole.items()}
+def whole_words(adapter: Path) -> dict[str, list[int]]:
+    """Name the weights of words that an adapter's file holds whole, with their shapes: those that it trains so, or that came with more tokens."""
+    whole = {name: shape for name, shape in shapes_of(adapter / WEIGHTS).items() if name.endswith(WORDS)}
+    return {name.removeprefix(OF_PEFT): shape for name, shape in whole.items()}
 
 
 def shapes_of(path: Path) -> dict[str, list[int]]:
@@ -90,7 +89,7 @@ def shapes_of(path: Path) -> dict[str, list[int]]:
 
 def _take_vocabulary(model: Any, adapter: Path) -> None:
     """Make room for the tokens that an adapter adds; PEFT loads what stands there."""
-    for num_tokens in set(whole_words(adapter).values()):
+    for num_tokens in {shape[0] for shape in whole_words(adapter).values()}:
         if num_tokens != model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(num_tokens, mean_resizing=False)
 
@@ -173,8 +172,9 @@ def _check_keys(wrapped: Any, adapter: Path, base: str) -> None:
     from safetensors import safe_open
 
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
-        found = set(cast(list[str], file.keys())) - {f"{OF_PEFT}{name}" for name in whole_words(adapter)}
+        found = set(cast(list[str], file.keys()))
     wanted = set(cast(dict[str, Any], get_peft_model_state_dict(wrapped, save_embedding_layers=False)))
+    found -= {f"{OF_PEFT}{name}" for name in whole_words(adapter)} - wanted
     if found != wanted:
         odd = sorted(found ^ wanted)
         raise ExportError(

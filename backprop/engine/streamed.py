@@ -104,9 +104,9 @@ def why_not(base: Path, adapter: Path, rounding: Rounding | None = None) -> str:
     biased = sorted(key for key in keys if ".lora_" in key and key.endswith(".bias"))
     if biased:
         return f"{biased[0]} changes a bias"
-    added = sorted(whole_words(adapter))
-    if added:
-        return f"{added[0]} is whole in the adapter"
+    brought = words_brought(base, adapter)
+    if brought:
+        return f"{brought} is whole in the adapter"
     changed = {_weight_of(key) for key in keys}
     odd = sorted((changed | (rounding.weights if rounding else frozenset())) - weights)
     if odd:
@@ -116,6 +116,16 @@ def why_not(base: Path, adapter: Path, rounding: Rounding | None = None) -> str:
     tied = tied or not any(name.endswith("lm_head.weight") for name in weights)
     shared = sorted(name for name in changed if tied and not any(part.isdecimal() for part in name.split(".")))
     return f"{shared[0]} is shared" if shared else ""
+
+
+def words_brought(base: Path, adapter: Path) -> str:
+    """Name a weight of words that stands whole in an adapter without being trained so, or with other tokens than the base's; empty for none."""
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    trained, shapes = tuple(settings.get("modules_to_save") or ()), shapes_in(base)
+    for name, shape in sorted(whole_words(adapter).items()):
+        if not name.removesuffix(".weight").endswith(trained or ("\0",)) or shape != shapes.get(name, shape):
+            return name
+    return ""
 
 
 def _weight_of(key: str) -> str:
