@@ -21,13 +21,6 @@ def weights_changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Pat
     return edit
 
 
-def in_bfloat16(tensors: dict[str, Any]) -> None:
-    import torch
-
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.to(torch.bfloat16).float()
-
-
 def merge_there(folder: Path, merger: streamed.Merger) -> None:
     """Put merged weights in the place of the link to the base model's."""
     from safetensors.torch import load_file, save_file
