@@ -300,9 +300,10 @@ def _choose_packing(config: TrainConfig, hardware: Hardware, *, tokens: int) -> 
         kernel = "attention by unsloth"
     elif hardware.gpus and choose_dtype(hardware).value == "bfloat16":
         kernel = "attention by torch's kernel for several lengths, or for a batch where long ones are alike"
-    proved = "if the model proves at the start that no example sees another"
     how = f"rows of up to {tokens:,} tokens, {kernel}"
-    return Choice(True, f"{f'set by `--packing`: {how}' if config.packing else f'{how}; {proved}'}")
+    if config.packing:
+        return Choice(True, f"set by `--packing`: {how}")
+    return Choice(True, f"{how}; if the model proves at the start that no example sees another")
 
 
 def _choose_alpha(config: TrainConfig) -> Choice[float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backprop.engine.merge import OF_PEFT, WEIGHTS
 from backprop.errors import ExportError
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ MAY_BE_ANYTHING = frozenset(
         "use_rslora",
     ]
 )
-
-
 UNSET = ("null", "false", "[]", "{}", '""')
 """Values of PEFT's settings that set nothing; 0 is none of them, say of a layer's number."""
 
@@ -93,12 +92,12 @@ def _read(adapter: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Plain
     if odd or not isinstance(targets, list) or any(config[key] != value for key, value in MUST_BE.items()):
         return None
     scaling = config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
-    left, found = load_file(adapter / "adapter_model.safetensors"), dict[str, Plain]()
+    left, found = load_file(adapter / WEIGHTS), dict[str, Plain]()
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if module == name or not any(module == target or module.endswith(f".{target}") for target in targets):
             continue
-        a, b = (left.pop(f"base_model.model.{module}.lora_{which}.weight") for which in "AB")
+        a, b = (left.pop(f"{OF_PEFT}{module}.lora_{which}.weight") for which in "AB")
         if [*b.shape, *a.shape] != [shape[0], rank, rank, *shape[1:]] or {a.dtype, b.dtype} != {torch.float32}:
             return None
         found[name] = Plain(a, b, scaling)

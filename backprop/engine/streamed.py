@@ -10,7 +10,7 @@ import runpy
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -100,15 +100,15 @@ class Merger:
 
 def why_not(base: Path, adapter: Path, rounding: Rounding | None = None) -> str:
     """Say why the weights in ``base`` cannot be merged one by one; empty if they can. Reads names only."""
-    weights, keys = set(weights_in(base)), set(weights_in(adapter))
+    weights, keys = shapes_in(base), set(shapes_in(adapter))
     biased = sorted(key for key in keys if ".lora_" in key and key.endswith(".bias"))
     if biased:
         return f"{biased[0]} changes a bias"
-    brought = words_brought(base, adapter)
+    brought = words_brought(weights, adapter)
     if brought:
         return f"{brought} is whole in the adapter"
     changed = {_weight_of(key) for key in keys}
-    odd = sorted((changed | (rounding.weights if rounding else frozenset())) - weights)
+    odd = sorted((changed | (rounding.weights if rounding else frozenset())) - set(weights))
     if odd:
         return f"{odd[0]} is stored under another name, or not by itself"
     settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
@@ -118,12 +118,16 @@ def why_not(base: Path, adapter: Path, rounding: Rounding | None = None) -> str:
     return f"{shared[0]} is shared" if shared else ""
 
 
-def words_brought(base: Path, adapter: Path) -> str:
-    """Name a weight of words that stands whole in an adapter without being trained so, or with other tokens than the base's; empty for none."""
+def words_brought(shapes: Mapping[str, Sequence[int]], adapter: Path) -> str:
+    """Name a weight of words that stands whole in an adapter without being trained so, or with other tokens than the base's; empty for none.
+
+    Args:
+        shapes: Of the base's weights.
+    """
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    trained, shapes = tuple(settings.get("modules_to_save") or ()), shapes_in(base)
+    trained = tuple(settings.get("modules_to_save") or ())
     for name, shape in sorted(whole_words(adapter).items()):
-        if not name.removesuffix(".weight").endswith(trained or ("\0",)) or shape != shapes.get(name, shape):
+        if not name.removesuffix(".weight").endswith(trained) or shape != shapes.get(name, shape):
             return name
     return ""
 
@@ -159,11 +163,6 @@ def weight_files(folder: Path) -> list[Path]:
         return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     whole = folder / "model.safetensors"
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def weights_in(folder: Path) -> Iterator[str]:
-    """Name the weights that a folder's safetensors hold."""
-    return iter(shapes_in(folder))
 
 
 def size_of(folder: Path) -> tuple[int, str]:

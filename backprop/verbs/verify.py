@@ -225,9 +225,9 @@ def refuse_foreign(adapter: Adapter, config: ExportConfig) -> None:
     Raises:
         ExportError: If it does not, or changes nothing.
     """
-    from backprop.engine.streamed import Merger, words_brought
+    from backprop.engine.streamed import Merger, shapes_in, words_brought
 
-    if words_brought(Path(adapter.base), adapter.folder):
+    if words_brought(shapes_in(Path(adapter.base)), adapter.folder):
         return  # it is seen when the base is loaded, and its vocabulary made as large
     Merger(Path(adapter.base), adapter.folder, trust_remote_code=config.trust_remote_code)
 

@@ -66,7 +66,7 @@ def test_each_weight_is_what_peft_makes_of_it(base: Path, tmp_path: Path, kind: 
     expected = model.merge_and_unload(safe_merge=True).state_dict()
     merger = streamed.Merger(base, adapter)
     assert streamed.why_not(base, adapter) == ""
-    names = set(streamed.weights_in(base))
+    names = set(streamed.shapes_in(base))
     assert names == set(expected)
     changed = {name for name in names if merger.changes(name)}
     assert len(changed) == (15 if kind == "a whole head" else 14)
@@ -186,7 +186,7 @@ def test_a_head_that_is_not_stored_is_shared_whatever_the_configuration_leaves_o
 def test_only_the_files_that_transformers_loads_are_weights(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "model")
     shutil.copy(next(base.glob("*.safetensors")), tmp_path / "model" / "consolidated.safetensors")
-    assert sorted(streamed.weights_in(tmp_path / "model")) == sorted(streamed.weights_in(base))
+    assert sorted(streamed.shapes_in(tmp_path / "model")) == sorted(streamed.shapes_in(base))
     assert streamed.size_of(tmp_path / "model") == streamed.size_of(base)
 
 

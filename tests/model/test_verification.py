@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from conftest import backprop, chat, lose_last_tensors, trained_run
-from planted import planted, weights_changed
 from tiny_models import tiny
 
 from backprop.core.fidelity import likeness
 from backprop.edges import device, llama_cpp
 from backprop.engine import merge, reference, streamed
+from backprop.verbs import gguf
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -30,6 +30,17 @@ def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[P
         content = json.loads((folder / name).read_text())
         change(content)
         (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def weights_changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     return edit
 
@@ -78,6 +89,16 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "embeddings in another order": (weights_changed(without_the_middle), "predicts as the trained model"),
     "weights rounded in the merge": (weights_changed(rounded), "predicts as the trained model"),
 }
+
+
+def merge_there(folder: Path, merger: streamed.Merger) -> None:
+    """Put merged weights in the place of the link to the base model's."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    merged = {name: merger.merge(name, one) if merger.changes(name) else one for name, one in weights.items()}
+    (folder / "model.safetensors").unlink()
+    save_file(merged, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def without_an_end(folder: Path) -> None:
@@ -132,6 +153,24 @@ FAULTS_OF_PIECES: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "the vocabulary is whole",
     ),
 }
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None]) -> None:
+    """Let the converter read a folder whose weights are merged already, and a fault in it."""
+    write_options, write_card = streamed.write_options, gguf.write_card
+    mergers: list[streamed.Merger] = []
+
+    def merged_already(path: Path, base: Path, adapter: Path, **told: Any) -> None:
+        mergers.append(streamed.Merger(base, adapter, rounding=told["rounding"]))
+        write_options(path, base, None, **told)
+
+    def faulty(adapter: Any, folder: Path, *, name: str) -> None:
+        write_card(adapter, folder, name=name)
+        merge_there(folder, mergers[0])
+        fault(folder)
+
+    monkeypatch.setattr(streamed, "write_options", merged_already)
+    monkeypatch.setattr(gguf, "write_card", faulty)
 
 
 def proofs_of(folder: Path, kind: str = "f16") -> dict[str, bool]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shapes import QWEN25_7B
 
 from backprop.config import TrainConfig
 from backprop.core.duration import (
@@ -28,17 +29,6 @@ CONFIG = TrainConfig(data=("x",), steps=3, batch_size=8)
 TWO_CORES = Hardware(gpus=(), driver="", num_cpus=2, memory_bytes=16 * GIB, platform="Linux x86_64")
 SMOLLM2 = ModelShape(hidden_size=576, intermediate_size=1536, num_layers=30, max_positions=8192, vocabulary=49152)
 RANDOM_1B = ModelShape(hidden_size=2048, intermediate_size=8192, num_layers=16, max_positions=8192, vocabulary=49152)
-
-
-QWEN25_7B = ModelShape(
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_layers=28,
-    max_positions=32768,
-    vocabulary=152064,
-    query_size=3584,
-    key_size=512,
-)
 QWEN25_15B = replace(
     QWEN25_7B, hidden_size=1536, intermediate_size=8960, query_size=1536, key_size=256, vocabulary=151936, tied=True
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from shapes import QWEN25_7B
 
 from backprop.config import TrainConfig
 from backprop.core.choice import Choice
@@ -27,15 +28,6 @@ from backprop.errors import HardwareError
 from backprop.presets import GIB
 
 CONFIG = TrainConfig(data=("x",))
-QWEN25_7B = ModelShape(
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_layers=28,
-    max_positions=32768,
-    vocabulary=152064,
-    query_size=3584,
-    key_size=512,
-)
 
 
 def test_weights_are_counted_as_the_model_has_them() -> None:
