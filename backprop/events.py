@@ -33,7 +33,7 @@ class PlanMade:
     memory: Mapping[str, int] = field(default_factory=dict[str, int])
     """What each phase is estimated to need of a GPU at its fullest, in bytes; empty without one."""
     to_try: Sequence[str] = ()
-    """Ways through the model that are tried on it before the first step, in words."""
+    """Ways through the model that may be tried on it before the first step; a single one only where memory is short."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,13 +62,18 @@ def choose(held_out: Iterable[Conversation], trained_on: Iterable[Conversation] 
     chosen: list[Conversation] = []
     room = MOST_CHARACTERS
     for rows in (held_out, islice(trained_on, MOST_LOOKED_AT)):
-        left = MOST_PROBES - len(chosen)
-        for one in heapq.nsmallest(left, filter(_may_be_asked, rows), key=_length) if left else ():
+        for one in heapq.nsmallest(MOST_PROBES - len(chosen), filter(_may_be_asked, rows), key=_length):
             if _length(one) > room:
                 break
             room -= _length(one)
             chosen.append(one)
     return chosen
+
+
+def choose_of_each(groups: Sequence[Iterable[Conversation]]) -> list[Conversation]:
+    """Choose as many of each group, so that one of short rows does not displace the others."""
+    each = -(-MOST_PROBES // len(groups))
+    return [one for rows in groups for one in choose((), rows)[:each]]
 
 
 def first_question(*groups: Iterable[Conversation]) -> str:

@@ -17,7 +17,7 @@ REACHED = 0.4
 # 1.6 of an A100 and 3 of an RTX 6000 Ada or H200.
 REACHED_PER_GIB = 1e12
 # A core of a CPU: SmolLM2 135M in float32 on two, whose 138 to 301 tokens a second (docs/benchmarks.md) are 40 to 90 GFLOP/s
-# for each.
+# for each; with `duration.LOW`, 45.
 OF_A_CPU = 56.25e9
 
 

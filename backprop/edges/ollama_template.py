@@ -73,10 +73,7 @@ def needed(server: Server, name: str, wanted: Rendering, say: Sink) -> bool:
         shown = str(fetch(server, "POST", "/api/show", {"model": name}).get("template") or "").strip()
         differs = "nothing around the words of a turn" if shown in NONE else ""
         if not differs:
-            told = (
-                "this Ollama does not tell how it renders prompts, and chose a template: only its answer was compared"
-            )
-            say(Warned(message=f"{told}; an Ollama of today tells"))
+            say(Warned(message="this Ollama does not tell how it renders prompts: only its answer was compared"))
     if not differs:
         return False
     told = f"Ollama would render prompts otherwise than in training: {differs}"

@@ -111,7 +111,7 @@ def fastest(
     given = (model, objective, examples, size)
     chosen, speed = measured_fastest(*given, config=config, plan=plan, ranks=ranks, say=say, run=run)
     if not speed:
-        if _needs_least(model, config, plan):
+        if _needs_least(model, size, config, plan):
             raise footprint.too_small(config, plan)
         told = "the memory was full with the longest examples in all that was tried"
         say(Warned(message=f"{told}: a step in which it is full again is done with less at once"))
@@ -127,10 +127,11 @@ def _is_tight(plan: Plan) -> bool:
     return plan.memory is not None and plan.memory.most >= TIGHT * footprint.room()
 
 
-def _needs_least(model: Any, config: TrainConfig, plan: Plan) -> bool:
+def _needs_least(model: Any, size: PassSize, config: TrainConfig, plan: Plan) -> bool:
     """Say whether nothing is left to make a step of this plan smaller."""
-    waits = plan.offload.value or config.offload is False
-    return plan.micro_batch.value == 1 and plan.recompute.value >= len(layers_of(model)) and waits
+    layers = len(layers_of(model))
+    waits = plan.offload.value or config.offload is False or not plan.may_wait(size.tokens, layers)
+    return plan.micro_batch.value == 1 and plan.recompute.value >= layers and waits
 
 
 def measured_fastest(

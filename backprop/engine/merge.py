@@ -89,8 +89,8 @@ def shapes_of(path: Path) -> dict[str, list[int]]:
 
 def _take_vocabulary(model: Any, adapter: Path) -> None:
     """Make room for the tokens that an adapter adds; PEFT loads what stands there."""
-    for num_tokens in {shape[0] for shape in whole_words(adapter).values()}:
-        if num_tokens != model.get_input_embeddings().num_embeddings:
+    for name, (num_tokens, _) in whole_words(adapter).items():
+        if name.endswith(WORDS[0]) and num_tokens != model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(num_tokens, mean_resizing=False)
 
 

@@ -190,7 +190,7 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
         if verifier:
             verifier.check_checkpoint(folder, model, rejected)
         answer = model.reply([{"role": "user", "content": adapter.question}]).text
-        told = answered(adapter, answer, target, folder, format="safetensors", quantization="bf16")
+        told = answered(adapter, answer, target, folder, rejected, format="safetensors", quantization="bf16")
         record(adapter, target, folder, told, config, base=bases.name_of(rounding, adapter, config))
     say(told)
 

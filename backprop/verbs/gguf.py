@@ -132,10 +132,7 @@ class Maker:
                 whole, gguf = gguf, llama_tools.split(gguf, beside, name=target.name, size=config.split_size)
                 whole.unlink()
             (reply,) = llama_cpp.ask(gguf, [[{"role": "user", "content": adapter.question}]], max_tokens=ANSWER_TOKENS)
-            if not reply.text and not config.split_size:
-                gguf.replace(rejected)
-                self.say(Warned(message=f"the {kind} file is kept as `{rejected}`"))
-            told = answered(adapter, reply.text, target, beside, format="gguf", quantization=kind)
+            told = answered(adapter, reply.text, target, beside, rejected, format="gguf", quantization=kind)
             record(adapter, target, beside, told, config, base=self.base)
         self.say(told)
 

@@ -38,20 +38,22 @@ def export_lora_gguf(adapter: Adapter, targets: Mapping[str, Path], config: Expo
         base, plain = scratch / "base.gguf", scratch / "adapter"
         inputs = lay_out(adapter, scratch, config, say, merged=False)
         with llama_cpp.converting(inputs.folder, base, kind="f16") as finish:
-            refuse_foreign(adapter, config)
+            if not config.verify:
+                refuse_foreign(adapter, config)
             verifier = verifier_for(adapter, targets, config, say)
             finish()
         _write_plain(adapter, settings, plain)
         for kind, target in targets.items():
             say(Phase(name=f"writing {kind}"))
+            rejected = target.with_name(target.name + REJECTED)
             with rundir.whole(target) as beside:
                 llama_cpp.convert_adapter(plain, inputs.folder, beside, kind=kind.removeprefix("lora-"))
                 if verifier:
-                    verifier.check_adapter(kind, base, beside, target.with_name(target.name + REJECTED))
+                    verifier.check_adapter(kind, base, beside, rejected)
                 with llama_cpp.loaded(base, adapter=beside) as model:
                     reply = model.reply([{"role": "user", "content": adapter.question}])
                 held = kind.removeprefix("lora-")
-                told = answered(adapter, reply.text, target, beside, format="lora-gguf", quantization=held)
+                told = answered(adapter, reply.text, target, beside, rejected, format="lora-gguf", quantization=held)
                 record(adapter, target, beside, told, config)
             say(told)
 

@@ -118,20 +118,24 @@ def _hash_of(target: Path) -> str:
     return " ".join(rundir.sha256_of(path) for path in files)
 
 
-def answered(adapter: Adapter, answer: str, target: Path, written: Path, *, format: str, quantization: str) -> Exported:
+def answered(
+    adapter: Adapter, answer: str, target: Path, written: Path, rejected: Path, *, format: str, quantization: str
+) -> Exported:
     """Say what is about to stand at ``target``, now that it answers.
 
     Args:
         written: The file, or the folder, as it is before it gets its name.
+        rejected: Where a file is kept that answers nothing.
 
     Raises:
         RejectedError: If the answer is empty.
     """
     if not answer:
-        raise RejectedError(
-            f"the {quantization} file gave no answer to {adapter.question!r}",
-            hint="ask another `--question`, or train longer",
-        )
+        hint = "ask another `--question`, or train longer"
+        if written.is_file():
+            written.replace(rejected)
+            hint += f"; it is kept as `{rejected}`"
+        raise RejectedError(f"the {quantization} file gave no answer to {adapter.question!r}", hint=hint)
     files = [path for path in written.rglob("*") if path.is_file()] if written.is_dir() else [written]
     return Exported(
         path=str(target),

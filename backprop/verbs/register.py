@@ -40,9 +40,11 @@ def destination(config: ExportConfig, adapter: Adapter) -> Destination | None:
     name = config.ollama_name or adapter.name
     ollama.check_name(name)
     server = find_server(config.ollama_url)
-    ollama.modelfile(f"{adapter.name}.gguf", ModelParts())
+    told = ModelParts(system=config.system or "", license=licence_of(Path(adapter.base)) or "")
+    ollama.modelfile(f"{adapter.name}.gguf", told)
     ollama.check(server)
-    parts_of(load_tokenizer(str(adapter.folder), trust_remote_code=config.trust_remote_code), adapter, config)
+    if config.system:
+        parts_of(load_tokenizer(str(adapter.folder), trust_remote_code=config.trust_remote_code), adapter, config)
     return Destination(server=server, name=name)
 
 
@@ -81,7 +83,7 @@ def parts_of(tokenizer: HfTokenizer, adapter: Adapter, config: ExportConfig) -> 
     """Give what a model is registered with besides its weights.
 
     Raises:
-        UsageError: If the chat template takes no system prompt, or one part cannot stand in a Modelfile.
+        UsageError: If the chat template takes no system prompt.
     """
     from backprop.engine.reference import REFUSED, render
 
@@ -89,9 +91,7 @@ def parts_of(tokenizer: HfTokenizer, adapter: Adapter, config: ExportConfig) -> 
     if system and render(tokenizer, _asked(adapter, system), asks=True) == REFUSED:
         raise UsageError("the model's chat template refuses a system prompt", hint="leave out `--system`")
     licence = licence_of(Path(adapter.base)) or ""
-    parts = ModelParts(system=system, stop=stops_of(tokenizer), license=licence)
-    ollama.modelfile("model.gguf", parts)
-    return parts
+    return ModelParts(system=system, stop=stops_of(tokenizer), license=licence)
 
 
 def _asked(adapter: Adapter, system: str) -> list[Message]:

@@ -100,11 +100,11 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
 
 
 def _check_question(question: str | None) -> None:
-    if question is not None and not 0 < len(question.strip()) <= LONGEST_QUESTION:
-        raise UsageError(
-            f"`--question` has {len(question):,} characters",
-            hint=f"ask one of 1 to {LONGEST_QUESTION:,}, or leave it out",
-        )
+    if question is not None and not question.strip():
+        raise UsageError("`--question` is blank", hint="ask something, or leave it out")
+    if question is not None and len(question) > LONGEST_QUESTION:
+        told = f"`--question` has {len(question):,} characters"
+        raise UsageError(told, hint=f"ask one of up to {LONGEST_QUESTION:,}, or leave it out")
 
 
 def _refuse_code_of_its_choice(base: str, folder: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_dry_run_shows_memory_attention_rows_and_what_is_to_be_tried(shown: Ca
     assert row(lines, "packing").startswith("packing True rows of up to ")
     assert "attention by torch's kernel for several lengths, or for a batch where long ones are alike" in str(lines)
     assert row(lines, "to try").startswith("to try 8 at once with 0 layers recomputed; ")
-    assert row(lines, "to try").endswith(" at once with 0 layers recomputed, before the first step")
+    assert row(lines, "to try").endswith(" at once with 0 layers recomputed, before the first step, unless known")
 
 
 def test_a_short_run_tries_nothing_and_padded_rows_are_attended_as_the_model_does(

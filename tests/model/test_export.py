@@ -71,7 +71,7 @@ def test_a_long_question_has_room_and_one_without_end_is_refused(run: Path, tmp_
     (answer,) = llama_cpp.ask(tmp_path / "tiny.gguf", [[{"role": "user", "content": long}]], max_tokens=2)
     assert not answer.stopped
     for question in ("?" * 2_001, " "):
-        with pytest.raises(UsageError, match="`--question` has"):
+        with pytest.raises(UsageError, match=r"`--question` (has|is blank)"):
             find_adapter(run, ExportConfig(question=question))
     shutil.copytree(run, tmp_path / "run")
     manifest = tmp_path / "run" / "run.json"
@@ -418,7 +418,10 @@ def test_python_registers_with_ollama_by_the_names_of_the_contract(
     trainer = Trainer("x", say=lambda event: None)
     monkeypatch.setattr(trainer, "_run", run)
     with pytest.raises(BackpropError, match="cannot name a model of Ollama"):
-        trainer.export("gguf", quantization="q8_0", output=tmp_path / "out", register_ollama=True, model_name="../etc")
+        trainer.export("gguf", quantization="q8_0", output=tmp_path / "out", model_name="../etc")
+    with pytest.raises(BackpropError, match=r"127\.0\.0\.1:9") as raised:
+        trainer.export(output=tmp_path / "out", register_ollama=True, ollama_url="http://127.0.0.1:9")
+    assert raised.value.code == 8
 
 
 def test_python_gets_the_same_bounds(tmp_path: Path) -> None:

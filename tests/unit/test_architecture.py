@@ -72,6 +72,11 @@ def test_modules_and_functions_stay_small() -> None:
     assert not large
 
 
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in names if names.count(name) > 1] == []  # pytest could not import both
+
+
 def test_text_is_read_and_written_in_an_encoding_that_is_named() -> None:
     """Windows reads a file of settings in UTF-8 as one of its own code page, without a word."""
     unnamed = [

@@ -3,7 +3,7 @@
 from typing import Any
 
 from backprop.core.data.formats import Conversation, Message
-from backprop.core.probes import MOST_ASKED, MOST_PROBES, choose, first_question
+from backprop.core.probes import MOST_ASKED, MOST_PROBES, choose, choose_of_each, first_question
 
 
 def row(question: str, answer: str = "Yes.", **options: Any) -> Conversation:
@@ -24,6 +24,12 @@ def test_held_out_rows_come_first_and_others_fill_up_to_64() -> None:
     assert set(chosen[10:]) <= set(asked(others))
     many = [row(f"held out {number}") for number in range(70)]
     assert set(asked(choose(many, others))) <= set(asked(many))
+
+
+def test_of_several_parts_each_has_its_share_however_long_its_rows_are() -> None:
+    short, long = ([row(f"{word} {number}") for number in range(100)] for word in ("a", "a longer question, number"))
+    chosen = asked(choose(choose_of_each([short, long])))
+    assert [sum(question in asked(part) for question in chosen) for part in (short, long)] == [32, 32]
 
 
 def test_what_cannot_be_asked_is_left_out() -> None:
