@@ -45,11 +45,11 @@ def check_model(folder: Path) -> None:
         if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
             raise ModelError(f"`{path}` is no plain file", hint=HINT)
     settings = read_object(folder / "config.json")
-    if settings.get("quantization_config"):
+    if settings.get("quantization_config") and not is_packed(folder):
         # Neither the estimates of memory nor llama.cpp's converter know these.
         raise ModelError(
             f"the weights in `{folder}` are quantized already",
-            hint="give the model of 16 bits that they were made from (say, a name without `-bnb-4bit`): `--method qlora` "
+            hint="give the model of 16 bits that they were made from (say, a name without `-AWQ`): `--method qlora` "
             "holds that in 4 bits",
         )
     for name, number in _numbers(settings):
@@ -63,6 +63,16 @@ def check_model(folder: Path) -> None:
         for shard in set(map(str, cast(Mapping[str, object], shards).values())):
             if shard != Path(shard).name or not shard.endswith(".safetensors") or "\\" in shard:
                 raise ModelError(f"`{folder / INDEX}` names weights outside of the folder: `{shard}`", hint=HINT)
+
+
+def is_packed(folder: Path) -> bool:
+    """Say whether bitsandbytes stored the weights in 4 or 8 bits."""
+    how = read_object(folder / "config.json").get("quantization_config")
+    if not isinstance(how, dict):
+        return False
+    named = cast(Mapping[str, object], how)
+    loads = named.get("load_in_4bit") or named.get("load_in_8bit")  # older ones do not say by what
+    return named.get("quant_method", "bitsandbytes" if loads else "") == "bitsandbytes"
 
 
 def lacks_weights(folder: Path) -> bool:

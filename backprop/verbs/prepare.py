@@ -34,6 +34,7 @@ from backprop.core.probes import choose
 from backprop.edges import device, files, hub, spill
 from backprop.errors import DataError, ModelError, UsageError
 from backprop.events import DataRead, Phase, PlanMade, Proved, Sink, Warned
+from backprop.verbs import models
 
 if TYPE_CHECKING:
     from backprop.engine.load import HfTokenizer
@@ -138,7 +139,7 @@ def prepare(
     hardware = device.use_one_gpu(device.probe())
     chosen = choose_model(config.model, replace(hardware, gpus=hardware.gpus[:1]))
     say(Phase(name=f"finding the model {chosen.value}"))
-    source = hub.find_model(chosen.value, offline=config.offline, weights=weights, code=config.trust_remote_code)
+    source = models.find(chosen.value, offline=config.offline, weights=weights, code=config.trust_remote_code, say=say)
     rows = len(judged.conversations) + len(held_out)
     spill.check_room(spill_bytes(config, rows=rows, characters=judged.characters))
     say(Phase(name="rendering the data"))

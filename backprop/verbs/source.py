@@ -10,8 +10,10 @@ from typing import Any
 from backprop.config import ExportConfig
 from backprop.core.data.formats import Message
 from backprop.core.probes import MOST_ASKED, by_itself
-from backprop.edges import hub, model_files, rundir
+from backprop.edges import model_files, rundir
 from backprop.errors import ExportError, UsageError
+from backprop.events import Sink
+from backprop.verbs import models
 
 DEFAULT_QUESTION = "Hello! Who are you?"
 LONGEST_QUESTION = 2_000
@@ -44,7 +46,7 @@ class Adapter:
     """Whether its card says that it was trained on weights of 4 bits, while its run is not known."""
 
 
-def find_adapter(source: Path, config: ExportConfig) -> Adapter:
+def find_adapter(source: Path, config: ExportConfig, say: Sink = lambda event: None) -> Adapter:
     """Find the adapter in a run directory or PEFT folder, and its base model.
 
     Raises:
@@ -71,7 +73,7 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
     base = _base_of_run(manifest, folder) if manifest.get("model") else _base_of(folder)
     if config.trust_remote_code:
         _refuse_code_of_its_choice(base, folder)
-    model = hub.find_model(base, offline=config.offline, code=config.trust_remote_code)
+    model = models.find(base, offline=config.offline, code=config.trust_remote_code, say=say)
     known = (manifest.get("model") or {}).get("sha256")
     if known not in (None, model.sha256):
         raise ExportError(
@@ -95,7 +97,7 @@ def find_adapter(source: Path, config: ExportConfig) -> Adapter:
         run=run if manifest else None,
         sha256=_adapter_hash(folder),
         four_bit_dtype=_four_bit_dtype(manifest),
-        four_bit_by_card=not manifest and _is_of_four_bits(folder / "README.md"),
+        four_bit_by_card=not manifest and not model.packed and _is_of_four_bits(folder / "README.md"),
     )
 
 

@@ -1,30 +1,23 @@
 """An adapter that was trained on weights of 4 bits is merged into the base that it was trained on; with bitsandbytes on a CPU.
 
-It is not installed where there is no GPU, since every start would import it: `scripts/setup` puts it into a folder of its
-own, and it is used in other processes. Training on 4 bits needs a GPU (its 4-bit product has no gradient on a CPU):
+Training on 4 bits needs a GPU (its 4-bit product has no gradient on a CPU):
 here an adapter is trained on weights that were rounded before, which is the same.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HERE, ROOT, Done, backprop, trained_run
+from apart import needs_bitsandbytes, with_bitsandbytes
+from conftest import HERE, Done, backprop, trained_run
 from tiny_models import tiny
 
 from backprop.core.fidelity import likeness
 from backprop.edges import hub, llama_cpp
 from backprop.engine import four_bit, load, merge, reference
 
-APART = ROOT / ".venv" / "apart"
-needs_bitsandbytes = pytest.mark.skipif(
-    four_bit.why_not() and not APART.is_dir(), reason="no bitsandbytes: `scripts/setup`"
-)
 pytestmark = pytest.mark.model
 
 ROUND = """
@@ -44,19 +37,6 @@ import torch
 from backprop.engine.four_bit import Rounding
 Rounding.apply = lambda self, weight: torch.zeros_like(weight)
 """
-
-
-def with_bitsandbytes(program: str, *arguments: str | Path, cwd: Path, apart: Path = APART) -> Done:
-    path = os.pathsep.join([*([str(apart)] if apart.is_dir() else []), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def told(done: Done) -> list[dict[str, Any]]:

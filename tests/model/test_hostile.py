@@ -223,7 +223,7 @@ def test_weights_that_are_quantized_already_are_refused_before_training(
     """Training might have begun on them, and export, after it, could not read them."""
     model = copy_of(tiny_model, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    four_bits = {"quant_method": "awq", "bits": 4}
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": four_bits}))
     done = backprop("train", "--data", write(HERE), "--model", model, "--steps", "1", cwd=tmp_path)
     assert done.returncode == 4
