@@ -176,27 +176,28 @@ def _unusable(directory: Path, error: OSError) -> DiskError:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Generator[None]:
+def locked(directory: Path, *, wait: bool = False) -> Generator[None]:
     """Hold a lock on a directory, which a process that died holds no longer, on whatever host. Not on Windows.
 
     Raises:
-        UsageError: If another process holds it.
+        UsageError: If another process holds it, and it is not to be waited for.
     """
     try:
         import fcntl
     except ImportError:
         yield
         return
+    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, how)
         except BlockingIOError:
             raise
         except OSError:  # NFS locks only what is open for writing, which a folder cannot be
             os.close(descriptor)
             descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, how)
         yield
     except BlockingIOError as error:
         raise UsageError(

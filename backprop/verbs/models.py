@@ -19,13 +19,25 @@ def find(name: str, *, offline: bool, weights: bool = True, code: bool = False, 
     packed = Path(found.path)
     if not model_files.is_packed(packed):
         return found
-    plain = re.sub(r"[^\w.-]", "-", Path(name.partition("@")[0]).name)
-    target = cache_dir() / "unpacked" / f"{plain}-{found.sha256[:16]}"
+    room = cache_dir() / "unpacked" / found.sha256[:16]
+    target = room / re.sub(r"[^\w.-]", "-", Path(name.partition("@")[0]).name)
     if not target.exists():
-        from backprop.engine.packed import unpack
-
         if weights:
             say(Phase(name=f"writing the weights of {name} as 16 bits to {target}, once"))
-        with rundir.whole(target) as beside:
-            unpack(packed, beside)
+        _unpack(packed, target)
     return hub.described(name, target, packed=packed)
+
+
+def _unpack(packed: Path, target: Path) -> None:
+    """Do so in one process, while others wait, and after what one left that was killed."""
+    from backprop.engine.packed import unpack
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with rundir.locked(target.parent, wait=True):
+            rundir.sweep(target.parent)
+            if not target.exists():
+                with rundir.whole(target) as beside:
+                    unpack(packed, beside)
+    except OSError as error:
+        raise rundir.disk_error(target, error) or error from error

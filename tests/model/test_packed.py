@@ -3,7 +3,9 @@
 import functools
 import json
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from backprop.edges import model_files
 from backprop.edges.places import llama_cpp_home
 from backprop.engine.packed import INDEX, unpack
 from backprop.errors import DiskError, ModelError
+from backprop.verbs import models
 from backprop.verbs.source import find_adapter
 
 pytestmark = pytest.mark.model
@@ -104,8 +107,13 @@ def test_a_run_on_them_is_exported_and_proved_also_when_the_cache_is_gone(
     folder = packed("nf4")
     run = trained_run(folder, tmp_path, HERE, steps=16, learning_rate=5e-3)
     assert json.loads((run / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
-    (plain,) = (tmp_path / "cache" / "backprop" / "unpacked").iterdir()
+    (plain,) = (tmp_path / "cache" / "backprop" / "unpacked").glob("*/*")
     assert find_adapter(run, ExportConfig()).base == str(plain)
+    alone = tmp_path / "alone"  # as another tool leaves it, which says how it trained and on what
+    shutil.copytree(run / "lora", alone)
+    (alone / "README.md").write_text("- load_in_4bit: True\n")
+    adapter = find_adapter(alone, ExportConfig())
+    assert (adapter.base, adapter.four_bit_by_card) == (str(plain), False)
     shutil.rmtree(plain)
     done = backprop("export", run, "-q", "q8_0", "--offline", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -148,15 +156,53 @@ def test_damaged_parts_are_refused(packed: Callable[[str], Path], tmp_path: Path
         unpack(folder, tmp_path / "lacking")
 
 
-def test_without_weights_the_settings_are_unpacked(tiny_model: Path, tmp_path: Path) -> None:
-    """As a plan needs them that fetches no weights."""
-    folder = tmp_path / "packed"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+def said_to_be_packed(model: Path, folder: Path, *ignored: str) -> Path:
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns(*ignored))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
     assert model_files.is_packed(folder)
+    return folder
+
+
+def test_without_weights_the_settings_are_unpacked(tiny_model: Path, tmp_path: Path) -> None:
+    """As a plan needs them that fetches no weights."""
+    folder = said_to_be_packed(tiny_model, tmp_path / "packed", "*.safetensors")
     unpack(folder, tmp_path / "plain")
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == sorted(
         path.name for path in folder.iterdir()
     )
-    assert json.loads((tmp_path / "plain" / "config.json").read_text()) == config
+    assert json.loads((tmp_path / "plain" / "config.json").read_text()) == json.loads(
+        (tiny_model / "config.json").read_text()
+    )
+
+
+def test_of_two_that_need_it_at_once_one_unpacks_it_after_one_that_was_killed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = said_to_be_packed(tiny_model, tmp_path / "packed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    began: list[Path] = []
+
+    def slowly(packed: Path, target: Path) -> None:
+        began.append(target)
+        time.sleep(0.5)
+        unpack(packed, target)
+
+    def killed(packed: Path, target: Path) -> None:
+        unpack(packed, target)
+        shutil.copytree(target, target.with_name(".backprop-packed.1.part"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("backprop.engine.packed.unpack", killed)
+    with pytest.raises(KeyboardInterrupt):
+        models.find(str(folder), offline=True, say=list[object]().append)
+    monkeypatch.setattr("backprop.engine.packed.unpack", slowly)
+    said: list[object] = []
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(lambda _: models.find(str(folder), offline=True, say=said.append), range(2))
+    assert one == other
+    assert (len(began), len(said)) == (1, 2)
+    assert list(Path(one.path).parent.iterdir()) == [Path(one.path)]
+    assert (one.public_name, one.revision) == (str(folder), None)
+    assert models.find(one.path, offline=True, say=said.append).sha256 == one.sha256
+    assert len(said) == 2
