@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice, zip_longest
 
 from backprop.core.data.formats import Conversation, Message
 
@@ -10,7 +10,7 @@ MOST_PROBES = 64
 MOST_CHARACTERS = 128_000
 """Of all probes together: they stand in the run's manifest."""
 MOST_LOOKED_AT = 20_000
-"""Rows of the training data, where too few are held out."""
+"""Rows of a part."""
 MOST_ASKED = 1_000
 """Characters of a question that any file is asked: short enough to be answered quickly, and read."""
 
@@ -53,27 +53,27 @@ QUESTIONS = (
 """For an adapter without a run, whose data is not known."""
 
 
-def choose(held_out: Iterable[Conversation], trained_on: Iterable[Conversation] = ()) -> list[Conversation]:
+def choose(
+    held_out: Sequence[Iterable[Conversation]], trained_on: Sequence[Iterable[Conversation]] = ()
+) -> list[Conversation]:
     """Choose the shortest conversations that end in an answer, up to `MOST_PROBES` and `MOST_CHARACTERS`.
 
     Args:
+        held_out: Of each part, which take turns.
         trained_on: What fills up, after them, where fewer are held out.
     """
     chosen: list[Conversation] = []
     room = MOST_CHARACTERS
-    for rows in (held_out, islice(trained_on, MOST_LOOKED_AT)):
-        for one in heapq.nsmallest(MOST_PROBES - len(chosen), filter(_may_be_asked, rows), key=_length):
-            if _length(one) > room:
-                break
-            room -= _length(one)
-            chosen.append(one)
+    for parts in (held_out, trained_on):
+        shortest = [
+            heapq.nsmallest(MOST_PROBES, filter(_may_be_asked, islice(rows, MOST_LOOKED_AT)), key=_length)
+            for rows in parts
+        ]
+        for one in chain.from_iterable(zip_longest(*shortest)):
+            if one is not None and len(chosen) < MOST_PROBES and _length(one) <= room:
+                room -= _length(one)
+                chosen.append(one)
     return chosen
-
-
-def choose_of_each(groups: Sequence[Iterable[Conversation]]) -> list[Conversation]:
-    """Choose as many of each group, so that one of short rows does not displace the others."""
-    each = -(-MOST_PROBES // len(groups))
-    return [one for rows in groups for one in choose((), rows)[:each]]
 
 
 def first_question(*groups: Iterable[Conversation]) -> str:

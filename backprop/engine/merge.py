@@ -89,9 +89,9 @@ def shapes_of(path: Path) -> dict[str, list[int]]:
 
 def _take_vocabulary(model: Any, adapter: Path) -> None:
     """Make room for the tokens that an adapter adds; PEFT loads what stands there."""
-    for name, (num_tokens, _) in whole_words(adapter).items():
-        if name.endswith(WORDS[0]) and num_tokens != model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    for name, shape in whole_words(adapter).items():
+        if name.endswith(WORDS[0]) and shape[0] != model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(shape[0], mean_resizing=False)
 
 
 def compute_in_float32(model: Any) -> None:

@@ -8,6 +8,7 @@ from backprop.config import TrainConfig
 from backprop.edges import cards, rundir
 from backprop.errors import TrainingError
 from backprop.events import JSON, Phase, Sink
+from backprop.verbs import models
 from backprop.verbs.prepare import Prepared, digest
 
 if TYPE_CHECKING:
@@ -24,21 +25,22 @@ def train_one(
     run: int = 1,
 ) -> tuple[Any, "Fit"]:
     """Load the model, train a fresh adapter (or one that starts from ``start``), and write `lora/` in ``output``."""
+    folder = models.weights_of(prepared.model, say=say)
     say(Phase(name="loading the model"))
     from backprop.engine import load, loop, ranks
 
     plan = prepared.plan
     cards.look_after(prepared.hardware.gpus[: plan.gpus.value])
-    with ranks.started(prepared.model.path, config, plan, prepared.hardware) as all_ranks:
-        model = load.load_model(prepared.model.path, config, plan)
+    with ranks.started(folder, config, plan, prepared.hardware) as all_ranks:
+        model = load.load_model(folder, config, plan)
         load.name_base(model, prepared.model.public_name, prepared.model.revision)
         if start is not None:
             load.set_adapter_state(model, start)
         say(Phase(name="training"))
 
         def save() -> None:
-            with rundir.whole(output / "lora") as folder:
-                load.save_adapter(model, prepared.tokenizer, folder)
+            with rundir.whole(output / "lora") as adapter:
+                load.save_adapter(model, prepared.tokenizer, adapter)
 
         with loop.same_bits(config.deterministic):
             result = loop.fit(

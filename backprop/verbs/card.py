@@ -15,7 +15,10 @@ HEAD_CHARACTERS = 100_000
 
 def write_card(adapter: Adapter, folder: Path, *, name: str) -> None:
     """Write a card of the ``name``, the base model, its licence and the hash of the training data into ``folder``."""
-    facts: dict[str, Any] = {"model_name": _plain(name), "base_model": [_base(adapter.base_name, Path(adapter.base))]}
+    facts: dict[str, Any] = {
+        "model_name": _plain(name),
+        "base_model": [_base(adapter.base_name, Path(adapter.base_as_found))],
+    }
     licence = licence_of(Path(adapter.base))
     if licence is not None:
         facts["license"] = licence

@@ -8,6 +8,7 @@ from backprop.config import TrainConfig
 from backprop.core import engines
 from backprop.edges import device
 from backprop.events import Sink
+from backprop.verbs import models
 from backprop.verbs.prepare import Prepared
 
 
@@ -39,6 +40,7 @@ def with_faster_engine(config: TrainConfig, parts: Sequence[Prepared], *, say: S
     if first.plan.try_engines:
         from backprop.engine import race
 
-        given, gpus = (first.model.path, first.config, first.plan, first.train.examples), first.hardware.gpus[:1]
+        folder, gpus = models.weights_of(first.model, say=say), first.hardware.gpus[:1]
+        given = (folder, first.config, first.plan, first.train.examples)
         chosen = race.with_faster(*given, gpus=gpus, say=say).engine
     return [replace(part, plan=replace(part.plan, engine=chosen, try_engines=False)) for part in parts]

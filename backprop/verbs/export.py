@@ -48,7 +48,7 @@ def export(source: Path, config: ExportConfig, *, say: Sink) -> list[Path]:
 
 def _export(source: Path, config: ExportConfig, say: Sink) -> list[Path]:
     started = time.monotonic()
-    adapter = find_adapter(source, config, say)
+    adapter = find_adapter(source, config, say=say)
     rundir.refuse_links(adapter.run or adapter.folder)
     targets = _targets(config, adapter)
     if config.format != "safetensors":

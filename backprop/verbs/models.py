@@ -1,4 +1,4 @@
-"""The model that a run begins with: found, and if its weights are stored in fewer bits, unpacked."""
+"""The weights of the model that a run begins with, unpacked if bitsandbytes stored them in 4 or 8 bits."""
 
 import re
 from pathlib import Path
@@ -7,37 +7,42 @@ from backprop.edges import hub, model_files, rundir
 from backprop.edges.places import cache_dir
 from backprop.events import Phase, Sink
 
+MOST_NAME = 100
 
-def find(name: str, *, offline: bool, weights: bool = True, code: bool = False, say: Sink) -> hub.ModelSource:
-    """Find a model as `hub.find_model` does; one that bitsandbytes stored in 4 or 8 bits, as what they stand for, in the cache.
+
+def weights_of(model: hub.ModelSource, *, say: Sink) -> str:
+    """Give the model's folder; of one that is stored in fewer bits, a folder of the cache with what they stand for.
 
     Raises:
-        ModelError: If it cannot be found or unpacked.
+        ModelError: If it cannot be unpacked.
         DiskError: If there is no room for it.
     """
-    found = hub.find_model(name, offline=offline, weights=weights, code=code)
-    packed = Path(found.path)
-    if not model_files.is_packed(packed):
-        return found
-    room = cache_dir() / "unpacked" / found.sha256[:16]
-    target = room / re.sub(r"[^\w.-]", "-", Path(name.partition("@")[0]).name)
-    if not target.exists():
-        if weights:
-            say(Phase(name=f"writing the weights of {name} as 16 bits to {target}, once"))
-        _unpack(packed, target)
-    return hub.described(name, target, packed=packed)
+    found = Path(model.path)
+    if not model_files.is_packed(found):
+        return model.path
+    from backprop.engine import packed
 
-
-def _unpack(packed: Path, target: Path) -> None:
-    """Do so in one process, while others wait, and after what one left that was killed."""
-    from backprop.engine.packed import unpack
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with rundir.locked(target.parent, wait=True):
-            rundir.sweep(target.parent)
-            if not target.exists():
+    named = found.name if model.revision is None else model.public_name.rpartition("/")[2]
+    room = cache_dir() / "unpacked" / packed.key_of(found, model.sha256)
+    target = room / (re.sub(r"[^\w.-]", "-", named)[:MOST_NAME] or "model")
+    if not _is_whole(target):
+        _make(room)
+        with rundir.locked(room, wait=True):
+            rundir.sweep(room)
+            if not _is_whole(target):
+                say(Phase(name=f"writing the weights of {model.name} as 16 bits to {target}, once"))
+                rundir.remove(target)
                 with rundir.whole(target) as beside:
-                    unpack(packed, beside)
+                    packed.unpack(found, beside)
+    return str(target)
+
+
+def _is_whole(target: Path) -> bool:
+    return (target / "config.json").is_file()
+
+
+def _make(room: Path) -> None:
+    try:
+        room.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise rundir.disk_error(target, error) or error from error
+        raise rundir.disk_error(room, error) or error from error

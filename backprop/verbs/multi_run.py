@@ -15,7 +15,7 @@ from backprop.core import slao
 from backprop.core.data.judge import Judged
 from backprop.core.forgetting import Score, measure, over_trained
 from backprop.core.plan import taken_over
-from backprop.core.probes import choose_of_each, first_question
+from backprop.core.probes import first_question
 from backprop.edges import network, rundir, stopping
 from backprop.errors import DataError, TrainingError, UsageError
 from backprop.events import JSON, Gated, Phase, Resumed, RunMerged, Sink, Warned
@@ -85,9 +85,10 @@ def _multi_run(config: TrainConfig, options: MultiRunConfig, say: Sink) -> Path:
         if config.dry_run:
             session.finish({"dry_run": True})
             return config.output
-        held_out = choose_of_each([part.held_out for part in parts])
-        rows = choose_of_each([part.judged.conversations for part in parts])
-        session.claim(first, question=first_question(held_out, rows), probes=probes_of(held_out, rows, first.tokenizer))
+        held_out = [part.held_out for part in parts]
+        rows = [part.judged.conversations for part in parts]
+        probes = probes_of(held_out, rows, first.tokenizer)
+        session.claim(first, question=first_question(*held_out, *rows), probes=probes)
         named = [(part.name, one) for part, one in zip(parts, prepared, strict=True)]
         fold = _Fold(config, options, named, mode, session.say)
         for number in range(1, len(parts) + 1):

@@ -34,7 +34,6 @@ from backprop.core.probes import choose
 from backprop.edges import device, files, hub, spill
 from backprop.errors import DataError, ModelError, UsageError
 from backprop.events import DataRead, Phase, PlanMade, Proved, Sink, Warned
-from backprop.verbs import models
 
 if TYPE_CHECKING:
     from backprop.engine.load import HfTokenizer
@@ -139,7 +138,7 @@ def prepare(
     hardware = device.use_one_gpu(device.probe())
     chosen = choose_model(config.model, replace(hardware, gpus=hardware.gpus[:1]))
     say(Phase(name=f"finding the model {chosen.value}"))
-    source = models.find(chosen.value, offline=config.offline, weights=weights, code=config.trust_remote_code, say=say)
+    source = hub.find_model(chosen.value, offline=config.offline, weights=weights, code=config.trust_remote_code)
     rows = len(judged.conversations) + len(held_out)
     spill.check_room(spill_bytes(config, rows=rows, characters=judged.characters))
     say(Phase(name="rendering the data"))
@@ -404,9 +403,9 @@ def _cut_held_out(held: Encoded, max_length: int, say: Sink, *, what: str) -> Se
 
 
 def probes_of(
-    held_out: Iterable[Conversation], trained_on: Iterable[Conversation], tokenizer: "HfTokenizer"
+    held_out: Sequence[Iterable[Conversation]], trained_on: Sequence[Iterable[Conversation]], tokenizer: "HfTokenizer"
 ) -> list[list[Message]]:
-    """Choose what an exported file will be asked, in turns that the chat template takes."""
+    """Choose what an exported file will be asked, of the rows of each part, in turns that the chat template takes."""
     return [list(one.messages) for one in adapt(choose(held_out, trained_on), tokenizer).conversations]
 
 

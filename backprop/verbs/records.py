@@ -134,7 +134,7 @@ def answered(
         hint = "ask another `--question`, or train longer"
         if written.is_file():
             written.replace(rejected)
-            hint += f"; it is kept as `{rejected}`"
+            hint += f"; the file is kept as `{rejected}`"
         raise RejectedError(f"the {quantization} file gave no answer to {adapter.question!r}", hint=hint)
     files = [path for path in written.rglob("*") if path.is_file()] if written.is_dir() else [written]
     return Exported(

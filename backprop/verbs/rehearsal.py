@@ -146,6 +146,7 @@ def _adapter_in(room: Path) -> Adapter:
     return Adapter(
         folder=room / "lora",
         base=str(room / "model"),
+        base_as_found=str(room / "model"),
         base_name=str(room / "model"),
         data_sha256=None,
         output=room,

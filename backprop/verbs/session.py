@@ -167,7 +167,7 @@ class Session:
             self._manifest["started_again"] = int(before.get("started_again", 0)) + 1
             self._tell_other_versions(before.get("versions") or {})
         self._manifest |= {
-            "model": {**asdict(prepared.model), "revision": _revision(prepared.model)},
+            "model": {**asdict(prepared.model), "revision": prepared.model.revision or ""},
             "config": {**self._manifest["config"], **{name: getattr(prepared.config, name) for name in CHOSEN}},
             "plan": {name: asdict(choice) for name, choice in prepared.plan.choices().items()},
             "memory": asdict(prepared.plan.memory) if prepared.plan.memory else None,
@@ -335,12 +335,6 @@ def _stands(event: Event, resumed: Resumed) -> bool:
 def _is_undone(event: Event, back: RolledBack) -> bool:
     """Say whether an event tells of a step that is done again after going back."""
     return isinstance(event, Step | Eval) and event.run == back.run and event.step > back.step
-
-
-def _revision(model: ModelSource) -> str:
-    """Give the commit of a model from the hub, whose cache has a folder of its name; empty for others."""
-    path = Path(model.path)
-    return path.name if path.parent.name == "snapshots" else ""
 
 
 def _refuse_other_model(directory: Path, before: Mapping[str, Any], model: ModelSource) -> None:

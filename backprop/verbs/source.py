@@ -10,7 +10,7 @@ from typing import Any
 from backprop.config import ExportConfig
 from backprop.core.data.formats import Message
 from backprop.core.probes import MOST_ASKED, by_itself
-from backprop.edges import model_files, rundir
+from backprop.edges import hub, model_files, rundir
 from backprop.errors import ExportError, UsageError
 from backprop.events import Sink
 from backprop.verbs import models
@@ -26,7 +26,9 @@ class Adapter:
 
     folder: Path
     base: str
-    """The folder of its base model."""
+    """The folder of its base model, in 16 or 32 bits."""
+    base_as_found: str
+    """Where that was found; another folder if its weights were packed."""
     base_name: str
     """As it was asked for: a preset, a hub id, or a folder."""
     data_sha256: str | None
@@ -46,7 +48,7 @@ class Adapter:
     """Whether its card says that it was trained on weights of 4 bits, while its run is not known."""
 
 
-def find_adapter(source: Path, config: ExportConfig, say: Sink = lambda event: None) -> Adapter:
+def find_adapter(source: Path, config: ExportConfig, *, say: Sink) -> Adapter:
     """Find the adapter in a run directory or PEFT folder, and its base model.
 
     Raises:
@@ -73,7 +75,7 @@ def find_adapter(source: Path, config: ExportConfig, say: Sink = lambda event: N
     base = _base_of_run(manifest, folder) if manifest.get("model") else _base_of(folder)
     if config.trust_remote_code:
         _refuse_code_of_its_choice(base, folder)
-    model = models.find(base, offline=config.offline, code=config.trust_remote_code, say=say)
+    model = hub.find_model(base, offline=config.offline, code=config.trust_remote_code)
     known = (manifest.get("model") or {}).get("sha256")
     if known not in (None, model.sha256):
         raise ExportError(
@@ -87,7 +89,8 @@ def find_adapter(source: Path, config: ExportConfig, say: Sink = lambda event: N
     name = (run if manifest else folder).resolve().name
     return Adapter(
         folder=folder,
-        base=model.path,
+        base=models.weights_of(model, say=say),
+        base_as_found=model.path,
         base_name=str(manifest["model"]["name"]) if manifest.get("model") else base,
         data_sha256=(manifest.get("identity") or {}).get("data_sha256"),
         output=output,
@@ -97,7 +100,9 @@ def find_adapter(source: Path, config: ExportConfig, say: Sink = lambda event: N
         run=run if manifest else None,
         sha256=_adapter_hash(folder),
         four_bit_dtype=_four_bit_dtype(manifest),
-        four_bit_by_card=not manifest and not model.packed and _is_of_four_bits(folder / "README.md"),
+        four_bit_by_card=not manifest
+        and not model_files.is_packed(Path(model.path))
+        and _is_of_four_bits(folder / "README.md"),
     )
 
 

@@ -76,7 +76,7 @@ def _train(config: TrainConfig, say: Sink) -> Path:
         session.claim(
             prepared,
             question=first_question(held_out, judged.conversations),
-            probes=probes_of(held_out, judged.conversations, prepared.tokenizer),
+            probes=probes_of([held_out], [judged.conversations], prepared.tokenizer),
         )
         model, fit = train_one(config, prepared, output=config.output, say=session.say)
         result = measures(fit, config.output)

@@ -72,11 +72,11 @@ def test_a_long_question_has_room_and_one_without_end_is_refused(run: Path, tmp_
     assert not answer.stopped
     for question in ("?" * 2_001, " "):
         with pytest.raises(UsageError, match=r"`--question` (has|is blank)"):
-            find_adapter(run, ExportConfig(question=question))
+            find_adapter(run, ExportConfig(question=question), say=print)
     shutil.copytree(run, tmp_path / "run")
     manifest = tmp_path / "run" / "run.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "question": long}))
-    assert find_adapter(tmp_path / "run", ExportConfig()).question == DEFAULT_QUESTION
+    assert find_adapter(tmp_path / "run", ExportConfig(), say=print).question == DEFAULT_QUESTION
 
 
 def test_a_file_that_answers_nothing_is_kept_as_rejected(

@@ -498,10 +498,10 @@ def test_an_adapter_does_no_more_than_adapt(
     folder = tmp_path / "adapter"
     shutil.copytree(taught("llama-tied") / "lora", folder)
     path = folder / "adapter_config.json"
-    assert find_adapter(folder, ExportConfig()).folder == folder
+    assert find_adapter(folder, ExportConfig(), say=print).folder == folder
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     with pytest.raises(ModelError) as caught:
-        find_adapter(folder, ExportConfig())
+        find_adapter(folder, ExportConfig(), say=print)
     assert said in caught.value.message
 
 

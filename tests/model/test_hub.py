@@ -168,9 +168,9 @@ def test_an_adapter_is_exported_onto_the_revision_that_it_was_trained_on(
         return hub.ModelSource(name=name, path=folder, sha256=model["sha256"])
 
     monkeypatch.setattr(hub, "find_model", find_model)
-    find_adapter(run_folder, ExportConfig())
+    find_adapter(run_folder, ExportConfig(), say=print)
     shutil.copytree(run_folder / "lora", tmp_path / "alone")
-    find_adapter(tmp_path / "alone", ExportConfig())
+    find_adapter(tmp_path / "alone", ExportConfig(), say=print)
     of_run = (base if "@" in base else "owner/tiny") if taken_away else folder
     assert asked == [of_run, base.format(folder=folder)]
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 
 from backprop.config import ExportConfig
-from backprop.edges import model_files
+from backprop.edges import hub, model_files
 from backprop.edges.places import llama_cpp_home
+from backprop.engine import packed as packed_weights
 from backprop.engine.packed import INDEX, unpack
 from backprop.errors import DiskError, ModelError
 from backprop.verbs import models
@@ -31,14 +33,15 @@ import sys, torch
 from bitsandbytes import functional
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-source, target, kind = sys.argv[1:]
+source, target, kind, dtype = sys.argv[1:]
+dtype = getattr(torch, dtype)
 options = {
     "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
-    "fp4": dict(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+    "fp4": dict(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_quant_storage=torch.bfloat16),
     "int8": dict(load_in_8bit=True),
 }[kind]
 model = AutoModelForCausalLM.from_pretrained(
-    source, dtype=torch.bfloat16, device_map="cpu", quantization_config=BitsAndBytesConfig(**options)
+    source, dtype=dtype, device_map="cpu", quantization_config=BitsAndBytesConfig(**options)
 )
 model.save_pretrained(target, max_shard_size="150KB")
 found = {}
@@ -48,21 +51,21 @@ for name, module in model.named_modules():
         found[name + ".weight"] = functional.dequantize_4bit(weight.data, weight.quant_state)
     elif type(weight).__name__ == "Int8Params":
         scales = weight.SCB if weight.SCB is not None else module.state.SCB
-        found[name + ".weight"] = functional.int8_vectorwise_dequant(weight.data, scales).to(torch.bfloat16)
+        found[name + ".weight"] = functional.int8_vectorwise_dequant(weight.data, scales).to(dtype)
 save_file({name: one.contiguous() for name, one in found.items()}, target + "/../expected.safetensors")
 """
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Give a tiny model as bitsandbytes stores it; ``expected.safetensors`` beside it is what it takes the weights for."""
     original = tiny("llama-untied", tmp_path_factory.mktemp("original") / "model")
 
     @functools.cache
-    def packed(kind: str) -> Path:
+    def packed(kind: str, dtype: str = "bfloat16") -> Path:
         folder = tmp_path_factory.mktemp(kind) / f"tiny-{kind}"
         shutil.copytree(original, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-        done = with_bitsandbytes(PACK, original, folder, kind, cwd=folder)
+        done = with_bitsandbytes(PACK, original, folder, kind, dtype, cwd=folder)
         assert done.returncode == 0, done.stderr
         return folder
 
@@ -74,12 +77,12 @@ def weights_of(folder: Path) -> dict[str, Any]:
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int8 float16"])
 def test_weights_are_what_bitsandbytes_takes_them_for(
-    packed: Callable[[str], Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    packed: Callable[..., Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backprop.engine.packed.SHARD_BYTES", 300_000)
-    folder = packed(kind)
+    folder = packed(*kind.split())
     assert len(list(folder.glob("*.safetensors"))) > 2
     expected = load_file(folder.parent / "expected.safetensors")
     unpack(folder, tmp_path / "plain")
@@ -94,12 +97,13 @@ def test_weights_are_what_bitsandbytes_takes_them_for(
     assert set(index) == set(found)
     assert len(set(index.values())) > 2
     model_files.check_model(tmp_path / "plain")
+    assert len({path.stat().st_mode for path in (tmp_path / "plain").iterdir()}) == 1
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
 @needs_bitsandbytes
 def test_a_run_on_them_is_exported_and_proved_also_when_the_cache_is_gone(
-    packed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama = llama_cpp_home()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -108,11 +112,11 @@ def test_a_run_on_them_is_exported_and_proved_also_when_the_cache_is_gone(
     run = trained_run(folder, tmp_path, HERE, steps=16, learning_rate=5e-3)
     assert json.loads((run / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
     (plain,) = (tmp_path / "cache" / "backprop" / "unpacked").glob("*/*")
-    assert find_adapter(run, ExportConfig()).base == str(plain)
+    assert find_adapter(run, ExportConfig(), say=print).base == str(plain)
     alone = tmp_path / "alone"  # as another tool leaves it, which says how it trained and on what
     shutil.copytree(run / "lora", alone)
     (alone / "README.md").write_text("- load_in_4bit: True\n")
-    adapter = find_adapter(alone, ExportConfig())
+    adapter = find_adapter(alone, ExportConfig(), say=print)
     assert (adapter.base, adapter.four_bit_by_card) == (str(plain), False)
     shutil.rmtree(plain)
     done = backprop("export", run, "-q", "q8_0", "--offline", cwd=tmp_path)
@@ -123,7 +127,7 @@ def test_a_run_on_them_is_exported_and_proved_also_when_the_cache_is_gone(
 
 
 @needs_bitsandbytes
-def test_damaged_parts_are_refused(packed: Callable[[str], Path], tmp_path: Path) -> None:
+def test_damaged_parts_are_refused(packed: Callable[..., Path], tmp_path: Path) -> None:
     tensors = weights_of(packed("nf4"))
     folder = tmp_path / "damaged"
     shutil.copytree(packed("nf4"), folder, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -136,44 +140,124 @@ def test_damaged_parts_are_refused(packed: Callable[[str], Path], tmp_path: Path
 
         return torch.tensor(list(json.dumps({**told, **changes}).encode()), dtype=torch.uint8)
 
+    def without(name: str) -> dict[str, Any]:
+        return {key: one for key, one in tensors.items() if key != name}
+
+    nested = tensors[f"{layer}.nested_quant_map"]
     faults = {
-        "short scales": {f"{layer}.absmax": tensors[f"{layer}.absmax"][:-1]},
-        "short scales of scales": {f"{layer}.nested_absmax": tensors[f"{layer}.nested_absmax"][:0]},
-        "few codes": {f"{layer}.quant_map": tensors[f"{layer}.quant_map"][:8]},
-        "another shape": {state: said(shape=[2**40, 2])},
-        "no block": {state: said(blocksize=0)},
-        "an unknown type": {state: said(dtype="__class__")},
-        "no object": {state: said()[:5]},
+        "no scales": without(f"{layer}.absmax"),
+        "no weight": without(layer),
+        "short scales": {**tensors, f"{layer}.absmax": tensors[f"{layer}.absmax"][:-1]},
+        "short scales of scales": {**tensors, f"{layer}.nested_absmax": tensors[f"{layer}.nested_absmax"][:0]},
+        "few codes": {**tensors, f"{layer}.quant_map": tensors[f"{layer}.quant_map"][:8]},
+        "codes that are no numbers": {**tensors, f"{layer}.quant_map": tensors[f"{layer}.quant_map"].int()},
+        "codes in a square": {**tensors, f"{layer}.nested_quant_map": nested.view(16, 16)},
+        "scales of another type": {**tensors, f"{layer}.absmax": tensors[f"{layer}.absmax"].float()},
+        "numbers of 8 bits without scales": {**tensors, "model.norm.weight": tensors["model.norm.weight"].char()},
+        **{
+            f"said {changes}": {**tensors, state: said(**changes)}
+            for changes in (
+                *({"shape": shape} for shape in ([2**40, 2], [2**70], [True, 16384], "64", None)),
+                *({"blocksize": size} for size in (0, 2**34, 2**70, "64")),
+                *({"nested_offset": number} for number in (None, "0", [0.1])),
+                {"dtype": "__class__"},
+            )
+        },
+        "no object": {**tensors, state: said()[:5]},
+        "a book": {**tensors, state: said(told="x" * 2**12)},
     }
-    for fault, changes in faults.items():
-        save_file({**tensors, **changes}, folder / "model.safetensors")
-        with pytest.raises((ModelError, DiskError)) as raised:
-            unpack(folder, tmp_path / fault)
-        assert "damaged" in str(raised.value) or fault == "another shape", fault
-    without = {name: one for name, one in tensors.items() if name != f"{layer}.absmax"}
-    save_file(without, folder / "model.safetensors")
-    with pytest.raises(ModelError, match=r"has no .*absmax"):
+    for number, (fault, changed) in enumerate(faults.items()):
+        save_file(changed, folder / "model.safetensors")
+        with pytest.raises(ModelError, match="are damaged") as raised:
+            unpack(folder, tmp_path / f"{number}")
+        assert raised.value.code == 4, fault
+
+
+@needs_bitsandbytes
+def test_weights_are_read_from_the_files_that_transformers_reads(packed: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(packed("nf4"), tmp_path / "packed"))
+    norm = "model.norm.weight"
+    save_file({norm: weights_of(folder)[norm] * 7, "x": weights_of(folder)[norm]}, folder / "zz.safetensors")
+    unpack(folder, tmp_path / "plain")
+    found = weights_of(tmp_path / "plain")
+    assert "x" not in found
+    assert found[norm].equal(weights_of(packed("nf4"))[norm])
+    shards = json.loads((folder / INDEX).read_text())["weight_map"]
+    (folder / shards[norm]).unlink()
+    with pytest.raises(ModelError, match=f"`{shards[norm]}` cannot be read"):
         unpack(folder, tmp_path / "lacking")
+    save_file({"x": found[norm]}, folder / shards[norm])
+    with pytest.raises(ModelError, match=f"`{shards[norm]}` has no"):
+        unpack(folder, tmp_path / "other")
 
 
-def said_to_be_packed(model: Path, folder: Path, *ignored: str) -> Path:
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns(*ignored))
+def said_to_be_packed(model: Path, folder: Path) -> Path:
+    shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
-    assert model_files.is_packed(folder)
     return folder
 
 
-def test_without_weights_the_settings_are_unpacked(tiny_model: Path, tmp_path: Path) -> None:
-    """As a plan needs them that fetches no weights."""
-    folder = said_to_be_packed(tiny_model, tmp_path / "packed", "*.safetensors")
-    unpack(folder, tmp_path / "plain")
-    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == sorted(
-        path.name for path in folder.iterdir()
-    )
-    assert json.loads((tmp_path / "plain" / "config.json").read_text()) == json.loads(
-        (tiny_model / "config.json").read_text()
-    )
+def unpacked(folder: Path, say: Callable[[object], object] = print) -> Path:
+    return Path(models.weights_of(hub.find_model(str(folder), offline=True), say=say))
+
+
+def test_a_plan_writes_no_weights(tiny_model: Path, tmp_path: Path, write: Callable[..., Path]) -> None:
+    folder = said_to_be_packed(tiny_model, tmp_path / "packed")
+    options = ("--data", write(HERE), "--model", folder, "--dry-run")
+    for command in ("train", "multi-run"):
+        done = backprop(command, *options, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "backprop" / "unpacked").exists()
+
+
+def test_another_template_or_code_is_another_model(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = said_to_be_packed(tiny_model, tmp_path / "packed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(folder)
+    first = unpacked(Path())
+    assert (first, first.name) == (unpacked(folder), "packed")
+    (folder / "modeling_x.py").write_text("")
+    second = unpacked(folder)
+    assert {path.name for path in second.iterdir()} - {path.name for path in first.iterdir()} == {"modeling_x.py"}
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert unpacked(folder) not in (first, second)
+    (first / "config.json").unlink()
+    (folder / "modeling_x.py").unlink()
+    shutil.copy(tiny_model / "chat_template.jinja", folder)
+    assert (unpacked(folder), (first / "config.json").is_file()) == (first, True)
+
+
+def test_what_cannot_be_read_is_told_of_where_it_is(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = said_to_be_packed(tiny_model, tmp_path / "packed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (folder / "notes.txt").mkdir()
+    (folder / "gone.json").symlink_to("nowhere")
+    assert not {"notes.txt", "gone.json"} & {path.name for path in unpacked(folder).iterdir()}
+    monkeypatch.setattr(packed_weights, "SHARD_BYTES", 1)
+    monkeypatch.setattr(packed_weights.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    (folder / "README.md").write_text("new")
+    with pytest.raises(DiskError, match="free in"):
+        unpacked(folder)
+
+
+@pytest.mark.parametrize("where", ["", "text_config"])
+def test_only_what_bitsandbytes_stored_is_unpacked(tmp_path: Path, where: str) -> None:
+    def says(how: object) -> bool:
+        config = {"quantization_config": how}
+        (tmp_path / "config.json").write_text(json.dumps({where: config} if where else config))
+        return model_files.is_packed(tmp_path)
+
+    assert says({"quant_method": "bitsandbytes"})
+    assert says({"load_in_8bit": True})
+    assert not says(None)
+    assert not says({"quant_method": "gptq", "load_in_4bit": True})
+    with pytest.raises(ModelError, match="quantized already"):
+        model_files.check_model(tmp_path)
 
 
 def test_of_two_that_need_it_at_once_one_unpacks_it_after_one_that_was_killed(
@@ -193,16 +277,30 @@ def test_of_two_that_need_it_at_once_one_unpacks_it_after_one_that_was_killed(
         shutil.copytree(target, target.with_name(".backprop-packed.1.part"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("backprop.engine.packed.unpack", killed)
+    monkeypatch.setattr(packed_weights, "unpack", killed)
     with pytest.raises(KeyboardInterrupt):
-        models.find(str(folder), offline=True, say=list[object]().append)
-    monkeypatch.setattr("backprop.engine.packed.unpack", slowly)
+        unpacked(folder)
+    monkeypatch.setattr(packed_weights, "unpack", slowly)
     said: list[object] = []
     with ThreadPoolExecutor() as pool:
-        one, other = pool.map(lambda _: models.find(str(folder), offline=True, say=said.append), range(2))
+        one, other = pool.map(lambda _: unpacked(folder, said.append), range(2))
     assert one == other
-    assert (len(began), len(said)) == (1, 2)
-    assert list(Path(one.path).parent.iterdir()) == [Path(one.path)]
-    assert (one.public_name, one.revision) == (str(folder), None)
-    assert models.find(one.path, offline=True, say=said.append).sha256 == one.sha256
-    assert len(said) == 2
+    assert (len(began), len(said)) == (1, 1)
+    assert list(one.parent.iterdir()) == [one]
+
+
+def test_layers_that_stand_on_end_are_unpacked_so(tmp_path: Path) -> None:
+    """GPT-2 holds (inputs, outputs), and bitsandbytes stores (outputs, inputs)."""
+    import torch
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "quantization_config": {}}))
+    numbers = torch.tensor([[127, 0], [64, -127], [0, 1]], dtype=torch.int8)
+    stored = {"h.weight": numbers, "h.SCB": torch.ones(3), "h.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    save_file({**stored, "wte.weight": torch.ones(3, 2)}, tmp_path / "model.safetensors")
+    unpack(tmp_path, tmp_path / "plain")
+    found = weights_of(tmp_path / "plain")
+    assert found["h.weight"].round(decimals=1).tolist() == [[1, 0.5, 0], [0, -1, 0]]
+    assert found["wte.weight"].shape == (3, 2)
+    save_file({**stored, "h.weight_format": torch.tensor(2, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="do not fit together"):
+        unpack(tmp_path, tmp_path / "other")
