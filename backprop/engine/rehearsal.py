@@ -58,9 +58,10 @@ def write_small_copy(path: str, folder: Path, tokenizer: HfTokenizer, *, trust_r
 
 
 def _shrink(config: Any) -> None:
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     text: Any = config.get_text_config()
+    for one in (config, text):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     heads = max(1, min(HEADS, WIDTH // head_size))

@@ -19,6 +19,7 @@ from tiny_models import tiny
 from backprop.config import ExportConfig
 from backprop.edges import hub, model_files
 from backprop.edges.places import llama_cpp_home
+from backprop.engine import load, rehearsal
 from backprop.engine import packed as packed_weights
 from backprop.engine.packed import INDEX, unpack
 from backprop.errors import DiskError, ModelError
@@ -209,6 +210,14 @@ def test_a_plan_writes_no_weights(tiny_model: Path, tmp_path: Path, write: Calla
         done = backprop(command, *options, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path))
         assert done.returncode == 0, done.stderr
     assert not (tmp_path / "backprop" / "unpacked").exists()
+
+
+def test_a_small_copy_of_it_has_plain_weights(tiny_model: Path, tmp_path: Path) -> None:
+    folder = said_to_be_packed(tiny_model, tmp_path / "packed")
+    tokenizer = load.load_tokenizer(str(folder), trust_remote_code=False)
+    rehearsal.write_small_copy(str(folder), tmp_path / "small", tokenizer, trust_remote_code=False)
+    model_files.check_model(tmp_path / "small")
+    assert not model_files.is_packed(tmp_path / "small")
 
 
 def test_another_template_or_code_is_another_model(
