@@ -120,6 +120,7 @@ def test_sizes_are_read_as_written(text: str, count: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_importance_matrix_changes_sizes_and_none_is_beyond_the_budget(run: Path, tmp_path: Path) -> None:
     plain = exported(run, tmp_path / "plain", "-q", "iq3_m", "--imatrix", "auto")
     most = told(plain, "exported")[0]["size_bytes"] / 2**20 + 0.1

@@ -229,12 +229,11 @@ def test_finding_out_draws_no_random_number_twice() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"packing": True, "lora_dropout": 0.1},
-        {"packing": False},
-        {"method": "dora", "recompute": 0},
-        {"objective": "dpo"},
+        pytest.param({"packing": True, "lora_dropout": 0.1}, id="dropout", marks=pytest.mark.long),
+        pytest.param({"packing": False}, id="padded"),
+        pytest.param({"method": "dora", "recompute": 0}, id="dora", marks=pytest.mark.long),
+        pytest.param({"objective": "dpo"}, id="dpo", marks=pytest.mark.long),
     ],
-    ids=["dropout", "padded", "dora", "dpo"],
 )
 def test_compiled_layers_train_as_they_do_uncompiled(
     train: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

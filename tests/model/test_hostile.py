@@ -59,6 +59,7 @@ def refused(model: Path, data: Path, *options: str, cwd: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_file_that_expands_without_end_is_refused(tmp_path: Path) -> None:
     for name, row in (
         ("lines.jsonl.gz", b"\n" * 2**20),

@@ -81,7 +81,12 @@ EXPERTS = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 
 @pytest.mark.parametrize(
     ("name", "special"),
     [
-        pytest.param("Mixtral", {**EXPERTS, "num_local_experts": 8, "num_experts_per_tok": 2}, id="eight experts"),
+        pytest.param(
+            "Mixtral",
+            {**EXPERTS, "num_local_experts": 8, "num_experts_per_tok": 2},
+            id="eight experts",
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             "Qwen2Moe",
             {

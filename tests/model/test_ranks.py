@@ -29,6 +29,9 @@ RATED = [{"prompt": f"question {n}", "completion": "good " * (3 * n + 1), "label
 QUICK: dict[str, Any] = {"skip_proofs": True, "steps": 4}
 
 
+LONG = (pytest.mark.slow, pytest.mark.long)
+
+
 def share_by(patch: pytest.MonkeyPatch, num_ranks: int) -> None:
     """Let a CPU train in several processes, as no user can ask for."""
     patch.setattr(duration, "choose_gpus", lambda *_: Choice(num_ranks, "a test"))
@@ -184,13 +187,11 @@ def test_a_memory_that_is_full_on_one_rank_shrinks_the_step_on_all(
             "sys.exit('no such card')", 5, "the process for GPU 2 of 2 ended: ", id="started", marks=pytest.mark.slow
         ),
         pytest.param("load.load_model = raise_", 4, "no such model", id="loading", marks=pytest.mark.slow),
-        pytest.param("worker.join = die", 5, "exited with 3", id="joining", marks=pytest.mark.slow),
-        pytest.param("ranks.Rank.take_weights = die", 5, "exited with 3", id="weights", marks=pytest.mark.slow),
-        pytest.param("ranks.Rank.compute = die", 5, "exited with 3", id="computing", marks=pytest.mark.slow),
+        pytest.param("worker.join = die", 5, "exited with 3", id="joining", marks=LONG),
+        pytest.param("ranks.Rank.take_weights = die", 5, "exited with 3", id="weights", marks=LONG),
+        pytest.param("ranks.Rank.compute = die", 5, "exited with 3", id="computing", marks=LONG),
         pytest.param("ranks.Rank.add_up = die", 5, "exited with 3", id="adding up"),
-        pytest.param(
-            "ranks.Rank.compute = lambda *_: 1 / 0", 5, "division by zero", id="a fault", marks=pytest.mark.slow
-        ),
+        pytest.param("ranks.Rank.compute = lambda *_: 1 / 0", 5, "division by zero", id="a fault", marks=LONG),
     ],
 )
 def test_a_worker_that_ends_ends_the_run_at_once_with_what_it_said(
@@ -268,8 +269,8 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> s
     [
         pytest.param("SIGKILL", -signal.SIGKILL, id="SIGKILL"),
         pytest.param("SIGTERM", 75, id="SIGTERM"),
-        pytest.param("Ctrl-C", 130, id="Ctrl-C"),
-        pytest.param("a dead worker", 5, id="a dead worker"),
+        pytest.param("Ctrl-C", 130, id="Ctrl-C", marks=pytest.mark.long),
+        pytest.param("a dead worker", 5, id="a dead worker", marks=pytest.mark.long),
     ],
 )
 def test_a_shared_run_that_is_stopped_leaves_no_process_and_goes_on_to_the_same_end(

@@ -38,6 +38,7 @@ def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_the_unit_tier_passes_there() -> None:
     left_out = [option for name in POSIX_ALONE for option in ("--deselect", name)]
     options = ["-q", "-p", "no:cacheprovider", "-p", "windows_double", "--ignore", "tests/unit/test_doctor.py"]
