@@ -10,7 +10,7 @@ MOST_PROBES = 64
 MOST_CHARACTERS = 128_000
 """Of all probes together: they stand in the run's manifest."""
 MOST_LOOKED_AT = 20_000
-"""Rows of a part."""
+"""Rows of each part that are looked at."""
 MOST_ASKED = 1_000
 """Characters of a question that any file is asked: short enough to be answered quickly, and read."""
 
@@ -65,6 +65,8 @@ def choose(
     chosen: list[Conversation] = []
     room = MOST_CHARACTERS
     for parts in (held_out, trained_on):
+        if len(chosen) == MOST_PROBES:
+            break
         shortest = [
             heapq.nsmallest(MOST_PROBES, filter(_may_be_asked, islice(rows, MOST_LOOKED_AT)), key=_length)
             for rows in parts

@@ -45,7 +45,7 @@ def check_model(folder: Path) -> None:
         if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
             raise ModelError(f"`{path}` is no plain file", hint=HINT)
     settings = read_object(folder / "config.json")
-    if _quantized(settings) and not is_packed(folder):
+    if _quantized(settings) and not _by_bitsandbytes(settings):
         # Neither the estimates of memory nor llama.cpp's converter know these.
         raise ModelError(
             f"the weights in `{folder}` are quantized already",
@@ -67,19 +67,23 @@ def check_model(folder: Path) -> None:
 
 def is_packed(folder: Path) -> bool:
     """Say whether bitsandbytes stored the weights in 4 or 8 bits."""
-    how = _quantized(read_object(folder / "config.json"))
-    loads = how.get("load_in_4bit") or how.get("load_in_8bit")  # older ones do not say by what
-    return how.get("quant_method", "bitsandbytes" if loads else "") == "bitsandbytes"
+    return _by_bitsandbytes(read_object(folder / "config.json"))
 
 
-def _quantized(settings: Mapping[str, Any]) -> Mapping[str, object]:
-    """Give how a model's weights are quantized, which may stand with those of its text; empty if they are not."""
+def _by_bitsandbytes(settings: Mapping[str, Any]) -> bool:
+    how = _quantized(settings)
+    if not isinstance(how, dict):
+        return False
+    named = cast(Mapping[str, object], how)
+    loads = named.get("load_in_4bit") or named.get("load_in_8bit")  # older ones do not say by what
+    return named.get("quant_method", "bitsandbytes" if loads else "") == "bitsandbytes"
+
+
+def _quantized(settings: Mapping[str, Any]) -> object:
+    """Give how a model's weights are quantized, which may stand with those of its text; nothing if they are not."""
     text = settings.get("text_config")
-    for one in (settings, text if isinstance(text, dict) else {}):
-        found = cast(Mapping[str, object], one).get("quantization_config")
-        if isinstance(found, dict):
-            return cast(Mapping[str, object], found)
-    return {}
+    of_text = cast(Mapping[str, object], text).get("quantization_config") if isinstance(text, dict) else None
+    return settings.get("quantization_config") or of_text
 
 
 def lacks_weights(folder: Path) -> bool:

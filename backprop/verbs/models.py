@@ -26,23 +26,19 @@ def weights_of(model: hub.ModelSource, *, say: Sink) -> str:
     room = cache_dir() / "unpacked" / packed.key_of(found, model.sha256)
     target = room / (re.sub(r"[^\w.-]", "-", named)[:MOST_NAME] or "model")
     if not _is_whole(target):
-        _make(room)
-        with rundir.locked(room, wait=True):
-            rundir.sweep(room)
-            if not _is_whole(target):
-                say(Phase(name=f"writing the weights of {model.name} as 16 bits to {target}, once"))
-                rundir.remove(target)
-                with rundir.whole(target) as beside:
-                    packed.unpack(found, beside)
+        try:
+            room.mkdir(parents=True, exist_ok=True)
+            with rundir.locked(room, wait=True):
+                rundir.sweep(room)
+                if not _is_whole(target):
+                    say(Phase(name=f"writing the weights of {model.name} as 16 bits to {target}, once"))
+                    rundir.remove(target)
+                    with rundir.whole(target) as beside:
+                        packed.unpack(found, beside)
+        except OSError as error:
+            raise rundir.disk_error(room, error) or error from error
     return str(target)
 
 
 def _is_whole(target: Path) -> bool:
     return (target / "config.json").is_file()
-
-
-def _make(room: Path) -> None:
-    try:
-        room.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise rundir.disk_error(room, error) or error from error
