@@ -15,6 +15,7 @@ from backprop.core.fidelity import MOST_KL
 from backprop.edges import llama_cpp, llama_tools
 from backprop.errors import DataError, ExportError, UsageError
 from backprop.verbs import card
+from backprop.verbs.source import Adapter
 
 pytestmark = pytest.mark.model
 
@@ -201,13 +202,26 @@ def test_the_file_says_what_it_was_made_of(run: Path, tmp_path: Path, tiny_model
     assert str(tmp_path) not in str(found)
 
 
+def adapter_on(base: Path, base_name: str, *, data_sha256: str | None = None) -> Adapter:
+    return Adapter(
+        folder=base,
+        base=str(base),
+        base_as_found=str(base),
+        base_name=base_name,
+        data_sha256=data_sha256,
+        output=base,
+        name=base_name,
+        question="Hello?",
+        probes=[],
+        run=None,
+        sha256="",
+    )
+
+
 def test_hostile_names_are_only_names(tmp_path: Path) -> None:
     import yaml
 
-    adapter: Any = type(
-        "Adapter", (), {"name": HOSTILE, "base": str(tmp_path), "base_name": HOSTILE, "data_sha256": "0"}
-    )
-    card.write_card(adapter, tmp_path, name=adapter.name)
+    card.write_card(adapter_on(tmp_path, HOSTILE, data_sha256="0"), tmp_path, name=HOSTILE)
     lines = (tmp_path / "README.md").read_text(encoding="utf-8").splitlines()
     assert (lines[0], lines[-1], len(lines)) == ("---", "---", 5)
     facts = yaml.safe_load("\n".join(lines[1:-1]))
@@ -232,8 +246,7 @@ def test_a_base_model_is_named_by_the_hub_or_by_its_folder_without_the_way_to_it
     import yaml
 
     folder = tmp_path / "models" / "mine"
-    adapter: Any = type("Adapter", (), {"base": str(folder), "base_name": name, "data_sha256": None})
-    card.write_card(adapter, tmp_path, name="x")
+    card.write_card(adapter_on(folder, name), tmp_path, name="x")
     (found,) = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])["base_model"]
     url = found.pop("repo_url", None)
     assert found == base
