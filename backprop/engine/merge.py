@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
+from backprop.engine import four_bit
 from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer, load_base, load_tokenizer
 from backprop.errors import ExportError, ModelError
@@ -122,6 +123,7 @@ def wrap(model: Any, adapter: Path, *, of: str) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    four_bit.why_not()  # hides one from PEFT that cannot be imported
     try:
         wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backprop.edges import llama_cpp
-from backprop.engine import four_bit
 from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer
 from backprop.engine.merge import OF_PEFT, WORDS, shapes_of, whole_words, wrap
@@ -304,7 +303,6 @@ def merger_of(told: Mapping[str, Any]) -> Merger | None:
     """Make the merger of what `write_options` wrote; None if the weights are merged already."""
     if told["adapter"] is None:
         return None
-    four_bit.why_not()  # hides one from PEFT that cannot be imported
     rounded = told["rounding"]
     rounding = Rounding(weights=frozenset(rounded["weights"]), dtype=rounded["dtype"]) if rounded else None
     trust = bool(told["trust_remote_code"])

@@ -37,7 +37,6 @@ def nearest_base(adapter: Adapter, config: ExportConfig, say: Sink) -> "Rounding
     """
     from backprop.engine import four_bit, loop
 
-    unusable = four_bit.why_not()
     if adapter.four_bit_by_card:
         told = "the adapter was trained on weights of 4 bits, in a run that is not known, and is merged into the 16-bit original"
         say(Warned(message=f"{told}: which base is nearer is not measured; to have that, give the run it came from"))
@@ -47,6 +46,7 @@ def nearest_base(adapter: Adapter, config: ExportConfig, say: Sink) -> "Rounding
     if not config.verify:
         say(Warned(message=f"{into}: which base is nearer is not measured with `--no-verify`"))
         return None
+    unusable = four_bit.why_not()
     if unusable:
         say(Warned(message=f"{into}: bitsandbytes, which could say which base is nearer, {unusable}"))
         return None

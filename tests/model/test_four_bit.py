@@ -181,6 +181,18 @@ def test_a_bitsandbytes_that_cannot_be_imported_is_a_warning(run: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_an_adapter_of_16_bits_is_exported_without_waiting_for_bitsandbytes(run: Path, tmp_path: Path) -> None:
+    """Importing it takes 8 seconds on two CPUs, in which nothing else would be done."""
+    shutil.copytree(run / "lora", tmp_path / "plain")
+    (tmp_path / "apart" / "bitsandbytes").mkdir(parents=True)
+    (tmp_path / "apart" / "bitsandbytes" / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    options = ("export", tmp_path / "plain", "-q", "q8_0", "--no-verify", "--json")
+    done = with_bitsandbytes(EXPORT, *options, cwd=tmp_path, apart=tmp_path / "apart")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.slow
 def test_a_copied_adapter_whose_card_tells_of_4_bits_is_merged_into_the_original_aloud(
     run: Path, original: Path, tmp_path: Path
 ) -> None:
