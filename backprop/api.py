@@ -23,7 +23,7 @@ class Trainer:
     """
 
     def __init__(self, model: str | Path | None = None, *, say: Sink | None = None, **options: Any) -> None:
-        threads.spin_briefly()
+        threads.settle()
         self._model = model
         self._options = options
         self._say = say

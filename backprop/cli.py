@@ -262,7 +262,7 @@ def _tell_of_bug(kind: type[BaseException], error: BaseException, trace: Traceba
 def run(tokens: Sequence[str]) -> int:
     """Parse ``tokens``, run their command, and give its exit code."""
     as_json = "--json" in tokens or os.environ.get("BACKPROP_JSON", "").lower() in ("1", "true", "yes")
-    threads.spin_briefly()
+    threads.settle()
     if not tokens or tokens[0].startswith("-"):
         _register_completion()
     try:

@@ -21,7 +21,7 @@ from backprop.core.data.render import Token
 from backprop.edges import llama_cpp, process, threads
 from backprop.schema import schema as event_schema
 
-threads.spin_briefly()
+threads.settle()
 ROOT = Path(__file__).parent.parent
 
 # Time is measured by scripts/bench: a busy machine makes no example wrong.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from backprop.core.hardware import Gpu, Hardware
-from backprop.edges import nvml
+from backprop.edges import nvml, threads
 
 
 def probe(*, without_gpus: bool = False) -> Hardware:
@@ -22,7 +22,7 @@ def probe(*, without_gpus: bool = False) -> Hardware:
     return Hardware(
         gpus=gpus,
         driver=driver,
-        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        num_cpus=threads.cpus(),
         memory_bytes=_memory_bytes(),
         platform=f"{platform.system()} {platform.machine()}",
     )

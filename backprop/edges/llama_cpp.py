@@ -16,7 +16,7 @@ from typing import Any
 
 from backprop.core.data.formats import Message
 from backprop.core.fidelity import Reply, have_parted
-from backprop.edges import process, stopping
+from backprop.edges import process, stopping, threads
 from backprop.edges.places import LLAMA_CPP_VERSION, llama_cpp_home, llama_library, llama_programs
 from backprop.errors import DiskError, ExportError, ToolError
 
@@ -157,7 +157,7 @@ def quantize(source: Path, target: Path, *, quantization: str) -> None:
     llama_cpp = bindings()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = ftype_of(quantization)
-    parameters.nthread = process.cpus()
+    parameters.nthread = threads.cpus()
     with _quiet():
         code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), parameters)
     if code != 0 and shutil.disk_usage(target.parent).free < source.stat().st_size:
@@ -326,7 +326,7 @@ def loaded(
         ExportError: If llama.cpp cannot load the file.
     """
     llama_cpp = bindings()
-    threads = process.cpus()
+    number = threads.cpus()
     with _quiet():
         try:
             model = llama_cpp.Llama(
@@ -334,8 +334,8 @@ def loaded(
                 n_ctx=context,
                 logits_all=all_logits,
                 lora_path=None if adapter is None else str(adapter),
-                n_threads=threads,
-                n_threads_batch=threads,
+                n_threads=number,
+                n_threads_batch=number,
                 # No GPU, also where there is one: its kernels round by more than the proof allows.
                 split_mode=llama_cpp.LLAMA_SPLIT_MODE_NONE,
                 main_gpu=-1,

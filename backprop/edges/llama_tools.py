@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from backprop.edges import process
+from backprop.edges import process, threads
 from backprop.edges.llama_cpp import BUILD_HINT, write_tiny
 from backprop.edges.places import llama_programs
 from backprop.errors import DataError, DiskError, ExportError, ToolError
@@ -58,7 +58,7 @@ def weigh(source: Path, texts: Sequence[str], target: Path, *, num_tokens: int) 
     rows.write_text("\n".join(texts), encoding="utf-8")
     options = ["--parse-special", "--no-ppl", "-dev", "none", "-c", str(chunk), "-b", str(chunk)]
     argv = [str(tool("imatrix")), "-m", str(source.resolve()), "-f", rows.name, "-o", target.name, *options]
-    _run([*argv, "-t", str(process.cpus())], target.parent, "compute an importance matrix")
+    _run([*argv, "-t", str(threads.cpus())], target.parent, "compute an importance matrix")
 
 
 def is_importance_matrix(path: Path) -> bool:
@@ -81,7 +81,7 @@ def quantize(source: Path, target: Path, *, quantization: str, imatrix: Path) ->
         DiskError: If the disk is full.
     """
     options = ["--imatrix", imatrix.name, str(source.resolve()), str(target.resolve()), quantization]
-    _run([str(tool("quantize")), *options, str(process.cpus())], imatrix.parent, f"quantize to {quantization}", target)
+    _run([str(tool("quantize")), *options, str(threads.cpus())], imatrix.parent, f"quantize to {quantization}", target)
 
 
 def size_as(quantization: str, source: Path, *, imatrix: Path | None = None) -> int:

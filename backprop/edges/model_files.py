@@ -20,6 +20,8 @@ MOST = {
 RANK_MOST = 2**16
 NESTING_MOST = 100  # more than any configuration has, and little enough for the libraries that read it after us
 INDEX = "model.safetensors.index.json"
+TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
+"""Models whose linear weights transformers holds the other way round (`Conv1D`): PEFT sees that."""
 # Kinds of adapters that bring no weights to merge, and whose settings make PEFT load other models and tokenizers.
 OTHER_ADAPTERS = (
     *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT"),

@@ -14,11 +14,6 @@ from typing import Any
 from backprop.errors import ToolError
 
 
-def cpus() -> int:
-    """Count the CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run(
     argv: list[str],
     *,

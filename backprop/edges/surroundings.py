@@ -18,7 +18,7 @@ from pathlib import Path
 
 from backprop.config import OUTPUT
 from backprop.core.checkup import Surroundings, Torch, Volume
-from backprop.edges import places, rundir
+from backprop.edges import places, rundir, threads
 
 NVIDIA = "0x10de"
 DISPLAY = "0x03"
@@ -49,7 +49,7 @@ def look(root: Path = Path("/")) -> Surroundings:
         in_container=_in_container(root),
         clock=time.time(),
         cpu_flags=_cpu_flags(root),
-        cpu_share=_cpu_share(root),
+        cpu_share=threads.cpu_share(root),
         address_limit=_limit("RLIMIT_AS"),
         open_files=_limit("RLIMIT_NOFILE"),
         shared_bytes=_shared_bytes(root),
@@ -157,20 +157,6 @@ def _cpu_flags(root: Path) -> frozenset[str] | None:
         return None
     flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), None)
     return None if flags is None else frozenset(flags.split())
-
-
-def _cpu_share(root: Path) -> float | None:
-    """Give the CPUs' worth of time that the container's group may use, by either version of control groups."""
-    folder = root / "sys" / "fs" / "cgroup"
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-        return None if quota == "max" else int(quota) / int(period)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (
-            int((folder / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")) for name in ("quota", "period")
-        )
-        return None if quota < 0 else quota / period
-    return None
 
 
 def _limit(name: str) -> int | None:

@@ -13,8 +13,7 @@ from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backprop.edges.model_files import INDEX, read_object
-from backprop.engine.streamed import TRANSPOSED
+from backprop.edges.model_files import INDEX, TRANSPOSED, read_object
 from backprop.errors import DiskError, ModelError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from backprop.edges import llama_cpp, llama_quants, process
+from backprop.edges import llama_cpp, llama_quants, threads
 from backprop.errors import ExportError
 
 WEIGHTS_AT_ONCE = 2**17
@@ -35,7 +35,7 @@ def write_beside(gguf: Any, quantized: Mapping[str, Path], *, keep: bool) -> Non
         (file,) = writer.fout
         with ExitStack() as stack:
             targets = [stack.enter_context(_Target(gguf, writer, path, kind)) for kind, path in quantized.items()]
-            pool = stack.enter_context(ThreadPoolExecutor(process.cpus()))  # ends first: it writes into their files
+            pool = stack.enter_context(ThreadPoolExecutor(threads.cpus()))  # ends first: it writes into their files
 
             def write_one(name: str, found: Future[Any]) -> None:
                 array = found.result()

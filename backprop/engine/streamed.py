@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backprop.edges import llama_cpp
+from backprop.edges.model_files import TRANSPOSED
 from backprop.engine.four_bit import Rounding
 from backprop.engine.load import HfTokenizer
 from backprop.engine.merge import OF_PEFT, WORDS, shapes_of, whole_words, wrap
@@ -25,10 +26,6 @@ from backprop.errors import ExportError
 
 if TYPE_CHECKING:
     import torch
-
-
-TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
-"""Models whose linear weights transformers holds the other way round (`Conv1D`): PEFT sees that."""
 
 
 class Merger:

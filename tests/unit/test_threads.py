@@ -1,8 +1,9 @@
-"""How threads wait is set where the user has not, before a library is loaded that reads it."""
+"""How many threads there are, and how they wait, is set where the user has not, before a library is loaded that reads it."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,8 +21,46 @@ def test_the_users_variables_go_first(
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    threads.spin_briefly()
+    threads.settle()
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize(
+    ("files", "share"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({"cpu.max": "nonsense\n"}, None),
+    ],
+)
+def test_a_containers_share_is_read_by_either_version_of_control_groups(
+    files: dict[str, str], share: float | None, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert threads.cpu_share(tmp_path) == share
+
+
+@pytest.mark.parametrize(
+    ("share", "cpus", "set_to"), [(None, 8, None), (0.5, 1, "1"), (2.5, 3, "3"), (8.0, 8, None), (64.0, 8, None)]
+)
+def test_no_more_threads_than_a_container_has_time_for(
+    share: float | None, cpus: int, set_to: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(threads, "cpu_share", lambda: share)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads.settle()
+    assert threads.cpus() == cpus
+    assert os.environ.get("OMP_NUM_THREADS") == set_to
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "5"
 
 
 @pytest.mark.parametrize(
