@@ -182,6 +182,11 @@ def test_doctor_finds_nothing_wrong_and_nothing_can_be_written_elsewhere(project
     compose(project, "run", "--rm", "--no-deps", "--entrypoint", "python", "cpu", "-c", trying, code=1)
 
 
+def test_there_are_as_many_threads_as_the_container_has_time_for() -> None:
+    program = "from backprop.edges import threads; threads.settle(); import torch; print(threads.cpus(), torch.get_num_threads())"
+    assert in_image("python", "-c", program, options=("--cpus", "1")).split() == ["1", "1"]
+
+
 def test_the_engine_finds_it_healthy() -> None:
     often = ("--health-interval", "1s", "--entrypoint", "sleep")
     name = ran("docker", "run", "--detach", *often, CPU, "300").strip()
