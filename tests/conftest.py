@@ -18,7 +18,7 @@ from hypothesis import settings
 from backprop import BackpropError, Trainer, events
 from backprop.core.data.formats import Message
 from backprop.core.data.render import Token
-from backprop.edges import llama_cpp, process, threads
+from backprop.edges import llama_cpp, threads
 from backprop.schema import schema as event_schema
 
 threads.settle()
@@ -261,11 +261,11 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let torch and llama.cpp have one thread: for tiny models, waiting for each other costs more than the sums."""
     import torch
 
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(process, "cpus", lambda: 1)
+    number = torch.get_num_threads()
+    monkeypatch.setattr(threads, "cpus", lambda: 1)
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(number)
 
 
 @pytest.fixture(scope="session")

@@ -142,7 +142,7 @@ class Torch:
 def check_machine(facts: Surroundings, hardware: Hardware) -> Iterator[Finding]:
     """Judge processor, memory, clock and limits."""
     memory = f"{hardware.memory_bytes / GIB:.0f} GiB of memory"
-    share = "" if facts.cpu_share is None else f" (this container may use {facts.cpu_share:g})"
+    share = "" if facts.cpu_share in (None, hardware.num_cpus) else f" (this container may use {facts.cpu_share:g})"
     found = f"{hardware.platform}, {hardware.num_cpus} CPUs{share}, {memory}"
     yield Finding(name="machine", found=found, advice=_processor_advice(facts))
     if 0 < hardware.memory_bytes < LEAST_MEMORY_BYTES:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from math import ceil
 from pathlib import Path
 
@@ -29,15 +30,18 @@ def cpus() -> int:
 def settle() -> None:
     """Let OpenMP's threads sleep after a few microseconds of spinning for their turn, unless the user's variables say otherwise.
 
-    To be called before torch or llama.cpp is loaded. Beside other work on the same cores, threads that spin for milliseconds,
+    To be called before torch or llama.cpp is loaded, if that can be. Beside other work on the same cores, threads that spin for milliseconds,
     as GNU's library has it, keep each other from it: docs/benchmarks.md has what that costs. In a container that may use few of
     a machine's CPUs, libraries would begin a thread for each of them.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if cpus() < _seen():
-        for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
-            os.environ.setdefault(name, str(cpus()))
+        if "OMP_NUM_THREADS" not in os.environ:
+            os.environ["OMP_NUM_THREADS"] = str(cpus())
+            if "torch" in sys.modules:  # in a notebook
+                sys.modules["torch"].set_num_threads(cpus())
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cpus()))
 
 
 def _seen() -> int:

@@ -120,10 +120,10 @@ def wrap(model: Any, adapter: Path, *, of: str) -> Any:
     Raises:
         ExportError: If it does not belong to the model ``of`` that name, or changes nothing.
     """
+    four_bit.why_not()  # hides one that cannot be imported: PEFT imports what is there as soon as it is imported itself
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    four_bit.why_not()  # hides one from PEFT that cannot be imported
     try:
         wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:

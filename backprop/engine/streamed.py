@@ -53,9 +53,9 @@ class Merger:
             self._read_with_peft(folder, adapter, trust_remote_code=trust_remote_code)
 
     def _read_with_peft(self, folder: Path, adapter: Path, *, trust_remote_code: bool) -> None:
-        from peft.tuners.lora import LoraLayer
-
         wrapped = wrap(_hollow(folder, trust_remote_code=trust_remote_code), adapter, of=str(folder))
+        from peft.tuners.lora import LoraLayer  # not before, which `wrap` has a reason for
+
         inside = dict(wrapped.get_base_model().named_modules())
         self._layers = {f"{name}.weight": module for name, module in inside.items() if isinstance(module, LoraLayer)}
         self._saved = {

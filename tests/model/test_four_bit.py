@@ -193,6 +193,24 @@ def test_an_adapter_of_16_bits_is_exported_without_waiting_for_bitsandbytes(run:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [({}, ()), ({"rank_pattern": {"none": 4}}, ("--no-verify",))],
+    ids=["PEFT is asked what is right", "PEFT merges"],
+)
+def test_an_adapter_of_16_bits_is_exported_beside_a_bitsandbytes_that_cannot_be_imported(
+    run: Path, tmp_path: Path, settings: dict[str, Any], options: tuple[str, ...]
+) -> None:
+    card = shutil.copytree(run / "lora", tmp_path / "plain") / "adapter_config.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), **settings}))
+    (tmp_path / "apart" / "bitsandbytes").mkdir(parents=True)
+    (tmp_path / "apart" / "bitsandbytes" / "__init__.py").write_text("raise OSError('no libcudart')")
+    given = ("export", tmp_path / "plain", "-q", "f16", *options, "--json")
+    done = with_bitsandbytes(EXPORT, *given, cwd=tmp_path, apart=tmp_path / "apart")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_a_copied_adapter_whose_card_tells_of_4_bits_is_merged_into_the_original_aloud(
     run: Path, original: Path, tmp_path: Path
 ) -> None:

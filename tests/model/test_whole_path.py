@@ -1,4 +1,4 @@
-"""The whole path on real input, by the commands of scripts/quickstart: train SmolLM2, export, ask, count."""
+"""The whole path on real input, by the commands of scripts/quickstart, which takes twice the steps: train SmolLM2, export, ask, count."""
 
 import json
 import re
