@@ -180,6 +180,7 @@ def test_a_type_that_is_not_proved_gives_way_to_the_next_nearest(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("few")
 def test_where_no_type_is_proved_the_export_fails(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: str
@@ -240,6 +241,7 @@ def test_a_file_that_comes_out_beyond_the_budget_is_never_kept(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("few")
 def test_files_of_the_run_by_other_options_are_no_obstacle_unless_they_are_chosen(
     run: Path, tmp_path: Path, most: str

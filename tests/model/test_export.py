@@ -206,8 +206,8 @@ def test_an_export_that_was_stopped_goes_on_and_a_finished_one_is_done(
 @pytest.mark.parametrize(
     ("module", "function", "phase"),
     [
-        pytest.param(merge, "load_adapted", "asking the trained model", id="load"),
-        pytest.param(llama_cpp, "converting", "merging and converting", id="merge"),
+        pytest.param(merge, "load_adapted", "asking the trained model", id="load", marks=pytest.mark.long),
+        pytest.param(llama_cpp, "converting", "merging and converting", id="merge", marks=pytest.mark.long),
         pytest.param(llama_cpp, "loaded", "verifying the 16-bit file", id="verify"),
         pytest.param(llama_cpp, "ask", "writing f16", id="ask"),
     ],

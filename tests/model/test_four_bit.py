@@ -168,7 +168,9 @@ def test_the_model_as_it_was_trained_computes_as_training_does(run: Path, origin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", ["ImportError('no libcudart')", "OSError('no libcudart')"])
+@pytest.mark.parametrize(
+    "error", ["OSError('no libcudart')", pytest.param("ImportError('no libcudart')", marks=pytest.mark.long)]
+)
 def test_a_bitsandbytes_that_cannot_be_imported_is_a_warning(run: Path, tmp_path: Path, error: str) -> None:
     (tmp_path / "apart" / "bitsandbytes").mkdir(parents=True)
     (tmp_path / "apart" / "bitsandbytes" / "__init__.py").write_text(f"raise {error}")
@@ -195,8 +197,10 @@ def test_an_adapter_of_16_bits_is_exported_without_waiting_for_bitsandbytes(run:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "options"),
-    [({}, ()), ({"rank_pattern": {"none": 4}}, ("--no-verify",))],
-    ids=["PEFT is asked what is right", "PEFT merges"],
+    [
+        pytest.param({}, (), id="PEFT is asked what is right"),
+        pytest.param({"rank_pattern": {"none": 4}}, ("--no-verify",), id="PEFT merges", marks=pytest.mark.long),
+    ],
 )
 def test_an_adapter_of_16_bits_is_exported_beside_a_bitsandbytes_that_cannot_be_imported(
     run: Path, tmp_path: Path, settings: dict[str, Any], options: tuple[str, ...]

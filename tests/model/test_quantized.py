@@ -67,7 +67,13 @@ def test_every_type_is_as_llama_cpp_makes_it_also_where_widths_fit_none_of_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=() if name in ("llama-tied", "qwen3", "gemma3") else pytest.mark.long)
+        for name in MODELS
+    ],
+)
 def test_each_architecture_is_as_llama_cpp_makes_it(architecture: str, tmp_path: Path) -> None:
     model = tiny(architecture, tmp_path / "model")
     source = converted(model, tmp_path / "made", KINDS, keep=True)
@@ -97,6 +103,7 @@ EXPERTS = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 
                 "shared_expert_intermediate_size": 128,
             },
             id="experts of which a width is no multiple of 256",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             "Llama",

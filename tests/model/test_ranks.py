@@ -61,11 +61,11 @@ def curves(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Callab
     [
         pytest.param({}, id="packed"),
         pytest.param({"packing": False, "micro_batch": 2}, id="padded", marks=pytest.mark.slow),
-        pytest.param({"packing": False, "micro_batch": 1, "lora_dropout": 0.2}, id="dropout", marks=pytest.mark.slow),
+        pytest.param({"packing": False, "micro_batch": 1, "lora_dropout": 0.2}, id="dropout", marks=LONG),
         pytest.param({"num_ranks": 3, "batch_size": 5}, id="three", marks=pytest.mark.slow),
         pytest.param({"num_ranks": 3, "batch_size": 2}, id="more ranks than examples", marks=pytest.mark.slow),
-        pytest.param({"method": "full", "learning_rate": 1e-3}, id="full", marks=pytest.mark.slow),
-        pytest.param({"method": "dora"}, id="dora", marks=pytest.mark.slow),
+        pytest.param({"method": "full", "learning_rate": 1e-3}, id="full", marks=LONG),
+        pytest.param({"method": "dora"}, id="dora", marks=LONG),
         pytest.param({"pissa": True}, id="pissa", marks=pytest.mark.slow),
     ],
 )
@@ -78,7 +78,7 @@ def test_one_process_and_several_give_one_curve(
 
 @pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "objective", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dpo", "orpo")), "kto"]
+    "objective", [pytest.param("dpo", marks=pytest.mark.slow), pytest.param("orpo", marks=LONG), "kto"]
 )
 def test_preferences_give_one_curve_too(
     curves: Callable[..., list[list[float]]], objective: str, packing: bool
