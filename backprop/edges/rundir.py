@@ -176,8 +176,11 @@ def _unusable(directory: Path, error: OSError) -> DiskError:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, *, wait: bool = False) -> Generator[None]:
+def locked(directory: Path, *, before_waiting: Callable[[], None] | None = None) -> Generator[None]:
     """Hold a lock on a directory, which a process that died holds no longer, on whatever host. Not on Windows.
+
+    Args:
+        before_waiting: Called if another process holds it, which is then waited for; None if it is not to be.
 
     Raises:
         UsageError: If another process holds it, and it is not to be waited for.
@@ -187,17 +190,26 @@ def locked(directory: Path, *, wait: bool = False) -> Generator[None]:
     except ImportError:
         yield
         return
-    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+
+    def lock() -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if before_waiting is None:
+                raise
+            before_waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, how)
+            lock()
         except BlockingIOError:
             raise
         except OSError:  # NFS locks only what is open for writing, which a folder cannot be
             os.close(descriptor)
             descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(descriptor, how)
+            lock()
         yield
     except BlockingIOError as error:
         raise UsageError(

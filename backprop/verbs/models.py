@@ -28,11 +28,11 @@ def weights_of(model: hub.ModelSource, *, say: Sink) -> str:
     if not _is_whole(target):
         try:
             room.mkdir(parents=True, exist_ok=True)
-            # Said before: another process may be at it, which is waited for.
-            say(Phase(name=f"the weights of {model.name} are written as 16 bits to {target}, once"))
-            with rundir.locked(room, wait=True):
+            waiting = Phase(name=f"waiting for another process that writes the weights of {model.name} as 16 bits")
+            with rundir.locked(room, before_waiting=lambda: say(waiting)):
                 rundir.sweep(room)
                 if not _is_whole(target):
+                    say(Phase(name=f"writing the weights of {model.name} as 16 bits to {target}, once"))
                     rundir.remove(target)
                     with rundir.whole(target) as beside:
                         packed.unpack(found, beside)
