@@ -30,18 +30,19 @@ def cpus() -> int:
 def settle() -> None:
     """Let OpenMP's threads sleep after a few microseconds of spinning for their turn, unless the user's variables say otherwise.
 
-    To be called before torch or llama.cpp is loaded, if that can be. Beside other work on the same cores, threads that spin for milliseconds,
-    as GNU's library has it, keep each other from it: docs/benchmarks.md has what that costs. In a container that may use few of
-    a machine's CPUs, libraries would begin a thread for each of them.
+    To be called before torch or llama.cpp is loaded, if that can be. Beside other work on the same cores, threads that spin for
+    milliseconds, as GNU's library has it, keep each other from it: docs/benchmarks.md has what that costs. In a container that may
+    use few of a machine's CPUs, libraries would begin a thread for each of them.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    if cpus() < _seen():
+    number = cpus()
+    if number < _seen():
         if "OMP_NUM_THREADS" not in os.environ:
-            os.environ["OMP_NUM_THREADS"] = str(cpus())
+            os.environ["OMP_NUM_THREADS"] = str(number)
             if "torch" in sys.modules:  # in a notebook
-                sys.modules["torch"].set_num_threads(cpus())
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cpus()))
+                sys.modules["torch"].set_num_threads(number)
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(number))
 
 
 def _seen() -> int:

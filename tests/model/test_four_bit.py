@@ -43,6 +43,13 @@ def told(done: Done) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def bitsandbytes_of(folder: Path, code: str) -> Path:
+    """Put a package of that name into ``folder`` that does so as it is imported."""
+    (folder / "bitsandbytes").mkdir(parents=True)
+    (folder / "bitsandbytes" / "__init__.py").write_text(code)
+    return folder
+
+
 def pretend(run: Path, base: Path) -> None:
     """Let a run say that it was trained on the weights of ``base``, in 4 bits."""
     manifest = json.loads((run / "run.json").read_text())
@@ -172,10 +179,9 @@ def test_the_model_as_it_was_trained_computes_as_training_does(run: Path, origin
     "error", ["OSError('no libcudart')", pytest.param("ImportError('no libcudart')", marks=pytest.mark.long)]
 )
 def test_a_bitsandbytes_that_cannot_be_imported_is_a_warning(run: Path, tmp_path: Path, error: str) -> None:
-    (tmp_path / "apart" / "bitsandbytes").mkdir(parents=True)
-    (tmp_path / "apart" / "bitsandbytes" / "__init__.py").write_text(f"raise {error}")
+    apart = bitsandbytes_of(tmp_path / "apart", f"raise {error}")
     options = ("export", run, "-q", "f16", "--output", tmp_path / "out", "--json")
-    done = with_bitsandbytes(EXPORT, *options, cwd=tmp_path, apart=tmp_path / "apart")
+    done = with_bitsandbytes(EXPORT, *options, cwd=tmp_path, apart=apart)
     assert done.returncode == 0, done.stderr
     (warned,) = [one["message"] for one in told(done) if one["event"] == "warning"]
     assert warned.startswith("the adapter was trained on weights of 4 bits, and is merged into the 16-bit original")
@@ -186,10 +192,9 @@ def test_a_bitsandbytes_that_cannot_be_imported_is_a_warning(run: Path, tmp_path
 def test_an_adapter_of_16_bits_is_exported_without_waiting_for_bitsandbytes(run: Path, tmp_path: Path) -> None:
     """Importing it takes 8 seconds on two CPUs, in which nothing else would be done."""
     shutil.copytree(run / "lora", tmp_path / "plain")
-    (tmp_path / "apart" / "bitsandbytes").mkdir(parents=True)
-    (tmp_path / "apart" / "bitsandbytes" / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    apart = bitsandbytes_of(tmp_path / "apart", f"open({str(tmp_path / 'imported')!r}, 'w')")
     options = ("export", tmp_path / "plain", "-q", "q8_0", "--no-verify", "--json")
-    done = with_bitsandbytes(EXPORT, *options, cwd=tmp_path, apart=tmp_path / "apart")
+    done = with_bitsandbytes(EXPORT, *options, cwd=tmp_path, apart=apart)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "imported").exists()
 
@@ -207,10 +212,9 @@ def test_an_adapter_of_16_bits_is_exported_beside_a_bitsandbytes_that_cannot_be_
 ) -> None:
     card = shutil.copytree(run / "lora", tmp_path / "plain") / "adapter_config.json"
     card.write_text(json.dumps({**json.loads(card.read_text()), **settings}))
-    (tmp_path / "apart" / "bitsandbytes").mkdir(parents=True)
-    (tmp_path / "apart" / "bitsandbytes" / "__init__.py").write_text("raise OSError('no libcudart')")
+    apart = bitsandbytes_of(tmp_path / "apart", "raise OSError('no libcudart')")
     given = ("export", tmp_path / "plain", "-q", "f16", *options, "--json")
-    done = with_bitsandbytes(EXPORT, *given, cwd=tmp_path, apart=tmp_path / "apart")
+    done = with_bitsandbytes(EXPORT, *given, cwd=tmp_path, apart=apart)
     assert done.returncode == 0, done.stderr
 
 

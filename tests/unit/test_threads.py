@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -55,11 +57,14 @@ def test_no_more_threads_than_a_container_has_time_for(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(threads, "cpu_share", lambda: share)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
-    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # for what is set to be undone
     monkeypatch.delenv("OMP_NUM_THREADS")
+    told: list[int] = []
+    monkeypatch.setitem(sys.modules, "torch", cast(Any, SimpleNamespace(set_num_threads=told.append)))
     threads.settle()
     assert threads.cpus() == cpus
     assert os.environ.get("OMP_NUM_THREADS") == set_to
+    assert told == ([] if set_to is None else [cpus])
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "5"
 
 
