@@ -190,31 +190,25 @@ def locked(directory: Path, *, before_waiting: Callable[[], None] | None = None)
     except ImportError:
         yield
         return
-
-    def lock() -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if before_waiting is None:
-                raise
-            before_waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
-            lock()
-        except BlockingIOError:
-            raise
-        except OSError:  # NFS locks only what is open for writing, which a folder cannot be
-            os.close(descriptor)
-            descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-            lock()
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # NFS locks only what is open for writing, which a folder cannot be
+                os.close(descriptor)
+                descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if before_waiting is None:
+                raise UsageError(
+                    f"another process is at work in `{directory}`", hint="wait for it, or choose another `--output`"
+                ) from error
+            before_waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    except BlockingIOError as error:
-        raise UsageError(
-            f"another process is at work in `{directory}`", hint="wait for it, or choose another `--output`"
-        ) from error
     finally:
         os.close(descriptor)
 

@@ -12,7 +12,7 @@ from backprop import events
 from backprop.edges import spill
 from backprop.engine import load
 
-pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 # One word each, of which the ledger keeps no sketch, and some 300 tokens.
 ROWS = [chat(f"{n}x" * 60, "yes") for n in range(10_000, 10_316)]

@@ -103,7 +103,6 @@ EXPERTS = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 
                 "shared_expert_intermediate_size": 128,
             },
             id="experts of which a width is no multiple of 256",
-            marks=pytest.mark.long,
         ),
         pytest.param(
             "Llama",

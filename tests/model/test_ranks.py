@@ -64,7 +64,7 @@ def curves(train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Callab
         pytest.param({"packing": False, "micro_batch": 1, "lora_dropout": 0.2}, id="dropout", marks=LONG),
         pytest.param({"num_ranks": 3, "batch_size": 5}, id="three", marks=pytest.mark.slow),
         pytest.param({"num_ranks": 3, "batch_size": 2}, id="more ranks than examples", marks=pytest.mark.slow),
-        pytest.param({"method": "full", "learning_rate": 1e-3}, id="full", marks=LONG),
+        pytest.param({"method": "full", "learning_rate": 1e-3}, id="full", marks=pytest.mark.slow),
         pytest.param({"method": "dora"}, id="dora", marks=LONG),
         pytest.param({"pissa": True}, id="pissa", marks=pytest.mark.slow),
     ],
