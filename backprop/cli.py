@@ -1,6 +1,7 @@
 """The command line: parse, call one verb, print, exit."""
 
 import contextlib
+import faulthandler
 import io
 import os
 import re
@@ -236,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(json.dumps(schema(), indent=2))
         sys.exit(0)
     sys.excepthook = _tell_of_bug
+    if sys.stderr:
+        faulthandler.enable()  # names the call of a library that ends the process by a signal
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that this terminal cannot show ends no run
     with stopping.armed():

@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -305,3 +308,23 @@ def test_what_is_for_ollama_is_refused_without_it(capsys: pytest.CaptureFixture[
     code, error = fails(capsys, "export", "run", *option)
     assert code == 2
     assert f"`{option[0]}` is for `--ollama`" in error
+
+
+def test_a_library_that_ends_the_process_by_a_signal_is_named(tmp_path: Path) -> None:
+    program = """
+import ctypes
+from backprop import cli
+from backprop.verbs import doctor
+
+def a_call_into_a_library(*_, **__):
+    ctypes.string_at(0)
+
+doctor.doctor = a_call_into_a_library
+cli.main(["doctor"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr
+    assert "in a_call_into_a_library" in done.stderr
