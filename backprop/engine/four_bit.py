@@ -107,7 +107,7 @@ def ask_both_bases(
     from backprop.engine.merge import load_adapted
     from backprop.engine.reference import logits
 
-    model, _ = load_adapted(base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model = load_adapted(base, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     original = [logits(model, one) for one in trained.sequences]
     trained.rounding.apply_to(model.get_base_model())
     return [logits(model, one) for one in trained.sequences], original

@@ -35,8 +35,8 @@ def merge(
         ModelError: If the base cannot be loaded.
         ExportError: If the adapter does not belong to it, or changes nothing.
     """
-    model, tokenizer = load_adapted(base, adapter, rounding=rounding, trust_remote_code=trust_remote_code)
-    write_merged(model, tokenizer, folder, dtype=dtype)
+    model = load_adapted(base, adapter, rounding=rounding, trust_remote_code=trust_remote_code)
+    write_merged(model, adapted_tokenizer(adapter, trust_remote_code=trust_remote_code), folder, dtype=dtype)
 
 
 def load_adapted(
@@ -47,8 +47,8 @@ def load_adapted(
     device: str = "cpu",
     rounding: Rounding | None = None,
     trust_remote_code: bool = False,
-) -> tuple[Any, HfTokenizer]:
-    """Load the base model with the adapter beside its weights, and the adapter's tokenizer. It computes in float32.
+) -> Any:
+    """Load the base model with the adapter beside its weights. It computes in float32.
 
     Args:
         dtype: In which the weights are held.
@@ -64,7 +64,7 @@ def load_adapted(
         rounding.apply_to(model)
     if dtype != "float32":
         compute_in_float32(model)
-    return wrap(model, adapter, of=base).eval(), adapted_tokenizer(adapter, trust_remote_code=trust_remote_code)
+    return wrap(model, adapter, of=base).eval()
 
 
 def whole_words(adapter: Path) -> dict[str, list[int]]:

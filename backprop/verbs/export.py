@@ -22,6 +22,7 @@ from backprop.verbs.verify import REJECTED, room_for, verifier_for
 
 if TYPE_CHECKING:
     from backprop.engine.four_bit import Rounding
+    from backprop.engine.load import HfTokenizer
 
 # Per weight: the 16-bit GGUF, where one is needed, and beside it a file of each kind; of others less than 1.
 SOURCE_BYTES = 2
@@ -177,15 +178,17 @@ def _make_room(adapter: Adapter, kinds: Sequence[str], config: ExportConfig) -> 
 
 def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, say: Sink) -> None:
     from backprop.engine import loop
+    from backprop.engine.merge import adapted_tokenizer
     from backprop.engine.reference import Checkpoint
 
     loop.quieten(data=False)
     rejected = target.with_name(target.name + REJECTED)
     rundir.remove(rejected)
     rounding = bases.nearest_base(adapter, config, say)
-    verifier = verifier_for(adapter, ["safetensors"], config, say, rounding=rounding)
+    tokenizer = adapted_tokenizer(adapter.folder, trust_remote_code=config.trust_remote_code)
+    verifier = verifier_for(adapter, tokenizer, ["safetensors"], config, say, rounding=rounding)
     with rundir.whole(target) as folder:
-        _write_checkpoint(adapter, folder, rounding, config, say)
+        _write_checkpoint(adapter, tokenizer, folder, rounding, config, say)
         model = Checkpoint(folder, room_for(folder), trust_remote_code=config.trust_remote_code)
         if verifier:
             verifier.check_checkpoint(folder, model, rejected)
@@ -196,7 +199,12 @@ def _export_safetensors(adapter: Adapter, target: Path, config: ExportConfig, sa
 
 
 def _write_checkpoint(
-    adapter: Adapter, folder: Path, rounding: "Rounding | None", config: ExportConfig, say: Sink
+    adapter: Adapter,
+    tokenizer: "HfTokenizer",
+    folder: Path,
+    rounding: "Rounding | None",
+    config: ExportConfig,
+    say: Sink,
 ) -> None:
     from backprop.engine import merge, streamed
 
@@ -207,5 +215,5 @@ def _write_checkpoint(
         merge.merge(adapter.base, adapter.folder, folder, dtype="bfloat16", rounding=rounding, trust_remote_code=trust)
     else:
         merger = streamed.Merger(base, adapter.folder, rounding=rounding, trust_remote_code=trust)
-        streamed.lay_out(base, merge.adapted_tokenizer(adapter.folder, trust_remote_code=trust), folder)
+        streamed.lay_out(base, tokenizer, folder)
         streamed.write_weights(base, merger, folder)

@@ -46,7 +46,7 @@ def export_gguf(adapter: Adapter, targets: Mapping[str, Path], config: ExportCon
         with llama_cpp.converting(scratch / MERGED, source, kind="f16", through=through) as finish:
             loop.quieten(data=False)
             inputs = lay_out(adapter, scratch, config, say, rounding=rounding)
-            verifier = verifier_for(adapter, targets, config, say, rounding=rounding)
+            verifier = verifier_for(adapter, inputs.tokenizer, targets, config, say, rounding=rounding)
             _wait(finish, adapter, config)
         if verifier:
             verifier.check_source(source, adapter.output / f"{adapter.name}-f16.gguf{REJECTED}")

@@ -40,7 +40,7 @@ def export_lora_gguf(adapter: Adapter, targets: Mapping[str, Path], config: Expo
         with llama_cpp.converting(inputs.folder, base, kind="f16") as finish:
             if not config.verify:
                 refuse_foreign(adapter, config)
-            verifier = verifier_for(adapter, targets, config, say)
+            verifier = verifier_for(adapter, inputs.tokenizer, targets, config, say)
             finish()
         _write_plain(adapter, settings, plain)
         for kind, target in targets.items():

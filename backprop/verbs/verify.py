@@ -19,6 +19,7 @@ from backprop.verbs.source import Adapter
 
 if TYPE_CHECKING:
     from backprop.engine.four_bit import Rounding
+    from backprop.engine.load import HfTokenizer
     from backprop.engine.reference import Checkpoint, Reference
 
 Prover = Callable[[Callable[[], Proved]], None]
@@ -187,11 +188,18 @@ class Verifier:
 
 
 def verifier_for(
-    adapter: Adapter, kinds: Iterable[str], config: ExportConfig, say: Sink, *, rounding: "Rounding | None" = None
+    adapter: Adapter,
+    tokenizer: "HfTokenizer",
+    kinds: Iterable[str],
+    config: ExportConfig,
+    say: Sink,
+    *,
+    rounding: "Rounding | None" = None,
 ) -> Verifier | None:
     """Ask the trained model, and forget it, before anything else needs its memory; nothing with `--no-verify`.
 
     Args:
+        tokenizer: The adapter's.
         rounding: Of the base model's weights.
 
     Raises:
@@ -207,7 +215,7 @@ def verifier_for(
     trust = config.trust_remote_code
     where = room_for(Path(adapter.base))
     say(Phase(name=f"asking the trained model what its copies will be asked: {where.dtype} on {where.device}"))
-    model, tokenizer = load_adapted(
+    model = load_adapted(
         adapter.base,
         adapter.folder,
         dtype=where.dtype,

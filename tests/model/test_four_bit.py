@@ -82,7 +82,7 @@ def test_the_file_is_the_model_as_it_was_trained(run: Path, original: Path, tmp_
     assert done.returncode == 0, done.stderr
     (said,) = [one["name"] for one in told(done) if one["event"] == "phase" and "goes into" in one["name"]]
     assert said.startswith("the adapter goes into the base as it was trained on: with the base as it was trained on")
-    rounded, unrounded = (merge.load_adapted(str(base), run / "lora")[0] for base in (run.parent / "rounded", original))
+    rounded, unrounded = (merge.load_adapted(str(base), run / "lora") for base in (run.parent / "rounded", original))
     ids = list(range(20, 60))
     with llama_cpp.loaded(tmp_path / "run-f16.gguf", context=64, all_logits=True) as model:
         found = [model.logits(ids)]
@@ -224,7 +224,7 @@ def test_a_copied_adapter_whose_card_tells_of_4_bits_is_merged_into_the_original
 ) -> None:
     from transformers import BitsAndBytesConfig
 
-    model, tokenizer = merge.load_adapted(str(original), run / "lora")
+    model, tokenizer = merge.load_adapted(str(original), run / "lora"), merge.adapted_tokenizer(run / "lora")
     load.save_adapter(model, tokenizer, tmp_path / "plain")
     assert "load_in_4bit" not in (tmp_path / "plain" / "README.md").read_text()
     model.get_base_model().config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)

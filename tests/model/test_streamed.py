@@ -62,7 +62,7 @@ def test_each_weight_is_what_peft_makes_of_it(base: Path, tmp_path: Path, kind: 
     from safetensors import safe_open
 
     adapter = adapted(base, tmp_path, **KINDS[kind])
-    model, _ = merge.load_adapted(str(base), adapter)
+    model = merge.load_adapted(str(base), adapter)
     expected = model.merge_and_unload(safe_merge=True).state_dict()
     merger = streamed.Merger(base, adapter)
     assert streamed.why_not(base, adapter) == ""
@@ -212,7 +212,7 @@ def test_the_file_is_byte_for_byte_that_of_a_merged_checkpoint(base: Path, tmp_p
     streamed.lay_out(base, tokenizer, tmp_path / "model")
     shutil.copytree(tmp_path / "model", tmp_path / "whole" / "model")
     streamed.link_weights(base, tmp_path / "model")
-    model, _ = merge.load_adapted(str(base), adapter)
+    model = merge.load_adapted(str(base), adapter)
     merged: Any = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(tmp_path / "saved")
     shutil.copy(tmp_path / "saved" / "model.safetensors", tmp_path / "whole" / "model")
@@ -227,8 +227,8 @@ def test_weights_held_in_16_bits_are_computed_with_in_32(base: Path, tmp_path: P
     import torch
 
     adapter = adapted(base, tmp_path, use_dora=True)
-    whole, _ = merge.load_adapted(str(base), adapter)
-    half, _ = merge.load_adapted(str(base), adapter, dtype="bfloat16")
+    whole = merge.load_adapted(str(base), adapter)
+    half = merge.load_adapted(str(base), adapter, dtype="bfloat16")
     ids = list(range(100, 130))
     assert torch.equal(torch.tensor(reference.logits(half, ids)), torch.tensor(reference.logits(whole, ids)))
     layers = [one for name, one in half.named_parameters() if "base_layer" in name]

@@ -13,6 +13,7 @@ from tiny_models import tiny
 from backprop.core.fidelity import likeness
 from backprop.edges import device, llama_cpp
 from backprop.engine import merge, reference, streamed
+from backprop.engine.load import HfTokenizer
 from backprop.verbs import gguf
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -23,6 +24,11 @@ ROWS = [chat(f"What is {n}?", f"It is {n}.") for n in range(12)]
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained_run(tiny_model, tmp_path_factory.mktemp("trained"), ROWS, steps=60)
+
+
+def adapted(run: Path) -> tuple[Any, HfTokenizer]:
+    base = json.loads((run / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return merge.load_adapted(base, run / "lora"), merge.adapted_tokenizer(run / "lora")
 
 
 def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -333,8 +339,7 @@ def test_without_verification_nothing_is_proved(run: Path, tmp_path: Path, monke
 
 
 def test_the_reference_is_greedy_whatever_the_base_says_of_repetition(run: Path) -> None:
-    base = json.loads((run / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model, tokenizer = merge.load_adapted(base, run / "lora")
+    model, tokenizer = adapted(run)
     asked = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3?"}]]
     first = reference.refer(model, tokenizer, asked)
     assert first.questions == asked
@@ -350,7 +355,7 @@ def test_what_rounding_does_is_measured_and_leaves_the_model_as_it_was(
     run: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = json.loads((run / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model, _ = merge.load_adapted(base, run / "lora", dtype=dtype)
+    model = merge.load_adapted(base, run / "lora", dtype=dtype)
     texts = [list(range(20, 60)), list(range(100, 110))]
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     trained = [reference.logits(model, text) for text in texts]
@@ -371,8 +376,7 @@ def test_what_rounding_does_is_measured_and_leaves_the_model_as_it_was(
 
 
 def test_of_a_large_vocabulary_fewer_tokens_are_compared(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = json.loads((run / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model, tokenizer = merge.load_adapted(base, run / "lora")
+    model, tokenizer = adapted(run)
     asked = [[{"role": "user", "content": "word " * 60}]] * 3
     assert sum(map(len, reference.refer(model, tokenizer, asked).sequences)) > 150
     monkeypatch.setattr(reference, "MOST_BYTES", 50 * 4 * 49152)
