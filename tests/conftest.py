@@ -1,6 +1,7 @@
 """Small real doubles: a tokenizer of letters, a tiny random Llama with the SmolLM2 tokenizer, the command line in process."""
 
 import functools
+import gc
 import io
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +50,36 @@ def _clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _converters_are_forked() -> Iterator[None]:
+    if sys.platform != "linux":
+        yield
+        return
+    import preloaded
+
+    from backprop.edges import process
+
+    converters, known = preloaded.Converters(), os.environ.get("PYTHONPATH")
+
+    def popen(argv: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path | None = None, **rest: Any) -> Any:
+        if preloaded.is_converter(argv) and env and os.environ.get("PYTHONPATH") == known:
+            return converters.start(argv, env, cwd)
+        return subprocess.Popen(argv, env=env, cwd=cwd, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_not_collected() -> Iterator[None]:
+    """Each run collects, which with the libraries' own objects takes a tenth of a small one's time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

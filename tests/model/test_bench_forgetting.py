@@ -1,7 +1,6 @@
 """scripts/bench-forgetting: each arm is what its name says, seen from what its runs began with, ended with, and delivered."""
 
 import dataclasses
-import gc
 import itertools
 import json
 import math
@@ -34,15 +33,6 @@ def bench() -> ModuleType:
     sys.modules["bench_forgetting"] = module  # its dataclasses look themselves up there
     loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _libraries_are_not_collected() -> Iterator[None]:
-    """Each run collects twice, which with the libraries' own objects takes most of its time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 CHAOS = ROOT / "scripts" / "chaos"
-KILLS = 10
+KILLS = 6
 
 
 @pytest.fixture(scope="module")

@@ -553,7 +553,7 @@ def multi(cwd: Path, *arguments: str | Path) -> Done:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("skip", [1, 6, 10])
+@pytest.mark.parametrize("skip", [1, pytest.param(6, marks=pytest.mark.long), 10])
 def test_a_multi_run_that_is_stopped_ends_the_same(
     tmp_path: Path, tiny_model: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, skip: int
 ) -> None:

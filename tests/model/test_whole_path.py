@@ -1,4 +1,4 @@
-"""The whole path on real input, by the commands of scripts/quickstart, which takes twice the steps: train SmolLM2, export, ask, count."""
+"""The whole path on real input, by the commands of scripts/quickstart, which takes twice the steps and questions: train SmolLM2, export, ask, count."""
 
 import json
 import re
@@ -29,8 +29,10 @@ def test_the_quickstart_teaches_what_its_data_says(folder: Path) -> None:
     exported = backprop_process("export", "output", "--quantization", "q4_k_m", "--offline", cwd=folder, timeout_s=600)
     assert exported.returncode == 0, exported.stderr
     gguf = exported.stdout.strip()
+    questions = (EXAMPLES / "questions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "half.jsonl").write_text("".join(questions[::2]))
     asked = subprocess.run(
-        [sys.executable, EXAMPLES / "ask.py", "smollm2-135m", gguf],
+        [sys.executable, EXAMPLES / "ask.py", "smollm2-135m", gguf, "half.jsonl"],
         cwd=folder,
         capture_output=True,
         text=True,
