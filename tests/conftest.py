@@ -53,7 +53,7 @@ def _clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _converters_are_forked() -> Iterator[None]:
+def _programs_are_forked() -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
@@ -61,11 +61,11 @@ def _converters_are_forked() -> Iterator[None]:
 
     from backprop.edges import process
 
-    converters, known = preloaded.Converters(), os.environ.get("PYTHONPATH")
+    forks, known = preloaded.Forks(), os.environ.get("PYTHONPATH")
 
     def popen(argv: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path | None = None, **rest: Any) -> Any:
-        if preloaded.is_converter(argv) and env and os.environ.get("PYTHONPATH") == known:
-            return converters.start(argv, env, cwd)
+        if preloaded.is_known(argv) and env and os.environ.get("PYTHONPATH") == known:
+            return forks.start(argv, env, cwd, rest.get("pass_fds", ()))
         return subprocess.Popen(argv, env=env, cwd=cwd, **rest)
 
     with pytest.MonkeyPatch.context() as patch:

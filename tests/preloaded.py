@@ -1,8 +1,9 @@
-"""Converters in forks of a process that has loaded what they need: a start of their own spends six seconds on that.
+"""Converters, and the double of racers, in forks of a process that has loaded what they need: a start of their own spends six seconds on that.
 
 Whoever starts `backprop` in a process of its own starts real ones. Linux only.
 """
 
+import fcntl
 import importlib
 import json
 import os
@@ -18,21 +19,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("gguf", "peft", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
-PROGRAM = "backprop.engine.streamed"
+LIBRARIES = ("peft", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
+PROGRAMS = ("backprop.engine.streamed", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "racer_double.py")
+FIRST_FREE = 100
+"""Descriptors below may be what a program is to inherit."""
 
 
-def is_converter(argv: Sequence[str]) -> bool:
-    return list(argv[1:3]) == ["-m", PROGRAM] or Path(argv[1]).name.startswith("convert_")
+def is_known(argv: Sequence[str]) -> bool:
+    return any(Path(one).name in PROGRAMS for one in argv[1:3])
 
 
-class Converters:
+class Forks:
     """The process that has loaded the libraries, started when the first converter is."""
 
     def __init__(self) -> None:
         self._connection: socket.socket | None = None
 
-    def start(self, argv: Sequence[str], env: dict[str, str], cwd: Path | None) -> "Forked":
+    def start(self, argv: Sequence[str], env: dict[str, str], cwd: Path | None, inherited: Sequence[int]) -> "Forked":
         """Become ``argv`` in a fork of it."""
         if self._connection is None:
             self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -40,8 +43,8 @@ class Converters:
                 argument = str(theirs.fileno())
                 subprocess.Popen([sys.executable, __file__, argument], env=env, pass_fds=[theirs.fileno()])
         ours, given = zip(*(os.pipe() for _ in range(3)), strict=True)
-        request = json.dumps({"argv": list(argv[1:]), "env": env, "cwd": str(cwd or Path.cwd())})
-        socket.send_fds(self._connection, [request.encode()], given)
+        request = {"argv": list(argv[1:]), "env": env, "cwd": str(cwd or Path.cwd()), "inherited": list(inherited)}
+        socket.send_fds(self._connection, [json.dumps(request).encode()], [*given, *inherited])
         for one in given:
             os.close(one)
         return Forked(argv, int(self._connection.recv(64)), *ours)
@@ -83,26 +86,32 @@ def serve(connection: socket.socket) -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has the calling thread only"
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     while True:
-        request, files, _, _ = socket.recv_fds(connection, 2**20, 3)
+        request, files, _, _ = socket.recv_fds(connection, 2**20, 9)
         if not request:
             return
         pid = os.fork()
         if pid == 0:
             connection.close()
-            _become(json.loads(request), *files)
+            _become(json.loads(request), files)
         for one in files:
             os.close(one)
         connection.send(str(pid).encode())
 
 
-def _become(request: dict[str, Any], out: int, err: int, end: int) -> None:
+def _become(request: dict[str, Any], files: Sequence[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for file, number in ((out, 1), (err, 2)):
+    out, err, end, *inherited = (fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE) for one in files)
+    for one in files:
+        os.close(one)
+    for file, number in zip((out, err, *inherited), (1, 2, *request["inherited"]), strict=True):
         os.dup2(file, number)
         os.close(file)
+    if inherited:
+        os.setsid()
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    sys.path[1:1] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
     code = 1
     try:
         first, *rest = request["argv"]

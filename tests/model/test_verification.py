@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import backprop, chat, lose_last_tensors, trained_run
+from conftest import ROOT, backprop, chat, lose_last_tensors, trained_run
 from tiny_models import tiny
 
 from backprop.core.fidelity import likeness
@@ -177,6 +177,25 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None]) -> N
 
     monkeypatch.setattr(streamed, "write_options", merged_already)
     monkeypatch.setattr(gguf, "write_card", faulty)
+
+
+def in_bfloat16(tensors: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.bfloat16().to(tensor.dtype)
+
+
+@pytest.mark.long
+def test_a_merge_in_bfloat16_is_rejected_on_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the base of a larger model is stored; on tiny random ones it is no further than a good file."""
+    data = ROOT / "examples" / "pottlesea.jsonl"
+    options = ("--model", "smollm2-135m", "--steps", "8", "--skip-proofs", "--offline")
+    trained = backprop("train", "--data", data, *options, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    planted(monkeypatch, weights_changed(in_bfloat16))
+    done = backprop("export", "output", "-q", "f16", cwd=tmp_path)
+    assert done.returncode == 7, done.stderr
+    failed = [name for name, ok in proofs_of(tmp_path / "output" / "export").items() if not ok]
+    assert failed == ["the f16 file predicts as the trained model"]
 
 
 def proofs_of(folder: Path, kind: str = "f16") -> dict[str, bool]:

@@ -56,6 +56,15 @@ def test_the_first_difference_is_shown() -> None:
     assert "'b'" in proof.found
 
 
+def test_the_divergence_is_that_of_the_distributions_whatever_is_added_to_their_logits() -> None:
+    import numpy
+
+    expected, found = ([numpy.log([[0.5, 0.5], share], dtype="f4") + 7] for share in ([0.25, 0.75], [0.5, 0.5]))
+    told = likeness(expected, [found[0] - 1000])
+    assert told.mean_kl == pytest.approx((0.25 * numpy.log(0.5) + 0.75 * numpy.log(1.5)) / 2, rel=1e-4)
+    assert told.positions == 2
+
+
 def test_a_model_that_rounding_moves_far_may_be_moved_further() -> None:
     """Training far beyond need makes distributions so sharp that 16 bits change them: no copy can be held to more."""
     import numpy
