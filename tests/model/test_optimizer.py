@@ -77,11 +77,14 @@ def trained(model: Path, data: Path, runs: list[dict[str, Any]]) -> list[dict[st
     "options",
     [
         # Matrices of 4,096 weights and more: below, bitsandbytes keeps moments in 32 bits.
-        {"lora_r": 64, "learning_rate": 2e-3, "weight_decay": 0.1},
-        {"lora_r": 64, "learning_rate": 5e-4, "lora_plus": 8.0, "weight_decay": 0.1},
-        {"method": "full", "learning_rate": 1e-3},
+        pytest.param({"lora_r": 64, "learning_rate": 2e-3, "weight_decay": 0.1}, id="lora"),
+        pytest.param(
+            {"lora_r": 64, "learning_rate": 5e-4, "lora_plus": 8.0, "weight_decay": 0.1},
+            id="lora-plus",
+            marks=(pytest.mark.slow, pytest.mark.long),
+        ),
+        pytest.param({"method": "full", "learning_rate": 1e-3}, id="full"),
     ],
-    ids=["lora", "lora-plus", "full"],
 )
 def test_moments_of_8_bits_teach_the_same_take_less_and_go_on_bit_for_bit(
     tiny_model: Path, write: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
