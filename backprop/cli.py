@@ -237,8 +237,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(json.dumps(schema(), indent=2))
         sys.exit(0)
     sys.excepthook = _tell_of_bug
-    if sys.stderr:
-        faulthandler.enable()  # names the call of a library that ends the process by a signal
+    _name_calls_that_crash()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that this terminal cannot show ends no run
     with stopping.armed():
@@ -249,6 +248,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # At once: libraries take their time to unload, and a signal meanwhile would change the code. An interrupt that
         # struck inside `exec` is remembered by Python as unhandled, and would end the process by the signal.
         os._exit(code)
+
+
+def _name_calls_that_crash() -> None:
+    """Let a library that ends the process by a signal be named on stderr, also while `edges.llama_cpp` silences that."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none
+        faulthandler.enable(os.dup(sys.stderr.fileno()))
 
 
 def _tell_of_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -71,6 +71,7 @@ def _programs_are_forked() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
         yield
+    forks.close()
 
 
 @pytest.fixture(scope="module", autouse=True)

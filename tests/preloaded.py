@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from backprop.edges import process
+
 LIBRARIES = ("peft", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
 PROGRAMS = ("backprop.engine.streamed", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "racer_double.py")
 FIRST_FREE = 100
@@ -26,48 +28,62 @@ FIRST_FREE = 100
 
 
 def is_known(argv: Sequence[str]) -> bool:
-    return any(Path(one).name in PROGRAMS for one in argv[1:3])
+    return argv[0] == sys.executable and any(Path(one).name in PROGRAMS for one in argv[1:3])
 
 
 class Forks:
-    """The process that has loaded the libraries, started when the first converter is."""
+    """Asks a process that has loaded the libraries for forks; that is started when the first is needed."""
 
     def __init__(self) -> None:
-        self._connection: socket.socket | None = None
+        self._environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # whose threads no fork would have
+        self._server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
     def start(self, argv: Sequence[str], env: dict[str, str], cwd: Path | None, inherited: Sequence[int]) -> "Forked":
-        """Become ``argv`` in a fork of it."""
-        if self._connection is None:
-            self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """Become ``argv`` in a fork."""
+        assert max(inherited, default=0) < FIRST_FREE
+        if self._server is None:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                argument = str(theirs.fileno())
-                subprocess.Popen([sys.executable, __file__, argument], env=env, pass_fds=[theirs.fileno()])
-        ours, given = zip(*(os.pipe() for _ in range(3)), strict=True)
+                program = [sys.executable, __file__, str(theirs.fileno())]
+                self._server = subprocess.Popen(program, env=self._environment, pass_fds=[theirs.fileno()]), ours
         request = {"argv": list(argv[1:]), "env": env, "cwd": str(cwd or Path.cwd()), "inherited": list(inherited)}
-        socket.send_fds(self._connection, [json.dumps(request).encode()], [*given, *inherited])
-        for one in given:
-            os.close(one)
-        return Forked(argv, int(self._connection.recv(64)), *ours)
+        pipes = [os.pipe() for _ in range(3)]
+        try:
+            ends = [write for _, write in pipes]
+            socket.send_fds(self._server[1], [json.dumps(request).encode()], [*ends, *inherited])
+        finally:
+            for _, write in pipes:
+                os.close(write)
+        return Forked(argv, *(read for read, _ in pipes))
+
+    def close(self) -> None:
+        if self._server is not None:
+            server, connection = self._server
+            connection.close()
+            server.wait()
 
 
 class Forked:
-    """What `edges.process` needs of `subprocess.Popen`."""
+    """What `edges.process` needs of `subprocess.Popen`. A program that ends by a signal is said to be killed."""
 
-    def __init__(self, argv: Sequence[str], pid: int, out: int, err: int, end: int) -> None:
-        self.args, self.pid = argv, pid
+    def __init__(self, argv: Sequence[str], out: int, err: int, end: int) -> None:
+        self.args = argv
         self.stdout, self.stderr = (os.fdopen(one, encoding="utf-8", errors="replace") for one in (out, err))
-        self._end = os.fdopen(end, "rb", buffering=0)
-        self.returncode: int | None = None
+        self._end = os.fdopen(end)
+        self.pid, self.returncode = int(self._end.readline()), None
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            if not select.select([self._end], [], [], timeout)[0]:
+            if not self._has_ended(timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            self.returncode = int(self._end.read(64) or -signal.SIGKILL)
+            self.returncode = int(self._end.readline() or -signal.SIGKILL)
         return self.returncode
 
+    def _has_ended(self, within_s: float | None) -> bool:
+        return self.returncode is not None or bool(select.select([self._end], [], [], within_s)[0])
+
     def kill(self) -> None:
-        if self.returncode is None and not select.select([self._end], [], [], 0)[0]:
+        if not self._has_ended(0):
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
@@ -89,21 +105,22 @@ def serve(connection: socket.socket) -> None:
         request, files, _, _ = socket.recv_fds(connection, 2**20, 9)
         if not request:
             return
-        pid = os.fork()
-        if pid == 0:
+        if os.fork() == 0:
             connection.close()
             _become(json.loads(request), files)
         for one in files:
             os.close(one)
-        connection.send(str(pid).encode())
 
 
 def _become(request: dict[str, Any], files: Sequence[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    process._end_with(os.getppid())
     out, err, end, *inherited = (fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE) for one in files)
     for one in files:
         os.close(one)
-    for file, number in zip((out, err, *inherited), (1, 2, *request["inherited"]), strict=True):
+    os.write(end, f"{os.getpid()}\n".encode())
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for file, number in zip((nothing, out, err, *inherited), (0, 1, 2, *request["inherited"]), strict=True):
         os.dup2(file, number)
         os.close(file)
     if inherited:
@@ -129,8 +146,9 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
     except BaseException:  # noqa: BLE001 - told as Python tells it
         traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os.write(end, str(code).encode())
+        with suppress(OSError):  # nobody listens any more
+            stream.flush()
+    os.write(end, f"{code}\n".encode())
     os._exit(code)
 
 

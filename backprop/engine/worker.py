@@ -3,7 +3,6 @@
 It keeps nothing of its own from one step to the next, writes no file, and ends with rank 0.
 """
 
-import faulthandler
 import signal
 import sys
 from collections.abc import Mapping
@@ -23,8 +22,6 @@ def main() -> None:
     """Serve rank 0 until it goes away."""
     for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 hears them, and ends this process
         signal.signal(number, signal.SIG_IGN)
-    if sys.stderr:
-        faulthandler.enable()
     connection = Connection(int(sys.argv[1]))
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         job: Job = hear(connection)

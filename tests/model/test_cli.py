@@ -314,10 +314,12 @@ def test_a_library_that_ends_the_process_by_a_signal_is_named(tmp_path: Path) ->
     program = """
 import ctypes
 from backprop import cli
+from backprop.edges import llama_cpp
 from backprop.verbs import doctor
 
 def a_call_into_a_library(*_, **__):
-    ctypes.string_at(0)
+    with llama_cpp._quiet():
+        ctypes.string_at(0)
 
 doctor.doctor = a_call_into_a_library
 cli.main(["doctor"])

@@ -274,7 +274,9 @@ def test_what_cannot_be_loaded_any_more_goes_on_as_its_hint_says(start: Start, t
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.parametrize("engine", [pytest.param("torch", marks=AT_LENGTH), "unsloth"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param(one, marks=AT_LENGTH if one == "torch" else ()) for one in race.ENGINES]
+)
 def test_a_run_that_is_stopped_while_engines_are_tried_leaves_none_of_them(
     start: Start, tmp_path: Path, engine: str
 ) -> None:
