@@ -21,6 +21,7 @@ from backprop import BackpropError, Trainer, events
 from backprop.core.data.formats import Message
 from backprop.core.data.render import Token
 from backprop.edges import llama_cpp, threads
+from backprop.edges.places import cache_dir
 from backprop.schema import schema as event_schema
 
 threads.settle()
@@ -34,6 +35,7 @@ settings.load_profile("unhurried")
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cpus[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(_cpus)]})
+COMPILED = cache_dir() / "compiled-in-tests"
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -299,6 +301,16 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(number)
+
+
+@pytest.fixture
+def compiled_code_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile as if nothing had been, and keep what compilers make for later sessions: of two minutes it leaves twenty seconds."""
+    import torch
+
+    torch.compiler.reset()
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(COMPILED))
 
 
 @pytest.fixture(scope="session")

@@ -170,15 +170,13 @@ def test_a_window_shorter_than_documents_of_one_length_is_kept(monkeypatch: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread", "kernel_on_a_cpu")
+@pytest.mark.usefixtures("one_thread", "kernel_on_a_cpu", "compiled_code_kept")
 def test_compiled_layers_keep_what_they_begin_with_and_compute_the_rest_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.autograd.graph import saved_tensors_hooks
 
     from backprop.engine import layers
     from backprop.engine.adapters import narrow
 
-    layers.keep_compiled_code()
-    torch.compiler.reset()
     model = with_adapter(llama())
     narrow(model)
     compiled = layers.Compiled(model)
