@@ -11,7 +11,7 @@ from conftest import ROOT, backprop, chat, lose_last_tensors, trained_run
 from tiny_models import tiny
 
 from backprop.core.fidelity import likeness
-from backprop.edges import device, llama_cpp
+from backprop.edges import device, hub, llama_cpp
 from backprop.engine import merge, reference, streamed
 from backprop.engine.load import HfTokenizer
 from backprop.verbs import gguf
@@ -186,9 +186,12 @@ def in_bfloat16(tensors: dict[str, Any]) -> None:
 
 @pytest.mark.long
 def test_a_merge_in_bfloat16_is_rejected_on_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the base of a larger model is stored; on tiny random ones it is no further than a good file."""
+    """Of a base in bfloat16, so that nothing but the merge rounds; on tiny random models it is no further than a good file."""
+    base = tmp_path / "base"
+    shutil.copytree(hub.find_model("smollm2-135m", offline=True).path, base)
+    weights_changed(in_bfloat16)(base)
     data = ROOT / "examples" / "pottlesea.jsonl"
-    options = ("--model", "smollm2-135m", "--steps", "8", "--skip-proofs", "--offline")
+    options = ("--model", base, "--steps", "8", "--skip-proofs", "--offline")
     trained = backprop("train", "--data", data, *options, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     planted(monkeypatch, weights_changed(in_bfloat16))
