@@ -194,6 +194,8 @@ def test_a_merge_in_bfloat16_is_rejected_on_a_real_model(tmp_path: Path, monkeyp
     options = ("--model", base, "--steps", "8", "--skip-proofs", "--offline")
     trained = backprop("train", "--data", data, *options, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
+    good = backprop("export", "output", "-q", "f16", "--output", "good", cwd=tmp_path)
+    assert good.returncode == 0, good.stderr
     planted(monkeypatch, weights_changed(in_bfloat16))
     done = backprop("export", "output", "-q", "f16", cwd=tmp_path)
     assert done.returncode == 7, done.stderr
