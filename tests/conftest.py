@@ -35,6 +35,7 @@ settings.load_profile("unhurried")
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cpus[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(_cpus)]})
+LONG = (pytest.mark.slow, pytest.mark.long)
 COMPILED = cache_dir() / "compiled-in-tests"
 ASSETS = Path(__file__).parent / "assets"
 
@@ -305,7 +306,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def compiled_code_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile as if nothing had been, and keep what compilers make for later sessions: of two minutes it leaves twenty seconds."""
+    """Trace anew, and keep what compilers make of the same graphs for later sessions: of two minutes it leaves twenty seconds."""
     import torch
 
     torch.compiler.reset()

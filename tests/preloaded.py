@@ -35,7 +35,9 @@ class Forks:
     """Asks a process that has loaded the libraries for forks; that is started when the first is needed."""
 
     def __init__(self) -> None:
-        self._environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # whose threads no fork would have
+        # As each program is told, while its libraries read it; and no threads, which no fork would have.
+        told = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OPENBLAS_NUM_THREADS": "1"}
+        self._environment = {**os.environ, **told}
         self._server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
     def start(self, argv: Sequence[str], env: dict[str, str], cwd: Path | None, inherited: Sequence[int]) -> "Forked":
@@ -60,6 +62,7 @@ class Forks:
         if self._server is not None:
             server, connection = self._server
             connection.close()
+            server.kill()  # and its forks with it
             server.wait()
 
 
@@ -70,7 +73,9 @@ class Forked:
         self.args = argv
         self.stdout, self.stderr = (os.fdopen(one, encoding="utf-8", errors="replace") for one in (out, err))
         self._end = os.fdopen(end)
-        self.pid, self.returncode = int(self._end.readline()), None
+        begun = self._end.readline()
+        assert begun, "the process that is forked from has ended: its stderr says why"
+        self.pid, self.returncode = int(begun), None
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
@@ -80,7 +85,7 @@ class Forked:
         return self.returncode
 
     def _has_ended(self, within_s: float | None) -> bool:
-        return self.returncode is not None or bool(select.select([self._end], [], [], within_s)[0])
+        return bool(select.select([self._end], [], [], within_s)[0])
 
     def kill(self) -> None:
         if not self._has_ended(0):
@@ -99,38 +104,43 @@ class Forked:
 def serve(connection: socket.socket) -> None:
     for library in LIBRARIES:
         importlib.import_module(library)
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork has the calling thread only"
+    threads = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    # Arrow's allocator has one that mends itself in the child.
+    assert len(threads) - threads.count("jemalloc_bg_thd") == 1, "a fork has the calling thread only"
+    me = os.getpid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     while True:
-        request, files, _, _ = socket.recv_fds(connection, 2**20, 9)
+        request, files, _, _ = socket.recv_fds(connection, 2**17, 9)
         if not request:
             return
         if os.fork() == 0:
             connection.close()
-            _become(json.loads(request), files)
+            _become(json.loads(request), files, parent=me)
         for one in files:
             os.close(one)
 
 
-def _become(request: dict[str, Any], files: Sequence[int]) -> None:
+def _become(request: dict[str, Any], files: Sequence[int], *, parent: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    process._end_with(os.getppid())
+    process._end_with(parent)
     out, err, end, *inherited = (fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE) for one in files)
     for one in files:
         os.close(one)
+    if inherited:
+        os.setsid()
     os.write(end, f"{os.getpid()}\n".encode())
     nothing = os.open(os.devnull, os.O_RDONLY)
     for file, number in zip((nothing, out, err, *inherited), (0, 1, 2, *request["inherited"]), strict=True):
         os.dup2(file, number)
         os.close(file)
-    if inherited:
-        os.setsid()
     os.environ.clear()
     os.environ.update(request["env"])
-    os.chdir(request["cwd"])
-    sys.path[1:1] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
     code = 1
     try:
+        os.chdir(request["cwd"])
+        sys.path[1:1] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
+        if "OMP_NUM_THREADS" in os.environ:
+            sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         first, *rest = request["argv"]
         if first == "-m":
             sys.argv, sys.path[0] = rest, request["cwd"]
@@ -140,7 +150,7 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
             runpy.run_path(first, run_name="__main__")
         code = 0
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        code = ended.code & 0xFF if isinstance(ended.code, int) else int(ended.code is not None)
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001 - told as Python tells it

@@ -198,8 +198,9 @@ def locked(directory: Path, *, before_waiting: Callable[[], None] | None = None)
             except BlockingIOError:
                 raise
             except OSError:  # NFS locks only what is open for writing, which a folder cannot be
+                file = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
                 os.close(descriptor)
-                descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+                descriptor = file
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if before_waiting is None:

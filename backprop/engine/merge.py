@@ -20,13 +20,14 @@ TRAINED = ("lora_B", "lora_embedding_A", ".modules_to_save.")
 def merge(
     base: str,
     adapter: Path,
+    tokenizer: HfTokenizer,
     folder: Path,
     *,
     dtype: str = "float32",
     rounding: Rounding | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write the base model with the adapter merged in, and its tokenizer, to ``folder``.
+    """Write the base model with the adapter merged in, and the adapter's tokenizer, to ``folder``.
 
     Args:
         rounding: Of the base model's weights, before the adapter is added.
@@ -36,7 +37,7 @@ def merge(
         ExportError: If the adapter does not belong to it, or changes nothing.
     """
     model = load_adapted(base, adapter, rounding=rounding, trust_remote_code=trust_remote_code)
-    write_merged(model, adapted_tokenizer(adapter, trust_remote_code=trust_remote_code), folder, dtype=dtype)
+    write_merged(model, tokenizer, folder, dtype=dtype)
 
 
 def load_adapted(

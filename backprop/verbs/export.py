@@ -212,7 +212,15 @@ def _write_checkpoint(
     why_not = streamed.why_not(base, adapter.folder, rounding)
     say(Phase(name=f"merging the adapter{' in memory: ' if why_not else ''}{why_not}"))
     if why_not:
-        merge.merge(adapter.base, adapter.folder, folder, dtype="bfloat16", rounding=rounding, trust_remote_code=trust)
+        merge.merge(
+            adapter.base,
+            adapter.folder,
+            tokenizer,
+            folder,
+            dtype="bfloat16",
+            rounding=rounding,
+            trust_remote_code=trust,
+        )
     else:
         merger = streamed.Merger(base, adapter.folder, rounding=rounding, trust_remote_code=trust)
         streamed.lay_out(base, tokenizer, folder)

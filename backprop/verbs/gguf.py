@@ -250,7 +250,7 @@ def lay_out(
     why_not = streamed.why_not(base, adapter.folder, rounding) if merged else ""
     if why_not:
         say(Phase(name=f"merging the adapter in memory: {why_not}"))
-        merge.merge(adapter.base, adapter.folder, folder, rounding=rounding, trust_remote_code=trust)
+        merge.merge(adapter.base, adapter.folder, tokenizer, folder, rounding=rounding, trust_remote_code=trust)
     else:
         streamed.lay_out(base, tokenizer, folder)
         streamed.link_weights(base, folder)

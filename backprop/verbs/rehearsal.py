@@ -129,7 +129,8 @@ def _rehearse_in(room: Path, config: TrainConfig, prepared: Prepared, say: Sink)
         llama_cpp.converter()
         llama_cpp.bindings()
     except ToolError as error:
-        merge.merge(str(room / "model"), room / "lora", room / "merged", trust_remote_code=code)
+        tokenizer = merge.adapted_tokenizer(room / "lora", trust_remote_code=code)
+        merge.merge(str(room / "model"), room / "lora", tokenizer, room / "merged", trust_remote_code=code)
         say(Warned(message=f"the way to a GGUF was not rehearsed: {error.message}: `{error.hint}`"))
         return f"{STEPS} steps, a checkpoint, going on from it, and the merge"
     adapter, exported = _adapter_in(room), ExportConfig(trust_remote_code=code)

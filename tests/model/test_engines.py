@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from conftest import ROOT, UNEVEN, Done, chat
+from conftest import LONG, ROOT, UNEVEN, Done, chat
 
 from backprop.config import TrainConfig
 from backprop.core.choice import Choice
@@ -30,7 +30,6 @@ pytestmark = pytest.mark.model
 
 DOUBLE = ROOT / "tests" / "unsloth_double"
 RACER = ROOT / "tests" / "racer_double.py"
-AT_LENGTH = (pytest.mark.slow, pytest.mark.long)
 # As if this were a machine with a GPU, and every run a long one.
 HERE = """
 import sys
@@ -102,7 +101,7 @@ def engine_in(run: Path) -> dict[str, str]:
     return json.loads((run / "run.json").read_text())["plan"]["engine"]
 
 
-@pytest.mark.parametrize("packing", ["--packing", pytest.param("--no-packing", marks=AT_LENGTH)])
+@pytest.mark.parametrize("packing", ["--packing", pytest.param("--no-packing", marks=LONG)])
 def test_the_other_engine_trains_as_torch_does_and_leaves_nothing_beside(
     start: Start, tmp_path: Path, packing: str
 ) -> None:
@@ -274,9 +273,7 @@ def test_what_cannot_be_loaded_any_more_goes_on_as_its_hint_says(start: Start, t
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param(one, marks=AT_LENGTH if one == "torch" else ()) for one in race.ENGINES]
-)
+@pytest.mark.parametrize("engine", [pytest.param(one, marks=LONG if one == "torch" else ()) for one in race.ENGINES])
 def test_a_run_that_is_stopped_while_engines_are_tried_leaves_none_of_them(
     start: Start, tmp_path: Path, engine: str
 ) -> None:

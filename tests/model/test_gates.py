@@ -92,7 +92,8 @@ def test_old_tasks_that_got_worse_are_exit_6(
 ) -> None:
     first = train(rows=OLD, **{**OPTIONS, "steps": 60})
     knows_old = tmp_path / "knows-old"
-    merge.merge(str(tiny_model), first.folder / "lora", knows_old, trust_remote_code=False)
+    adapter = first.folder / "lora"
+    merge.merge(str(tiny_model), adapter, merge.adapted_tokenizer(adapter), knows_old)
     old = (str(write(OLD, "old.jsonl")),)
     run = train(rows=NEW, model=knows_old, **{**OPTIONS, "steps": 60, "overwrite": True}, gate_data=old)
     assert run.failed.code == 6

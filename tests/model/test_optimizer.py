@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, UNEVEN, Run
+from conftest import LONG, ROOT, UNEVEN, Run
 from safetensors.torch import save_file
 
 from backprop.config import TrainConfig
@@ -81,7 +81,7 @@ def trained(model: Path, data: Path, runs: list[dict[str, Any]]) -> list[dict[st
         pytest.param(
             {"lora_r": 64, "learning_rate": 5e-4, "lora_plus": 8.0, "weight_decay": 0.1},
             id="lora-plus",
-            marks=(pytest.mark.slow, pytest.mark.long),
+            marks=LONG,
         ),
         pytest.param({"method": "full", "learning_rate": 1e-3}, id="full"),
     ],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import UNEVEN, Run, plant_in_training, went_on
+from conftest import LONG, UNEVEN, Run, plant_in_training, went_on
 
 from backprop import events
 from backprop.core import duration
@@ -27,9 +27,6 @@ PAIRS = [
 # All are wanted, so all become likelier, and the distance that is taken off is not 0.
 RATED = [{"prompt": f"question {n}", "completion": "good " * (3 * n + 1), "label": True} for n in range(8)]
 QUICK: dict[str, Any] = {"skip_proofs": True, "steps": 4}
-
-
-LONG = (pytest.mark.slow, pytest.mark.long)
 
 
 def share_by(patch: pytest.MonkeyPatch, num_ranks: int) -> None:
