@@ -58,13 +58,12 @@ def tiny(architecture: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    kind, name, tied, special = MODELS[architecture]
-    vocabulary = TOKENIZERS[architecture](folder)
+    kind, name, tied, special = {**MODELS, **REAL_MODELS}[architecture]
+    vocabulary = TOKENIZERS[architecture](folder) if architecture in TOKENIZERS else _real(architecture, folder)
     whole: Any = transformers
     torch.manual_seed(0)
-    config = whole.AutoConfig.for_model(
-        kind, **SIZE, vocab_size=vocabulary, tie_word_embeddings=tied, **_ends(folder), **special
-    )
+    options = {**SIZE, **special, "vocab_size": vocabulary, "tie_word_embeddings": tied}
+    config = whole.AutoConfig.for_model(kind, **options, **_ends(folder))
     model = getattr(whole, f"{name}ForCausalLM")(config)
     # Wider than the usual 0.02: no adapter could make one token much likelier than the others. Gemma widens them itself.
     for embeddings in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
@@ -79,6 +78,13 @@ def _ends(folder: Path) -> dict[str, int]:
     loader: Any = AutoTokenizer
     tokenizer = loader.from_pretrained(folder)
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def _real(family: str, folder: Path) -> int:
+    from vocabularies import real
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return real(family, folder)
 
 
 def smollm2(folder: Path) -> int:
@@ -168,7 +174,11 @@ def _sentencepiece(
         for number, name in tokens
     }
     (folder / "tokenizer.json").write_text(
-        json.dumps(_fast(pieces, decoder, unknown, (begin, ids[begin]) if begins else None, space_before=space_before))
+        json.dumps(
+            sentencepiece_json(
+                pieces, decoder, unknown, (begin, ids[begin]) if begins else None, space_before=space_before
+            )
+        )
     )
     config = {
         "tokenizer_class": tokenizer_class,
@@ -222,13 +232,13 @@ def _sentences() -> Iterable[str]:
         yield from (turn["content"] for turn in json.loads(line)["messages"])
 
 
-def _fast(
+def sentencepiece_json(
     pieces: Sequence[tuple[str, float]],
     added: dict[str, dict[str, Any]],
     unknown: str,
-    begin: tuple[str, int] | None,
+    begin: tuple[str, int] | None = None,
     *,
-    space_before: bool,
+    space_before: bool = True,
 ) -> dict[str, Any]:
     """Write the pieces as tokenizer.json has them: a merge for every way to make a piece of two, the best first."""
     scores = dict(pieces)
@@ -287,4 +297,13 @@ MODELS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "gemma2": ("gemma2", "Gemma2", True, {"head_dim": 64, "query_pre_attn_scalar": 64}),
     "gemma3": ("gemma3_text", "Gemma3", True, {"head_dim": 64, "query_pre_attn_scalar": 64}),
     "phi3": ("phi3", "Phi3", False, {}),
+}
+
+# With the families' own vocabularies, which are large: narrow ones.
+NARROW = {"hidden_size": 128, "intermediate_size": 256}
+REAL_MODELS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
+    "qwen2.5": ("qwen2", "Qwen2", True, NARROW),
+    "qwen3-0.6b": ("qwen3", "Qwen3", True, {**NARROW, "head_dim": 32}),
+    "llama3.2": ("llama", "Llama", True, NARROW),
+    "phi3.5": ("phi3", "Phi3", False, NARROW),
 }

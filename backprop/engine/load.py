@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from backprop.config import TrainConfig
 from backprop.core.data.formats import Message
-from backprop.core.data.render import Token
+from backprop.core.data.render import Token, strftime_now
 from backprop.core.memory import NORMED_AFTER, NORMED_HEADS, ModelShape
 from backprop.core.plan import Plan
 from backprop.engine import templates
@@ -50,6 +50,7 @@ class HfTokenizer:
                     tools=list(tools) or None,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
+                    strftime_now=strftime_now,
                 )
             return templates.hold(str(text))
         except (

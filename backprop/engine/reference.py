@@ -36,6 +36,8 @@ class Reference:
     """Hard strings, each behind a control token."""
     plain_ids: list[list[int]]
     """Of each of `hard`, with the tokens that the tokenizer adds to a plain text."""
+    added: frozenset[str]
+    """Words that are one token wherever they stand, as control tokens are."""
     prompts: list[tuple[list[Message], bool]]
     rendered: list[str]
     """Of each prompt; `REFUSED` where the template raises."""
@@ -81,6 +83,7 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
         ids=ids,
         hard=hard,
         plain_ids=[[int(token) for token in whole(text)["input_ids"]] for text in hard],
+        added=frozenset(whole.get_added_vocab()),
         prompts=prompts,
         rendered=rendered,
         eos=int(whole.eos_token_id),
@@ -288,6 +291,11 @@ class Checkpoint:
         """Tokenise a text as it is; or a plain one, with the tokens that the tokenizer adds."""
         whole: Any = self._tokenizer.inner
         return [int(token) for token in whole(text, add_special_tokens=plain)["input_ids"]]
+
+    @property
+    def ends(self) -> frozenset[str]:
+        """Words that end an answer whatever the checkpoint says of them: none."""
+        return frozenset()
 
     @property
     def eos(self) -> int:

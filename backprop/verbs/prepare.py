@@ -15,7 +15,7 @@ from backprop.core.choice import Choice
 from backprop.core.data.formats import Conversation, Message, Row, parse_columns
 from backprop.core.data.inspect import Ledger, histogram, inspect
 from backprop.core.data.judge import Judged, judge
-from backprop.core.data.render import Encoded, Example, cut, encode_all, with_mismatched
+from backprop.core.data.render import TODAY, Encoded, Example, cut, encode_all, with_mismatched
 from backprop.core.data.split import hold_out
 from backprop.core.data.template import Adapter, Forgeries, adapt
 from backprop.core.fitting import choose_method
@@ -292,6 +292,12 @@ def _say_template(tokenizer: "HfTokenizer", name: str, say: Sink) -> None:
             Warned(
                 message=f"`{name}` is a base model without a chat template: `User:` and `Assistant:` with its "
                 "end-of-text token are used, and saved with the adapter"
+            )
+        )
+    if "strftime_now" in str(tokenizer.inner.chat_template):
+        say(
+            Phase(
+                name=f"the chat template writes the date: {TODAY:%d %b %Y} for every run, so that one can go on tomorrow"
             )
         )
 

@@ -6,6 +6,8 @@ The templates have the shape of the models' own, cut to what matters here. All b
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +56,13 @@ QWEN_3 = (
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Asks for an answer behind a thought of none, which it leaves out of what was said; and behind one that is open, as of DeepSeek R1.
+GEMMA_4 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<turn|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\n<|channel>thought\n<channel|>' }}{% endif %}"
+)
+OPEN = GEMMA_4.replace("thought\n<channel|>", "thought\n")
 # As of models for pictures: content is a list of parts, and of text nothing is left.
 PARTS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -65,7 +74,7 @@ PARTS = (
 class Rendering:
     """A real template, over a tokenizer of letters in which the marks of these templates are special tokens."""
 
-    TOKENS = re.compile(r"(<\|\w+\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\])|.", re.DOTALL)
+    TOKENS = re.compile(r"(<\|\w+\|?>|<\w+\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\])|.", re.DOTALL)
 
     def __init__(self, template: str) -> None:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -139,6 +148,24 @@ def test_templates_without_generation_markers_train_the_answers_and_nothing_of_t
     assert made.unended == 0
     whole = tokenizer.render(conversations(ROW)[0].messages, add_generation_prompt=False)
     assert tokenizer.shown(made.examples[-1].ids) == whole
+
+
+def test_an_answer_stands_behind_the_closed_thought_that_the_model_is_asked_with() -> None:
+    """Such a template was refused; rendered as it was said, the model would never be trained where it is asked."""
+    tokenizer, made = encoded(GEMMA_4, chat("hi", "<b>ho</b>", "hu", "no"))
+    assert [tokenizer.shown(trained(example)) for example in made.examples] == ["<b>ho</b><turn|>", "no<turn|>"]
+    first, last = (tokenizer.shown(example.ids) for example in made.examples)
+    assert first == "<s><|turn>user\nhi<turn|>\n<|turn>model\n<|channel>thought\n<channel|><b>ho</b><turn|>\n"
+    assert last.endswith(
+        "<b>ho</b><turn|>\n<|turn>user\nhu<turn|>\n<|turn>model\n<|channel>thought\n<channel|>no<turn|>\n"
+    )
+    assert last.count("<|channel>") == 1
+    assert made.unended == 0
+
+
+def test_an_answer_behind_an_open_thought_is_refused() -> None:
+    with pytest.raises(DataError, match="something else before it than when it asks for one"):
+        encoded(OPEN, chat("hi", "ho"))
 
 
 def test_a_question_that_quotes_the_marks_of_an_answer_is_not_trained() -> None:
@@ -340,3 +367,20 @@ def test_the_template_of_smollm2_knows_system_turns_and_neither_tools_nor_reason
     for row in TOOLS_LEFT_OUT.values():
         with pytest.raises(DataError, match=r"data\.jsonl, line 1 has tool"):
             adapt(conversations(row), tokenizer)
+
+
+@pytest.mark.model
+def test_a_template_that_writes_the_date_writes_one_day_forever(
+    real: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 3.2's does: a run that was stopped before midnight was another one after it, and could not go on."""
+    from transformers.utils import chat_template_utils
+
+    tokenizer = real("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    found = []
+    for day in (1, 2):
+        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda day=day: date(2031, 5, day)))
+        (example,) = encode(conversations(chat("hi", "ho"))[0], tokenizer)
+        found.append(tokenizer.inner.decode(example.ids))
+    assert found[0] == found[1]
+    assert found[0].startswith("26 Jul 2024<|im_start|>user")

@@ -7,12 +7,22 @@ chat template and seeing what each turn adds to the text; never from marker stri
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import groupby, pairwise
 from typing import Literal, NamedTuple, Protocol, cast
 
 from backprop.core.data.formats import Conversation, Message
 from backprop.core.data.sequences import Growing
 from backprop.errors import DataError
+
+TODAY = date(2024, 7, 26)
+"""For templates that write the date, as Llama 3.2's does, and the day that it falls back to. Were it the day itself, a run could
+not go on, be done again, or be held to its file, on the next."""
+
+
+def strftime_now(f: str) -> str:
+    """Write `TODAY` in a form; templates know this by its name."""
+    return TODAY.strftime(f)
 
 
 class Token(NamedTuple):
@@ -146,6 +156,8 @@ def _turns(
         prompt = tokenizer.render(messages[:number], tools=tools, add_generation_prompt=True)
         upto = tokenizer.render(messages[: number + 1], tools=tools, add_generation_prompt=False)
         if not upto.startswith(prompt):
+            upto = _behind_a_closed_thought(prompt, upto, str(message["content"]), tokenizer)
+        if not upto:
             raise DataError(
                 f"{conversation.place}: turn {number + 1} is an answer, but this model's chat template puts something "
                 "else before it than when it asks for one",
@@ -159,6 +171,20 @@ def _turns(
     if rewritten:
         return [_example(upto, [span], tokenizer, question) for upto, span, question in alone]
     return [_example(text, spans, tokenizer, alone[-1][2] if alone else "")]
+
+
+def _behind_a_closed_thought(prompt: str, said: str, answer: str, tokenizer: ChatTokenizer) -> str:
+    """Put an answer behind the prompt that asks for it, if that ends in a thought of none, as Gemma 4's does; else give "".
+
+    Such a prompt opens a thought by one control token and closes it by another, and the template leaves both out of what
+    was said. Behind a thought that is open, the answer would be one.
+    """
+    at = said.rfind(answer.strip()) if answer.strip() else -1
+    if at < 0 or said[:at] != prompt[:at]:
+        return ""
+    marks = [token.id for token in tokenizer.tokenize(prompt[at:])]
+    closed = len(marks) > 1 and marks[0] != marks[-1] and all(map(tokenizer.is_special, (marks[0], marks[-1])))
+    return prompt + said[at:] if closed else ""
 
 
 def _example(text: str, spans: Sequence[Span], tokenizer: ChatTokenizer, question: str) -> Example:
