@@ -30,6 +30,8 @@ class Turns:
     assistant: tuple[str, str]
     answer: str
     """What begins an answer that is asked for."""
+    bare: str = ""
+    """In place of a system turn where there is none."""
 
     def render(self, messages: Sequence[Message], asks: bool) -> str:
         """Render turns as the chat template does.
@@ -38,7 +40,7 @@ class Turns:
             ValueError: If there is no place for one of them.
         """
         around = {"system": self.system, "user": self.user, "assistant": self.assistant}
-        text = self.begin
+        text = self.begin + ("" if messages[0]["role"] == "system" else self.bare)
         for message in messages:
             found = around.get(message["role"])
             if found is None or set(message) - {"role", "content"}:
@@ -52,12 +54,14 @@ class Turns:
         Raises:
             ValueError: If a text cannot stand in one as it is.
         """
-        pieces = [self.begin, *(self.system or ()), *self.user, *self.assistant, self.answer]
+        pieces = [self.begin, self.bare, *(self.system or ()), *self.user, *self.assistant, self.answer]
         odd = next((piece for piece in pieces if "{{" in piece or "}}" in piece or piece.endswith("{")), None)
         if odd is not None:
             raise ValueError(f"{odd!r} would be read as a part of a Go template")
         (before, after), (begun, ended) = self.user, self.assistant
         text = self.begin + "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+        if self.bare:
+            text += f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{self.bare}{{{{ end }}}}'
         text += f'{{{{ if eq .Role "user" }}}}{before}{{{{ .Content }}}}{after}'
         if self.system:
             text += f'{{{{ else if eq .Role "system" }}}}{self.system[0]}{{{{ .Content }}}}{self.system[1]}'
@@ -96,14 +100,19 @@ def turns_of(render: Render, conversations: Sequence[Sequence[Message]], *, adde
     )
     if (begun, before) != (begun_again, before_again):
         raise ValueError("it writes the last turn in another way than the others")
+    bare = ""
     if lead:
         if not rest[0].endswith(before):
             raise ValueError("a system turn does not stand by itself in it")
         begin = "" if system else _begin(render(chat[:1], True).removeprefix(added), before)
-        around = (_without(first, begin, which="first"), rest[0][: len(rest[0]) - len(before)])
+        if not first.startswith(begin):  # a system turn without words, as Llama 3.2 writes it
+            begin, bare = "", begin
+        around = (first[len(begin) :], rest[0][: len(rest[0]) - len(before)])
     else:
         around, begin = None, _begin(first + TEXTS[0], before)
-    turns = Turns(begin=begin, system=around, user=(before, asked), assistant=(begun, answered), answer=answer)
+    turns = Turns(
+        begin=begin, system=around, user=(before, asked), assistant=(begun, answered), answer=answer, bare=bare
+    )
     reasoned = [*lead, chat[0], _turn("assistant", REASONED), chat[2]]
     plain = [] if system else [chat[:1], chat[:3]]
     for messages in (*plain, reasoned, *([*lead, *one] if system else one for one in conversations)):
@@ -149,7 +158,7 @@ def _between(text: str, marks: Sequence[str]) -> list[str]:
     return [*pieces, text]
 
 
-def _without(piece: str, ahead: str, *, which: str = "last") -> str:
+def _without(piece: str, ahead: str) -> str:
     if not piece.startswith(ahead):
-        raise ValueError(f"it writes the {which} turn in another way than the others")
+        raise ValueError("it writes the last turn in another way than the others")
     return piece[len(ahead) :]

@@ -23,6 +23,14 @@ MERGED_SYSTEM = """{% for message in messages %}{% if message.role == 'system' %
 
 {% endif %}{{ message.content }}</>{% endif %}{% endfor %}"""
 REASONING = CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
+# As Llama 3.2: a system turn is written in any case, with the date, and what is said in one stands in it.
+ALWAYS = (
+    """{{ bos_token }}<|system|>On 26 Jul 2024.
+{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}<|end|>
+"""
+    + CHATML
+)
+FIRST_DIFFERS = CHATML.replace("{{ message.role }}\n", "{{ message.role }}\n{{ '(first) ' if loop.first }}")
 LAST_DIFFERS = CHATML.replace("{{ message.content }}", "{{ '<think></think>' if loop.last }}{{ message.content }}")
 
 
@@ -55,6 +63,8 @@ def chat(*texts: str, system: str = "") -> list[Message]:
     [
         (CHATML, "", "", [chat("Hi"), chat("Hi", "Ho", "He"), chat("Hi", system="Be brief.")]),
         (DEFAULT + CHATML, "", "Be kind.", [chat("Hi", "Ho", "He", system="Be kind.")]),
+        (DEFAULT + CHATML, "", "", [chat("Hi"), chat("Hi", "Ho", "He", system="Be brief.")]),
+        (ALWAYS, "<s>", "", [chat("Hi"), chat("Hi", "Ho", "He"), chat("Hi", "Ho", "He", system="Be brief.")]),
         ("{{ bos_token }}" + CHATML, "<s>", "", [chat("Hi"), chat("Hi", system="Be brief.")]),
         ("Begin: " + CHATML, "", "", [chat("Hi"), chat("Hi", "Ho", "He"), chat("Hi", system="Be brief.")]),
         (INSTRUCTIONS, "<s>", "", [chat("Hi"), chat("Hi", "Ho", "He")]),
@@ -82,7 +92,7 @@ def test_an_answer_that_is_gone_on_with_has_no_end() -> None:
         (MERGED_SYSTEM, "a system turn does not stand by itself"),
         (REASONING, "it rewrites reasoning"),
         (LAST_DIFFERS, "last turn"),
-        (DEFAULT + CHATML, "first turn in another way"),
+        (FIRST_DIFFERS, "first turn in another way"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "twice"),
         ("{{ messages[-1].content }}", "leaves turns out"),
         ("{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}", "leaves turns out"),
