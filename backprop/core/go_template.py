@@ -31,7 +31,9 @@ class Turns:
     answer: str
     """What begins an answer that is asked for."""
     bare: str = ""
-    """In place of a system turn where there is none."""
+    """In place of a system turn at the beginning, where there is none."""
+    later: tuple[str, str] | None = None
+    """Around a system turn that does not begin, where that is written in another way."""
 
     def render(self, messages: Sequence[Message], asks: bool) -> str:
         """Render turns as the chat template does.
@@ -41,8 +43,9 @@ class Turns:
         """
         around = {"system": self.system, "user": self.user, "assistant": self.assistant}
         text = self.begin + ("" if messages[0]["role"] == "system" else self.bare)
-        for message in messages:
+        for number, message in enumerate(messages):
             found = around.get(message["role"])
+            found = self.later if self.later and number and message["role"] == "system" else found
             if found is None or set(message) - {"role", "content"}:
                 raise ValueError(f"there is no place for a turn of {message['role']}")
             text += found[0] + str(message["content"]) + found[1]
@@ -54,7 +57,15 @@ class Turns:
         Raises:
             ValueError: If a text cannot stand in one as it is.
         """
-        pieces = [self.begin, self.bare, *(self.system or ()), *self.user, *self.assistant, self.answer]
+        pieces = [
+            self.begin,
+            self.bare,
+            *(self.system or ()),
+            *(self.later or ()),
+            *self.user,
+            *self.assistant,
+            self.answer,
+        ]
         odd = next((piece for piece in pieces if "{{" in piece or "}}" in piece or piece.endswith("{")), None)
         if odd is not None:
             raise ValueError(f"{odd!r} would be read as a part of a Go template")
@@ -64,7 +75,11 @@ class Turns:
             text += f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{self.bare}{{{{ end }}}}'
         text += f'{{{{ if eq .Role "user" }}}}{before}{{{{ .Content }}}}{after}'
         if self.system:
-            text += f'{{{{ else if eq .Role "system" }}}}{self.system[0]}{{{{ .Content }}}}{self.system[1]}'
+            begins, ends = (
+                f"{{{{ if eq $i 0 }}}}{first}{{{{ else }}}}{other}{{{{ end }}}}" if self.later else first
+                for first, other in zip(self.system, self.later or self.system, strict=True)
+            )
+            text += f'{{{{ else if eq .Role "system" }}}}{begins}{{{{ .Content }}}}{ends}'
         # A last turn that is an answer is to be gone on with.
         text += (
             f'{{{{ else if eq .Role "assistant" }}}}{begun}{{{{ .Content }}}}{{{{ if not $last }}}}{ended}{{{{ end }}}}'
@@ -100,24 +115,36 @@ def turns_of(render: Render, conversations: Sequence[Sequence[Message]], *, adde
     )
     if (begun, before) != (begun_again, before_again):
         raise ValueError("it writes the last turn in another way than the others")
-    bare = ""
+    bare, later = "", None
     if lead:
         if not rest[0].endswith(before):
             raise ValueError("a system turn does not stand by itself in it")
         begin = "" if system else _begin(render(chat[:1], True).removeprefix(added), before)
         if not first.startswith(begin):  # a system turn without words, as Llama 3.2 writes it
             begin, bare = "", begin
+            later = _later(render, chat, before, answered)
         around = (first[len(begin) :], rest[0][: len(rest[0]) - len(before)])
     else:
         around, begin = None, _begin(first + TEXTS[0], before)
-    turns = Turns(
-        begin=begin, system=around, user=(before, asked), assistant=(begun, answered), answer=answer, bare=bare
-    )
+    sides = {"user": (before, asked), "assistant": (begun, answered)}
+    turns = Turns(begin=begin, system=around, **sides, answer=answer, bare=bare, later=later)
     reasoned = [*lead, chat[0], _turn("assistant", REASONED), chat[2]]
     plain = [] if system else [chat[:1], chat[:3]]
     for messages in (*plain, reasoned, *([*lead, *one] if system else one for one in conversations)):
         _hold(turns, render, messages, added)
     return turns
+
+
+def _later(render: Render, chat: Sequence[Message], before: str, answered: str) -> tuple[str, str] | None:
+    """Find what stands around a system turn behind an answer; None if there is no place for one."""
+    try:
+        text = render([*chat[:2], _turn("system", SYSTEM), chat[2]], True)
+        _, _, ahead, behind, _ = _between(text, [TEXTS[0], TEXTS[1], SYSTEM, TEXTS[2]])
+    except ValueError:
+        return None
+    if not ahead.startswith(answered) or not behind.endswith(before):
+        return None
+    return ahead[len(answered) :], behind[: len(behind) - len(before)]
 
 
 def _begin(text: str, before: str) -> str:

@@ -51,6 +51,7 @@ def bindings() -> Any:
             f"llama-cpp-python is {llama_cpp.__version__}, and the converter is of {LLAMA_CPP_VERSION}", hint=BUILD_HINT
         )
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # else each backend that is loaded is told
+    # Its template is held to what was rendered in training, on that day.
     llama_cpp.llama_chat_format.Jinja2ChatFormatter.strftime_now = staticmethod(strftime_now)
     if own:
         _load_backends()
@@ -271,14 +272,6 @@ class Loaded:
             return []
         with _quiet():
             return [int(token) for token in self._model.tokenize(text.encode(), add_bos=plain, special=True)]
-
-    @property
-    def ends(self) -> frozenset[str]:
-        """Words that end an answer, many by their name alone: `</s>` in any vocabulary (llama-vocab.cpp, `special_eog_ids`)."""
-        api, vocabulary = bindings(), self._model._model.vocab
-        numbers = range(api.llama_vocab_n_tokens(vocabulary))
-        ends = (number for number in numbers if api.llama_vocab_is_eog(vocabulary, number))
-        return frozenset(api.llama_vocab_get_text(vocabulary, number).decode(errors="replace") for number in ends)
 
     @property
     def eos(self) -> int:

@@ -10,7 +10,7 @@ from unicodedata import normalize
 from backprop.core.data.formats import Message
 from backprop.core.fidelity import Reply
 from backprop.core.placement import Placement
-from backprop.core.probes import HARD_STRINGS, prompts_of
+from backprop.core.probes import CONTROL_BY_NAME, HARD_STRINGS, prompts_of
 from backprop.engine.load import HfTokenizer, load_base, load_tokenizer
 from backprop.engine.merge import compute_in_float32
 from backprop.errors import DataError
@@ -36,8 +36,10 @@ class Reference:
     """Hard strings, each behind a control token."""
     plain_ids: list[list[int]]
     """Of each of `hard`, with the tokens that the tokenizer adds to a plain text."""
-    added: frozenset[str]
-    """Words that are one token wherever they stand, as control tokens are."""
+    taken_out: tuple[str, ...]
+    """Words that the texts are without, since llama.cpp reads them otherwise in any file."""
+    cut: int
+    """Conversations among them that held one."""
     prompts: list[tuple[list[Message], bool]]
     rendered: list[str]
     """Of each prompt; `REFUSED` where the template raises."""
@@ -64,10 +66,11 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
         for messages in conversations
     ]
     answered = [ends for text, ends in chats if text != REFUSED]
+    foreign, said = foreign_words(tokenizer), [text for text, _ in chats if text != REFUSED]
     # Behind a control token, where the words of a chat stand: some tokenizers treat the start of a text in another way.
-    hard = [f"{whole.eos_token}{text}" for text in HARD_STRINGS]
+    hard = [f"{whole.eos_token}{_without(foreign, text)}" for text in HARD_STRINGS]
     # Some tokenizers compose characters first, which llama.cpp never does: docs/export.md.
-    texts = [normalize("NFC", text) for text in (*(text for text, _ in chats if text != REFUSED), *hard)]
+    texts = [normalize("NFC", text) for text in (*(_without(foreign, text) for text in said), *hard)]
     ids = [[token.id for token in tokenizer.tokenize(text)] for text in texts]
     vocabulary = int(model.config.get_text_config().vocab_size)
     sequences = to_compare(ids[: len(texts) - len(hard)], vocabulary=vocabulary)
@@ -83,7 +86,8 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
         ids=ids,
         hard=hard,
         plain_ids=[[int(token) for token in whole(text)["input_ids"]] for text in hard],
-        added=frozenset(whole.get_added_vocab()),
+        taken_out=tuple(word for word in foreign if any(word in text for text in (*said, *HARD_STRINGS))),
+        cut=sum(any(word in text for word in foreign) for text in said),
         prompts=prompts,
         rendered=rendered,
         eos=int(whole.eos_token_id),
@@ -95,6 +99,19 @@ def refer(model: Any, tokenizer: HfTokenizer, conversations: Sequence[Sequence[M
         questions=questions,
         replies=[reply(model, tokenizer, messages, ends) for messages in questions],
     )
+
+
+def foreign_words(tokenizer: HfTokenizer) -> list[str]:
+    """Give the plain words of a vocabulary that llama.cpp takes for control tokens by their names."""
+    whole: Any = tokenizer.inner
+    words, added = whole.get_vocab(), whole.get_added_vocab()
+    return [name for name in CONTROL_BY_NAME if name in words and name not in added]
+
+
+def _without(words: Sequence[str], text: str) -> str:
+    for word in words:
+        text = text.replace(word, "")
+    return text
 
 
 def rendered_ids(tokenizer: HfTokenizer, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
@@ -291,11 +308,6 @@ class Checkpoint:
         """Tokenise a text as it is; or a plain one, with the tokens that the tokenizer adds."""
         whole: Any = self._tokenizer.inner
         return [int(token) for token in whole(text, add_special_tokens=plain)["input_ids"]]
-
-    @property
-    def ends(self) -> frozenset[str]:
-        """Words that end an answer whatever the checkpoint says of them: none."""
-        return frozenset()
 
     @property
     def eos(self) -> int:

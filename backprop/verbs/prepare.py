@@ -297,7 +297,7 @@ def _say_template(tokenizer: "HfTokenizer", name: str, say: Sink) -> None:
     if "strftime_now" in str(tokenizer.inner.chat_template):
         say(
             Phase(
-                name=f"the chat template writes the date: {TODAY:%d %b %Y} for every run, so that one can go on tomorrow"
+                name=f"the chat template writes the date: in training always {TODAY:%d %b %Y}, so that a run can go on tomorrow"
             )
         )
 

@@ -56,13 +56,26 @@ QWEN_3 = (
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Asks for an answer behind a thought of none, which it leaves out of what was said; and behind one that is open, as of DeepSeek R1.
+# Asks for an answer behind a thought of none, which it leaves out of what was said; the others behind one that is open, or more.
 GEMMA_4 = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<turn|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\n<|channel>thought\n<channel|>' }}{% endif %}"
 )
-OPEN = GEMMA_4.replace("thought\n<channel|>", "thought\n")
+THOUGHT = "<|channel>thought\n<channel|>"
+OTHERWISE = [
+    *(
+        GEMMA_4.replace(THOUGHT, opened)
+        for opened in (
+            "<|channel>thought\n",
+            "<|channel>",
+            "<|channel>thought\n<|channel>",
+            "thought<channel|>",
+            THOUGHT + "So:",
+        )
+    ),
+    "{% if add_generation_prompt %}Think. {% endif %}" + GEMMA_4,
+]
 # As of models for pictures: content is a list of parts, and of text nothing is left.
 PARTS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -163,9 +176,25 @@ def test_an_answer_stands_behind_the_closed_thought_that_the_model_is_asked_with
     assert made.unended == 0
 
 
-def test_an_answer_behind_an_open_thought_is_refused() -> None:
+@pytest.mark.parametrize("answer", ["n", "turn|", " ho ", "hi", "model", "<|turn>model\n"])
+def test_an_answer_may_be_a_part_of_what_stands_around_it(answer: str) -> None:
+    tokenizer, made = encoded(GEMMA_4, chat("hi", answer))
+    assert [tokenizer.shown(trained(example)) for example in made.examples] == [f"{answer.strip()}<turn|>"]
+
+
+def test_both_sides_of_a_preference_stand_behind_the_closed_thought() -> None:
+    tokenizer = Rendering(GEMMA_4)
+    row = Row(place="", value={"prompt": "hi", "chosen": "ho", "rejected": "he"})
+    made = encode_all(judge([row], objective="dpo").conversations, tokenizer, loss_on="assistant")
+    (example,) = made.examples
+    assert [tokenizer.shown(trained(side)) for side in example.sides] == ["ho<turn|>", "he<turn|>"]
+    assert all(tokenizer.shown(side.ids).count("<channel|>") == 1 for side in example.sides)
+
+
+@pytest.mark.parametrize("template", OTHERWISE)
+def test_an_answer_behind_anything_else_that_was_not_said_is_refused(template: str) -> None:
     with pytest.raises(DataError, match="something else before it than when it asks for one"):
-        encoded(OPEN, chat("hi", "ho"))
+        encoded(template, chat("hi", "ho"))
 
 
 def test_a_question_that_quotes_the_marks_of_an_answer_is_not_trained() -> None:

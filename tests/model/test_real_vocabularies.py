@@ -10,8 +10,11 @@ from vocabularies import FAMILIES, real, tokenized
 
 from backprop.core.data.judge import judge
 from backprop.core.data.render import encode
+from backprop.core.probes import HARD_STRINGS
 from backprop.edges.files import Row
+from backprop.edges.llama_cpp import bindings
 from backprop.engine.load import load_tokenizer
+from backprop.engine.reference import foreign_words
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -58,6 +61,22 @@ def test_the_answers_and_their_ends_are_trained(family: str, tmp_path: Path) -> 
     assert sum(one.ended for one in examples) == 2
 
 
+def test_llama_cpp_renders_the_day_that_was_trained_on() -> None:
+    bindings()
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    template = Jinja2ChatFormatter("{{ strftime_now('%d %b %Y') }}", eos_token="", bos_token="")
+    assert template(messages=[]).prompt == "26 Jul 2024"
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_words_are_taken_out_that_llama_cpp_takes_for_an_end(family: str, tmp_path: Path) -> None:
+    """They are plain words of Qwen's alone: whatever else differs beside them is seen."""
+    real(family, tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), trust_remote_code=False)
+    assert foreign_words(tokenizer) == (["</s>"] if family.startswith("qwen") else [])
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", EACH)
 def test_the_file_of_a_good_model_is_proved(family: str, tmp_path: Path) -> None:
@@ -73,6 +92,7 @@ def test_the_file_of_a_good_model_is_proved(family: str, tmp_path: Path) -> None
     record = json.loads((tmp_path / "out" / "verification.json").read_text())
     proofs = {proof["name"]: proof["found"] for proof in record["proofs"]["f16"]}
     assert len(proofs) == 7
-    held = "3 more hold `</s>`, an end to llama.cpp in any file" if qwen else " are equal"
-    assert proofs["texts have the same tokens"].endswith(held)
-    assert any("`</s>` for the end of an answer" in event.get("message", "") for event in told) == qwen
+    number = len(rows) + 2 * len(HARD_STRINGS)
+    without = "; without `</s>`, an end to llama.cpp in any file" if qwen else ""
+    assert proofs["texts have the same tokens"] == f"{number} of {number} are equal{without}"
+    assert any("end an answer at `</s>`" in event.get("message", "") for event in told) == qwen

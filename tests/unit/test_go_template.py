@@ -58,13 +58,16 @@ def chat(*texts: str, system: str = "") -> list[Message]:
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
+AGAIN: list[Message] = [*chat("Hi", "Ho"), {"role": "system", "content": "Be brief."}, *chat("He")]
+
+
 @pytest.mark.parametrize(
     ("template", "added", "system", "conversations"),
     [
         (CHATML, "", "", [chat("Hi"), chat("Hi", "Ho", "He"), chat("Hi", system="Be brief.")]),
         (DEFAULT + CHATML, "", "Be kind.", [chat("Hi", "Ho", "He", system="Be kind.")]),
         (DEFAULT + CHATML, "", "", [chat("Hi"), chat("Hi", "Ho", "He", system="Be brief.")]),
-        (ALWAYS, "<s>", "", [chat("Hi"), chat("Hi", "Ho", "He"), chat("Hi", "Ho", "He", system="Be brief.")]),
+        (ALWAYS, "<s>", "", [chat("Hi"), chat("Hi", "Ho", "He"), chat("Hi", "Ho", "He", system="Be brief."), AGAIN]),
         ("{{ bos_token }}" + CHATML, "<s>", "", [chat("Hi"), chat("Hi", system="Be brief.")]),
         ("Begin: " + CHATML, "", "", [chat("Hi"), chat("Hi", "Ho", "He"), chat("Hi", system="Be brief.")]),
         (INSTRUCTIONS, "<s>", "", [chat("Hi"), chat("Hi", "Ho", "He")]),

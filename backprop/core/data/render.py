@@ -154,9 +154,11 @@ def _turns(
         if number == 0 or number < conversation.num_given or message["role"] != "assistant":
             continue
         prompt = tokenizer.render(messages[:number], tools=tools, add_generation_prompt=True)
-        upto = tokenizer.render(messages[: number + 1], tools=tools, add_generation_prompt=False)
+        upto = text
+        if number + 1 < len(messages):
+            upto = tokenizer.render(messages[: number + 1], tools=tools, add_generation_prompt=False)
         if not upto.startswith(prompt):
-            upto = _behind_a_closed_thought(prompt, upto, str(message["content"]), tokenizer)
+            upto = _behind_a_closed_thought(prompt, upto, tokenizer)
         if not upto:
             raise DataError(
                 f"{conversation.place}: turn {number + 1} is an answer, but this model's chat template puts something "
@@ -173,18 +175,23 @@ def _turns(
     return [_example(text, spans, tokenizer, alone[-1][2] if alone else "")]
 
 
-def _behind_a_closed_thought(prompt: str, said: str, answer: str, tokenizer: ChatTokenizer) -> str:
+def _behind_a_closed_thought(prompt: str, said: str, tokenizer: ChatTokenizer) -> str:
     """Put an answer behind the prompt that asks for it, if that ends in a thought of none, as Gemma 4's does; else give "".
 
     Such a prompt opens a thought by one control token and closes it by another, and the template leaves both out of what
     was said. Behind a thought that is open, the answer would be one.
     """
-    at = said.rfind(answer.strip()) if answer.strip() else -1
-    if at < 0 or said[:at] != prompt[:at]:
+    tokens = tokenizer.tokenize(prompt)
+    *_, opened, closed = [Token(-1, 0), Token(-1, 0), *(token for token in tokens if tokenizer.is_special(token.id))]
+    if (
+        not tokens
+        or closed != tokens[-1]
+        or opened.id in (-1, closed.id)
+        or not said.startswith(prompt[: opened.start])
+    ):
         return ""
-    marks = [token.id for token in tokenizer.tokenize(prompt[at:])]
-    closed = len(marks) > 1 and marks[0] != marks[-1] and all(map(tokenizer.is_special, (marks[0], marks[-1])))
-    return prompt + said[at:] if closed else ""
+    follows = tokenizer.tokenize(said[opened.start :])
+    return "" if not follows or follows[0].id in (opened.id, closed.id) else prompt + said[opened.start :]
 
 
 def _example(text: str, spans: Sequence[Span], tokenizer: ChatTokenizer, question: str) -> Example:
