@@ -1,7 +1,7 @@
 """Is a copy the model that was trained? Token ids, prompts, next-token distributions and answers, compared.
 
 Distributions are logits of shape (T, V), float32; divergences are in nats. What may differ was measured on
-SmolLM2-135M-Instruct with a small adapter: docs/export.md has the figures.
+SmolLM2-135M-Instruct and Gemma 3 270M with small adapters: docs/export.md has the figures.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,10 @@ MOST_KL = {
     "bf16": 5e-3,
     "q8_0": 0.1,
     "q6_k": 0.3,
-    **dict.fromkeys(("q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "iq4_nl", "iq4_xs"), 1.5),
-    **dict.fromkeys(("q5_1", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_xs", "iq3_xxs"), 3.0),
-    **dict.fromkeys(("q4_1", "iq3_m", "iq3_s", "q2_k", "q2_k_s"), 5.0),
+    **dict.fromkeys(("q5_k_m", "q5_k_s", "q5_1", "q5_0"), 3.0),
+    **dict.fromkeys(("q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), 5.0),
+    **dict.fromkeys(("q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs"), 5.0),
+    **dict.fromkeys(("q2_k", "q2_k_s"), 5.0),
     **dict.fromkeys(("iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"), 5.0),
     "lora-f32": 1e-4,
     "lora-f16": 1e-4,
