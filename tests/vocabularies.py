@@ -50,22 +50,26 @@ class Family:
 
 QWEN_CONTROL = dict(
     enumerate(
-        (
-            *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>"),
-            *("<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
-        ),
+        [
+            "<|object_ref_start|>",
+            "<|object_ref_end|>",
+            "<|box_start|>",
+            "<|box_end|>",
+            "<|quad_start|>",
+            "<|quad_end|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|vision_pad|>",
+            "<|image_pad|>",
+            "<|video_pad|>",
+        ],
         151646,
     )
 )
-QWEN_TEXT = dict(
-    enumerate(
-        (
-            *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
-            *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
-        ),
-        151657,
-    )
+QWEN_2_TEXT = (
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
 )
+QWEN_3_TEXT = f"{QWEN_2_TEXT} <tool_response> </tool_response> <think> </think>"
 QWEN = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 LLAMA_3 = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -88,7 +92,7 @@ FAMILIES = {
         settings=QWEN,
         normalizer="NFC",
         control=QWEN_CONTROL,
-        text={number: name for number, name in QWEN_TEXT.items() if number < 151665},
+        text=dict(enumerate(QWEN_2_TEXT.split(), 151657)),
     ),
     "qwen3-0.6b": Family(
         vocabulary="qwen2",
@@ -96,7 +100,7 @@ FAMILIES = {
         settings=QWEN,
         normalizer="NFC",
         control=QWEN_CONTROL,
-        text=QWEN_TEXT,
+        text=dict(enumerate(QWEN_3_TEXT.split(), 151657)),
     ),
     "llama3.2": Family(
         vocabulary="llama-bpe",

@@ -232,8 +232,8 @@ def verifier_for(
     reference = refer(model, tokenizer, adapter.probes)
     if reference.cut:
         words = " ".join(f"`{word}`" for word in reference.taken_out)
-        told = f"llama.cpp and Ollama end an answer at {words}, whatever a file says: leave it out of your rows, of which {reference.cut} of those that are asked hold it"
-        say(Warned(message=told))
+        told = f"{reference.cut} of the conversations that files are asked hold it: leave it out of your rows"
+        say(Warned(message=f"llama.cpp and Ollama end an answer at {words}, whatever a file says; {told}"))
     return Verifier(reference, adapter.output, adapter_sha256=adapter.sha256, say=say)
 
 
